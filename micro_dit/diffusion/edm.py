@@ -1,0 +1,92 @@
+"""EDM: preconditioning, noise distribution and loss (Karras et al. 2022, arXiv 2206.00364, table 1 and equations 7-8).
+
+The network F is any function (x, t, y) → (B, H, W, C); nothing here knows how it is built.
+
+B images · H W latent rows, columns · C latent channels · N tokens.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from micro_dit.models.masking import TokenMask
+
+Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # F(x, t, y)
+
+SIGMA_DATA = 0.9  # standard deviation of the latents, as the paper sets it
+
+
+class Preconditioning(NamedTuple):
+    """The four scalings of a noise level, each of the shape of sigma."""
+
+    c_skip: jax.Array
+    c_out: jax.Array
+    c_in: jax.Array
+    c_noise: jax.Array
+
+
+def precondition(sigma: jax.Array, sigma_data: float = SIGMA_DATA) -> Preconditioning:
+    """c_skip, c_out, c_in and c_noise (EDM, table 1)."""
+    variance = sigma**2 + sigma_data**2
+    return Preconditioning(
+        c_skip=sigma_data**2 / variance,
+        c_out=sigma * sigma_data / jnp.sqrt(variance),
+        c_in=1 / jnp.sqrt(variance),
+        c_noise=jnp.log(sigma) / 4,
+    )
+
+
+def denoise(F: Network, x: jax.Array, sigma: jax.Array, y: jax.Array, sigma_data: float = SIGMA_DATA) -> jax.Array:
+    """D(x; sigma) = c_skip·x + c_out·F(c_in·x, c_noise, y) (EDM, equation 7).
+
+    Args:
+        F: the network.
+        x: (B, H, W, C) float32, noisy latents.
+        sigma: (B,) or (1,) float32, noise levels.
+        y: (B, L, Y) caption embeddings.
+    """
+    c_skip, c_out, c_in, c_noise = precondition(sigma, sigma_data)
+    c_skip, c_out, c_in = (c[:, None, None, None] for c in (c_skip, c_out, c_in))
+    return c_skip * x + c_out * F(c_in * x, c_noise, y)
+
+
+def draw_sigma(key: jax.Array, images: int, P_mean: float, P_std: float) -> jax.Array:
+    """(B,) float32 noise levels with ln sigma ~ Normal(P_mean, P_std²)."""
+    return jnp.exp(P_mean + P_std * jax.random.normal(key, (images,)))
+
+
+def loss(
+    F: Network,
+    x: jax.Array,
+    y: jax.Array,
+    sigma: jax.Array,
+    noise: jax.Array,
+    *,
+    mask: TokenMask | None = None,
+    patch_size: int = 2,
+    sigma_data: float = SIGMA_DATA,
+) -> jax.Array:
+    """Each image's weighted squared error, (B,) float32 (EDM, equation 8).
+
+    Unmasked: the mean over everything. Masked: the mean over channels, then per patch, then over the kept patches.
+
+    Args:
+        F: the network; if `mask` is given, F is expected to drop by it.
+        x: (B, H, W, C) float32, clean latents.
+        y: (B, L, Y) caption embeddings.
+        sigma: (B,) float32, noise levels.
+        noise: (B, H, W, C) float32, unit normal.
+        mask: the tokens kept.
+        patch_size: side of a token in latent pixels; used only with a mask.
+    """
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    D_x = denoise(F, x + sigma[:, None, None, None] * noise, sigma, y, sigma_data)
+    error = weight[:, None, None] * jnp.mean((D_x - x) ** 2, axis=-1)  # (B, H, W)
+    if mask is None:
+        return error.mean(axis=(1, 2))
+    B, H, W = error.shape
+    p = patch_size
+    per_patch = error.reshape(B, H // p, p, W // p, p).mean(axis=(2, 4)).reshape(B, -1)  # (B, N)
+    return jnp.take_along_axis(per_patch, mask.keep, axis=1).mean(axis=1)

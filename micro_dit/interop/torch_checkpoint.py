@@ -1,0 +1,110 @@
+"""The public PyTorch release's state dict ↔ our parameters, by name and layout, bit for bit.
+
+The release keeps Linear weights as (out, in) and images as NCHW; we keep (in, out) and NHWC. It also stores two
+buffers, the position table and a mask token of zeros, which our network computes.
+"""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from micro_dit.errors import UserError
+from micro_dit.models.dit import DiTConfig, abstract_params
+from micro_dit.models.embeddings import position_table
+
+# Applied in order to one of our names; the order matters only where a pattern is a prefix of another.
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"^patch_embedding\.", "x_embedder."),
+    (r"^noise_embedding\.fc1\.", "t_embedder.mlp.0."),
+    (r"^noise_embedding\.fc2\.", "t_embedder.mlp.2."),
+    (r"^caption_projection\.", "y_embedder.y_proj."),
+    (r"^caption_block\.", "y_emb_preprocess."),
+    (r"^pooled_caption\.", "pooled_y_emb_process."),
+    (r"^mixer_in\.", "patch_mixer_map_xin."),
+    (r"^mixer_caption_in\.", "patch_mixer_map_y."),
+    (r"^mixer_out\.", "patch_mixer_map_xout."),
+    (r"^mixer\.", "patch_mixer."),
+    (r"(?<=^patch_mixer_map_)(xin|y|xout)\.norm\.", r"\1.0."),
+    (r"(?<=^patch_mixer_map_)(xin|y|xout)\.linear\.", r"\1.1."),
+    (r"\.cross_attn\.(q|kv)\.", r".cross_attn.\1_linear."),
+    (r"\.adaln\.", ".adaLN_modulation.1."),
+    (r"^final_layer\.norm\.", "final_layer.norm_final."),
+    (r"\.(kernel|scale)$", ".weight"),
+)
+
+
+def release_name(name: str) -> str:
+    """The release's name of one of our parameters, e.g. 'mixer.1.attn.qkv.kernel' → 'patch_mixer.1.attn.qkv.weight'."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def to_release_layout(name: str, value: np.ndarray, config: DiTConfig) -> np.ndarray:
+    """Our array in the release's layout; `name` is ours."""
+    if name == "patch_embedding.proj.kernel":  # (p·p·C, D) → (D, C, p, p)
+        p = config.patch_size
+        return value.reshape(p, p, config.in_channels, -1).transpose(3, 2, 0, 1)
+    return value.T if name.endswith(".kernel") else value
+
+
+def from_release_layout(name: str, value: np.ndarray) -> np.ndarray:
+    """The release's array in our layout; `name` is ours."""
+    if name == "patch_embedding.proj.kernel":  # (D, C, p, p) → (p·p·C, D)
+        return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
+    return value.T if name.endswith(".kernel") else value
+
+
+def release_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the release's state dict for this network, buffers included."""
+    p, C = config.patch_size, config.in_channels
+    shapes: dict[str, tuple[int, ...]] = {"pos_embed": (1, config.tokens, config.dim), "mask_token": (1, 1, p * p * C)}
+    for name, leaf in abstract_params(config).items():
+        shape = leaf.shape
+        if name == "patch_embedding.proj.kernel":
+            shape = (config.dim, C, p, p)
+        elif name.endswith(".kernel"):
+            shape = shape[::-1]
+        shapes[release_name(name)] = shape
+    return shapes
+
+
+def from_state_dict(state_dict: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
+    """Our parameters from the release's state dict.
+
+    Raises:
+        UserError: tensors are missing, superfluous or misshapen (all are listed), or the position table is not the one
+            that this configuration computes.
+    """
+    expected = release_shapes(config)
+    problems = [f"missing {name}" for name in expected if name not in state_dict]
+    problems += [f"unexpected {name}" for name in state_dict if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(state_dict[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in state_dict and tuple(state_dict[name].shape) != tuple(shape)
+    ]
+    if problems:
+        raise UserError("the state dict does not fit this network: " + "; ".join(problems))
+    table = position_table(config.dim, config.grid, config.pos_interp_scale)
+    if not np.allclose(state_dict["pos_embed"][0], table, atol=1e-5):
+        raise UserError(
+            f"the state dict's pos_embed is not the table of pos_interp_scale {config.pos_interp_scale}; set the scale "
+            "that it was trained with (2.0 for the released 512 px checkpoints)."
+        )
+    if np.any(state_dict["mask_token"]):
+        raise UserError("the state dict's mask_token is not zero; this network fills dropped patches with zeros.")
+    return {name: from_release_layout(name, state_dict[release_name(name)]) for name in abstract_params(config)}
+
+
+def to_state_dict(params: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
+    """The release's state dict, buffers included, from our parameters."""
+    table = position_table(config.dim, config.grid, config.pos_interp_scale)
+    state_dict = {
+        "pos_embed": table[None],
+        "mask_token": np.zeros((1, 1, config.patch_size**2 * config.in_channels), np.float32),
+    }
+    for name, value in params.items():
+        state_dict[release_name(name)] = np.ascontiguousarray(to_release_layout(name, np.asarray(value), config))
+    return state_dict

@@ -1,0 +1,131 @@
+"""The layers that every block is made of: norms, attention, the dense feed-forward, modulation.
+
+Parameters are float32. Matrix products run in `dtype` (bfloat16 on accelerators); the statistics of norms and the
+softmax of attention are computed in float32 whatever `dtype` is.
+
+B images · T tokens · d block width · w attention width · h head width · L caption tokens.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Initializer = Callable[..., jax.Array]
+
+
+def normal_init(std: float) -> Initializer:
+    """Normal(0, std²): the release truncates it at ±2 in absolute value, that is, not at all."""
+    return nnx.initializers.normal(std)
+
+
+def linear(
+    features: int,
+    out: int,
+    *,
+    use_bias: bool = True,
+    kernel_init: Initializer | None = None,
+    bias_init: Initializer | None = None,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A Linear layer, Xavier-uniform and with a zero bias unless said otherwise."""
+    return nnx.Linear(
+        features,
+        out,
+        use_bias=use_bias,
+        kernel_init=kernel_init or nnx.initializers.xavier_uniform(),
+        bias_init=bias_init or nnx.initializers.zeros_init(),
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def layer_norm(dim: int, *, eps: float, affine: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm without a bias; without a scale either if not `affine`."""
+    return nnx.LayerNorm(
+        dim,
+        epsilon=eps,
+        use_bias=False,
+        use_scale=affine,
+        use_fast_variance=False,  # E[x²] - E[x]² loses half the digits
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """x·(1 + scale) + shift, with one (B, d) shift and scale for all tokens of (B, T, d)."""
+    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention with QK-norm: (B, T, d) → (B, T, d).
+
+    The norm of queries and keys is a LayerNorm without affine over the whole attention width, all heads together.
+    """
+
+    def __init__(
+        self, dim: int, width: int, head_dim: int, *, use_bias: bool, eps: float, out_std: float,
+        dtype: jnp.dtype, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.heads = width // head_dim
+        self.qkv = linear(dim, 3 * width, use_bias=use_bias, kernel_init=normal_init(0.02), dtype=dtype, rngs=rngs)
+        self.qk_norm = layer_norm(width, eps=eps, affine=False, dtype=dtype, rngs=rngs)
+        self.proj = linear(width, dim, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)  # each (B, T, w)
+        return self.proj(attend(self.qk_norm(q), self.qk_norm(k), v, self.heads))
+
+
+class CrossAttention(nnx.Module):
+    """Image tokens look at the caption: x (B, T, d), y (B, L, d) → (B, T, d). Its width is always d."""
+
+    def __init__(
+        self, dim: int, head_dim: int, *, use_bias: bool, eps: float, out_std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.heads = dim // head_dim
+        self.q = linear(dim, dim, use_bias=use_bias, kernel_init=normal_init(0.02), dtype=dtype, rngs=rngs)
+        self.kv = linear(dim, 2 * dim, use_bias=use_bias, kernel_init=normal_init(0.02), dtype=dtype, rngs=rngs)
+        self.qk_norm = layer_norm(dim, eps=eps, affine=False, dtype=dtype, rngs=rngs)
+        self.proj = linear(dim, dim, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        k, v = jnp.split(self.kv(y), 2, axis=-1)  # each (B, L, d)
+        return self.proj(attend(self.qk_norm(self.q(x)), self.qk_norm(k), v, self.heads))
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+    """Scaled dot-product attention, head-major: q (B, T, w), k and v (B, L, w) → (B, T, w)."""
+    B, T, w = q.shape
+    q, k, v = (a.reshape(B, a.shape[1], heads, w // heads) for a in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v).reshape(B, T, w)
+
+
+class SwiGLU(nnx.Module):
+    """The dense feed-forward, w3(silu(w1 x)·w2 x): (B, T, d) → (B, T, d)."""
+
+    def __init__(
+        self, dim: int, hidden: int, *, use_bias: bool, out_std: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        # w2 is initialized as a residual writer, as in the release.
+        self.w1 = linear(dim, hidden, use_bias=use_bias, kernel_init=normal_init(0.02), dtype=dtype, rngs=rngs)
+        self.w2 = linear(dim, hidden, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
+        self.w3 = linear(hidden, dim, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
+
+    @staticmethod
+    def hidden_width(dim: int, ratio: float, multiple_of: int) -> int:
+        """int(2·int(d·ratio)/3), rounded up to `multiple_of`."""
+        return round_up(int(2 * int(dim * ratio) / 3), multiple_of)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.w3(jax.nn.silu(self.w1(x)) * self.w2(x))

@@ -1,0 +1,63 @@
+"""Which tokens an image keeps, dropping the rest, and putting everything back in place.
+
+All gathering of image tokens lives here. Rows are taken with `take_along_axis`, never with hand-broadcast indices: under
+SPMD the former stays local to the shard of the batch, the latter all-gathers it.
+
+B images · N tokens · K kept tokens · D width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class TokenMask(NamedTuple):
+    """A random subset of each image's tokens.
+
+    Attributes:
+        keep: (B, K) int32, positions of the kept tokens, in random order.
+        restore: (B, N) int32, for each position its rank in the random order; ranks below K are kept.
+    """
+
+    keep: jax.Array
+    restore: jax.Array
+
+    @property
+    def dropped(self) -> jax.Array:
+        """(B, N) float32, 1 where the token is dropped, 0 where it is kept."""
+        return (self.restore >= self.keep.shape[1]).astype(jnp.float32)
+
+
+def kept_tokens(tokens: int, mask_ratio: float) -> int:
+    """K = int(N·(1 - mask_ratio)), the number of tokens that survive (REFERENCE: deferred masking)."""
+    if not 0.0 <= mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio is {mask_ratio}, but must be at least 0 and below 1")
+    kept = int(tokens * (1.0 - mask_ratio))
+    if kept < 1:
+        raise ValueError(f"mask_ratio {mask_ratio} keeps none of {tokens} tokens; lower it")
+    return kept
+
+
+def mask_from_noise(noise: jax.Array, kept: int) -> TokenMask:
+    """Keeps the positions of the `kept` smallest values of `noise` (B, N): a uniform draw without replacement."""
+    order = jnp.argsort(noise, axis=1)
+    return TokenMask(keep=order[:, :kept].astype(jnp.int32), restore=jnp.argsort(order, axis=1).astype(jnp.int32))
+
+
+def random_mask(key: jax.Array, images: int, tokens: int, mask_ratio: float) -> TokenMask | None:
+    """Draws a different set of kept tokens for each image; None when nothing is to be dropped."""
+    kept = kept_tokens(tokens, mask_ratio)
+    return None if kept == tokens else mask_from_noise(jax.random.uniform(key, (images, tokens)), kept)
+
+
+def drop_tokens(x: jax.Array, mask: TokenMask) -> jax.Array:
+    """(B, N, D) → (B, K, D): the kept tokens, in the mask's order."""
+    return jnp.take_along_axis(x, mask.keep[:, :, None], axis=1)
+
+
+def restore_tokens(x: jax.Array, mask: TokenMask) -> jax.Array:
+    """(B, K, D) → (B, N, D): kept tokens back at their positions, zeros where tokens were dropped."""
+    B, K, D = x.shape
+    padded = jnp.concatenate([x, jnp.zeros((B, mask.restore.shape[1] - K, D), x.dtype)], axis=1)
+    return jnp.take_along_axis(padded, mask.restore[:, :, None], axis=1)

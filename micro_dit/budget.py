@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from micro_dit.errors import UserError
 from micro_dit.models.dit import BlockShape, DiTConfig
 from micro_dit.models.layers import SwiGLU
 from micro_dit.models.masking import kept_tokens
@@ -267,8 +268,10 @@ def plan(
         caption_tokens, one_hot_dispatch: see `forward_flops`.
 
     Raises:
-        UserError: if a phase cannot be trained with this network.
+        UserError: if a phase cannot be trained with this network, or `mfu` or `devices` make no sense.
     """
+    if not 0 < mfu <= 1 or devices < 1:
+        raise UserError(f"mfu {mfu} on {devices} devices: give a share of the peak in (0, 1] and at least one device.")
     price = chip.price if price is None else price
     costs = []
     for phase in phases:

@@ -109,6 +109,12 @@ def test_plan_adds_up_and_prints():
     assert len({len(line) for line in table.splitlines()[2:]}) == 1, "columns do not line up"
 
 
+@pytest.mark.parametrize("wrong", [{"mfu": 0.0}, {"mfu": 40.0}, {"devices": 0}])
+def test_senseless_plan_is_refused(wrong):
+    with pytest.raises(UserError, match="mfu"):
+        plan(make_config("Nano", input_size=16), [Phase("p", 16, 0.0, 10, 10)], CHIPS["h100"], **wrong)
+
+
 def test_unknown_price_stays_unknown():
     free = dataclasses.replace(CHIPS["h100"], price=None)
     result = plan(make_config("Nano", input_size=16), [Phase("p", 16, 0.0, 10, 10)], free)

@@ -255,6 +255,7 @@ class ShardWriter:
         self.out = Path(out).expanduser()
         self.fields = tuple(fields)
         self.examples_per_shard = examples_per_shard
+        self.records = 0  # written so far, in all splits
         self._files: dict[str, list[ShardFile]] = {split: [] for split in splits}
         self._open: dict[str, tuple[Path, ArrayRecordWriter, int]] = {}
         check_vacant(self.out)
@@ -271,7 +272,7 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for _, writer, _ in self._open.values():
-            with contextlib.suppress(RuntimeError):  # a failed writer fails again here, and would hide the first error
+            with contextlib.suppress(OSError, RuntimeError):  # a failed writer fails again, and would hide the cause
                 writer.close()
         shutil.rmtree(self.folder, ignore_errors=True)  # no such folder after `publish`
 
@@ -287,6 +288,7 @@ class ShardWriter:
         path, writer, count = self._open[split]
         self._attempt(writer.write, pack_record(record, self.fields))
         self._open[split] = (path, writer, count + 1)
+        self.records += 1
         if count + 1 == self.examples_per_shard:
             self._close(split)
 
@@ -426,8 +428,9 @@ def _check_file(path: Path, file: ShardFile, checksums: bool) -> None:
     if path.stat().st_size != file.bytes:
         raise UserError(f"The shard {path} has {path.stat().st_size} bytes instead of {file.bytes}: {again}.")
     reader = ArrayRecordReader(str(path))
-    records = reader.num_records()
-    reader.close()
+    records = reader.num_records()  # 0 if the file is damaged; only closing it would then raise
+    with contextlib.suppress(RuntimeError):
+        reader.close()
     if records != file.records:
         raise UserError(f"The shard {path} has {records} records instead of {file.records}: {again}.")
     if checksums:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from micro_dit.errors import UserError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 EPSILON = 1e-6  # of every group norm in diffusers' autoencoder
+
+Parameters = dict[str, Any]  # nested as the modules are, with jax arrays as leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,3 +287,210 @@ class AutoencoderKL(nnx.Module):
         if hasattr(self, "post_quant_conv"):
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: str | Path) -> AutoencoderConfig:
+    """Reads diffusers' `config.json`.
+
+    Raises:
+        UserError: The file is missing or broken, or asks for something that AutoencoderKL here does not do.
+    """
+    file = Path(folder) / CONFIG_FILE
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"No image autoencoder in {folder}: cannot read {file} ({error.strerror}).") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); download the autoencoder again.") from error
+    fields = {name: value for name, value in fields.items() if not (name.startswith("_") and name != "_class_name")}
+    levels = len(fields.get("block_out_channels", (64,)))
+    fixed = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    for name, only in fixed.items():
+        value = fields.pop(name, only)
+        if value != only:
+            raise UserError(f"{file}: '{name}' is {value!r}, but only {only!r} is supported here.")
+    known = {field.name for field in dataclasses.fields(AutoencoderConfig)}
+    if unknown := sorted(set(fields) - known):
+        raise UserError(f"{file}: field '{unknown[0]}' is not supported; AutoencoderKL has {', '.join(sorted(known))}.")
+    config = AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    if (config.latents_mean is None) != (config.latents_std is None):
+        raise UserError(f"{file}: 'latents_mean' and 'latents_std' must be given together.")
+    for width in config.block_out_channels:
+        if width % config.norm_num_groups:
+            raise UserError(f"{file}: 'norm_num_groups' ({config.norm_num_groups}) does not divide width {width}.")
+    return config
+
+
+def parameter_shapes(config: AutoencoderConfig) -> Parameters:
+    """The nested dictionary of parameters, as shapes only."""
+    model = nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def load_parameters(folder: str | Path, config: AutoencoderConfig) -> Parameters:
+    """Reads diffusers' weights into float32 arrays, nested as the modules are.
+
+    Raises:
+        UserError: The file is missing or broken, or its tensors are not exactly those of the configuration.
+    """
+    from safetensors import SafetensorError
+    from safetensors.flax import load_file
+
+    file = Path(folder) / WEIGHTS_FILE
+    try:
+        tensors = {_present_name(name): np.asarray(value, np.float32) for name, value in load_file(file).items()}
+    except OSError as error:
+        raise UserError(f"No image autoencoder in {folder}: cannot read {file} ({error.strerror or error}).") from error
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a valid safetensors file ({error}); download it again.") from error
+    leaves, structure = jax.tree_util.tree_flatten_with_path(parameter_shapes(config))
+    expected = {_tensor_name(path): leaf.shape for path, leaf in leaves}
+    arrays = {name: _to_ours(tensor) for name, tensor in tensors.items()}
+    problems = [f"{name} is missing" for name in expected if name not in arrays]
+    problems += [f"{name} is not expected" for name in arrays if name not in expected]
+    problems += [
+        f"{name} has shape {tensors[name].shape}, expected {_to_theirs(np.empty(shape)).shape}"
+        for name, shape in expected.items()
+        if name in arrays and arrays[name].shape != shape
+    ]
+    if problems:
+        raise UserError(f"{file} does not fit {CONFIG_FILE} beside it: {'; '.join(problems)}.")
+    return jax.tree_util.tree_unflatten(structure, [jnp.asarray(arrays[name]) for name in expected])
+
+
+def save_autoencoder(
+    folder: str | Path, config: AutoencoderConfig, parameters: Parameters, dtype: np.typing.DTypeLike = np.float32
+) -> None:
+    """Writes a folder that `load_image_encoder` and diffusers' `AutoencoderKL.from_pretrained` read.
+
+    Files that are there are replaced whole: a reader sees the old or the new one.
+    """
+    from safetensors.numpy import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(parameters)
+    tensors = {_tensor_name(path): _to_theirs(np.asarray(leaf)).astype(dtype) for path, leaf in leaves}
+    levels = len(config.block_out_channels)
+    fields = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        **dataclasses.asdict(config),
+    }
+    text = json.dumps(fields, indent=2) + "\n"
+    for name, data in ((WEIGHTS_FILE, save(tensors, {"format": "pt"})), (CONFIG_FILE, text.encode())):
+        temporary = folder / f".{name}.{os.getpid()}"
+        temporary.write_bytes(data)
+        temporary.replace(folder / name)
+
+
+def _tensor_name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(key.key) for key in path)
+
+
+def _present_name(name: str) -> str:
+    """Today's name of a tensor that old diffusers files call by another one."""
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
+    return name
+
+
+def _to_ours(tensor: np.ndarray) -> np.ndarray:
+    """PyTorch's (O, I, h, w) or (O, I) to (h, w, I, O) or (I, O)."""
+    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
+def _to_theirs(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
+
+
+# What the rest of the package uses -----------------------------------------------------------------------------------
+
+
+def load_image_encoder(path: str) -> "ImageEncoder":
+    """Loads a folder with diffusers' `config.json` and `diffusion_pytorch_model.safetensors`.
+
+    Raises:
+        UserError: A file is missing, or something in it is not supported.
+    """
+    config = read_config(path)
+    return ImageEncoder(config, load_parameters(path, config), name=Path(path).resolve().name)
+
+
+class ImageEncoder:
+    """A trained autoencoder as the diffusion model sees it: latents are normalized as diffusers' pipelines do.
+
+    Attributes:
+        name: Name of the folder it came from.
+        channels: C, channels of the latents.
+        downsample: Pixels per latent along each side.
+        fingerprint: Short hash of configuration and weights.
+    """
+
+    def __init__(self, config: AutoencoderConfig, parameters: Parameters, name: str):
+        self.name = name
+        self.config = config
+        self.channels = config.latent_channels
+        self.downsample = config.downsample
+        self.fingerprint = fingerprint(config, parameters)
+        self._parameters = parameters
+        graph = nnx.graphdef(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0))))
+        shift, scale = latent_scaling(config)
+
+        def encode(parameters: Parameters, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            mean, log_variance = nnx.merge(graph, parameters).encode(images)
+            return (mean - shift) * scale, jnp.exp(0.5 * log_variance) * scale
+
+        def decode(parameters: Parameters, latents: jax.Array) -> jax.Array:
+            return jnp.clip(nnx.merge(graph, parameters).decode(latents / scale + shift), -1.0, 1.0)
+
+        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+
+    def encode(self, images: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Mean and standard deviation of the normalized latents, each (B, H, W, C) float32.
+
+        Args:
+            images: (B, f·H, f·W, 3) float32 in [-1, 1].
+
+        Raises:
+            UserError: Height or width is not a multiple of `downsample`.
+        """
+        height, width = images.shape[1:3]
+        if height % self.downsample or width % self.downsample:
+            raise UserError(
+                f"Images of {height}×{width} pixels cannot be encoded by '{self.name}': "
+                f"resize or crop them so that both sides are multiples of {self.downsample}."
+            )
+        return self._encode(self._parameters, jnp.asarray(images, jnp.float32))
+
+    def decode(self, latents: jax.Array | np.ndarray) -> jax.Array:
+        """Images (B, f·H, f·W, 3) float32 in [-1, 1] of normalized latents (B, H, W, C)."""
+        return self._decode(self._parameters, jnp.asarray(latents, jnp.float32))
+
+
+def latent_scaling(config: AutoencoderConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(shift, scale), float32 per channel or scalar: normalized = (latent - shift) · scale, as diffusers' pipelines do."""
+    if config.latents_mean is not None and config.latents_std is not None:
+        shift, scale = np.asarray(config.latents_mean), config.scaling_factor / np.asarray(config.latents_std)
+    else:
+        shift, scale = np.asarray(config.shift_factor or 0.0), np.asarray(config.scaling_factor)
+    return shift.astype(np.float32), scale.astype(np.float32)
+
+
+def fingerprint(config: AutoencoderConfig, parameters: Parameters) -> str:
+    """Twelve hexadecimal digits that change with the configuration or any weight."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
+        digest.update(_tensor_name(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:12]

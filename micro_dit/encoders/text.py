@@ -154,12 +154,12 @@ def _cut(ids: list[int], tokens: int) -> list[int]:
 
 
 def _fingerprint(*files: Path, extra: str) -> str:
-    """Short sha256 over the contents of files and a string."""
+    """Twelve hexadecimal digits that change with any of the files or with `extra`."""
     digest = hashlib.sha256(extra.encode())
     for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:12]
 
 
 ENCODERS: dict[str, Callable[[int], TextEncoder]] = {"minilm": MiniLM}

@@ -8,6 +8,7 @@ L caption tokens · Y caption channels.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -322,27 +323,37 @@ class MicroDiT(nnx.Module):
         return unpatchify(x, config.patch_size, H, W)
 
 
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+@functools.lru_cache(maxsize=16)
+def _skeleton(config: DiTConfig, dtype: Any) -> tuple[Any, tuple[tuple[tuple[Any, ...], Any], ...]]:
+    """The network's structure and its abstract parameters by path; building it costs seconds for XL."""
+    model = nnx.eval_shape(lambda: MicroDiT(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, abstract = nnx.split(model)
+    return graphdef, tuple(nnx.to_flat_state(abstract))
+
+
 def init_params(config: DiTConfig, key: jax.Array) -> Params:
-    """Freshly initialized float32 parameters, as the public release initializes them. Can be jitted or eval_shaped."""
+    """Freshly initialized float32 parameters, as the public release initializes them. Can be jitted."""
     model = MicroDiT(config, rngs=nnx.Rngs(params=key))
-    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def abstract_params(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Names, shapes and dtypes of the parameters, without making them."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    _, leaves = _skeleton(config, jnp.float32)
+    return {_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
 def bind(config: DiTConfig, params: Params, dtype: Any = jnp.float32) -> MicroDiT:
-    """The network with these parameters; matrix products run in `dtype`.
+    """The network with these parameters; matrix products run in `dtype`. Cheap enough to call while tracing.
 
-    Cheap enough to call while tracing. Raises ValueError if a parameter is missing or superfluous.
+    Raises:
+        ValueError: a parameter is missing or superfluous.
     """
-    model = nnx.eval_shape(lambda: MicroDiT(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, abstract = nnx.split(model)
-    flat = nnx.to_flat_state(abstract)
-    names = {".".join(map(str, path)) for path, _ in flat}
-    if names != set(params):
-        raise ValueError(f"parameters differ from the network's: {sorted(names ^ set(params))[:10]}")
-    state = nnx.from_flat_state((path, leaf.replace(params[".".join(map(str, path))])) for path, leaf in flat)
-    return nnx.merge(graphdef, state)
+    graphdef, leaves = _skeleton(config, dtype)
+    if differing := {_name(path) for path, _ in leaves} ^ set(params):
+        raise ValueError(f"parameters differ from the network's: {sorted(differing)[:10]}")
+    return nnx.merge(graphdef, nnx.from_flat_state((path, leaf.replace(params[_name(path)])) for path, leaf in leaves))

@@ -30,20 +30,28 @@ class Network:
         self.config: DiTConfig = config_of(json.loads(str(self.arrays["config_json"])))
         self.state_dict = under(self.arrays, "params/")
         self.params = from_state_dict(self.state_dict, self.config)
-        self.forward = jax.jit(lambda params, x, t, y, mask: bind(self.config, params)(x, t, y, mask))
-        self.loss_and_gradients = jax.jit(jax.value_and_grad(self.loss))
+        # Parameters are arguments and not closed over: as constants they would be folded, which takes minutes.
+        self.forward = jax.jit(self._forward, static_argnames="scale")
+        self.denoise = jax.jit(self._denoise, static_argnames="scale")
+        self.loss_and_gradients = jax.jit(jax.value_and_grad(self._loss))
         self.sample = jax.jit(self._sample, static_argnames=("steps", "scale"))
 
-    def F(self, params: Any, mask: Any = None) -> edm.Network:
+    def F(self, params: Any, mask: Any, scale: float) -> edm.Network:
         network = bind(self.config, params)
-        return lambda x, t, y: network(x, t, y, mask)
+        return guide(lambda x, t, y: network(x, t, y, mask), scale)
 
-    def loss(self, params: Any, x: Any, y: Any, sigma: Any, noise: Any, mask: Any) -> jax.Array:
-        F = self.F(params, mask)
+    def _forward(self, params: Any, x: Any, t: Any, y: Any, mask: Any = None, scale: float = 1.0) -> jax.Array:
+        return self.F(params, mask, scale)(x, t, y)
+
+    def _denoise(self, params: Any, x: Any, sigma: Any, y: Any, mask: Any = None, scale: float = 1.0) -> jax.Array:
+        return edm.denoise(self.F(params, mask, scale), x, sigma, y)
+
+    def _loss(self, params: Any, x: Any, y: Any, sigma: Any, noise: Any, mask: Any) -> jax.Array:
+        F = self.F(params, mask, 1.0)
         return edm.loss(F, x, y, sigma, noise, mask=mask, patch_size=self.config.patch_size).mean()
 
     def _sample(self, params: Any, noise: Any, y: Any, steps: int, scale: float) -> jax.Array:
-        F = guide(self.F(params), scale)
+        F = self.F(params, None, scale)
         return heun(lambda x, sigma: edm.denoise(F, x, sigma, y), noise, noise_levels(steps))
 
 
@@ -71,8 +79,7 @@ def check_forward(net: Network, name: str, case: dict[str, np.ndarray], about: d
 
 def check_guidance(net: Network, name: str, case: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     x, y, t = nhwc(net.arrays["in/x"]), caption(net.arrays["in/y"]), case.get("t", net.arrays["in/t"])
-    ours = jax.jit(lambda *a: guide(net.F(net.params), about["cfg"])(*a))(x, t, y)
-    assert_close(ours, nhwc(case["sample"]), TOLERANCE, name)
+    assert_close(net.forward(net.params, x, t, y, None, scale=about["cfg"]), nhwc(case["sample"]), TOLERANCE, name)
 
 
 def check_preconditioning(net: Network, name: str, case: dict[str, np.ndarray], about: dict[str, Any]) -> None:
@@ -81,8 +88,9 @@ def check_preconditioning(net: Network, name: str, case: dict[str, np.ndarray], 
     _, _, c_in, c_noise = edm.precondition(jnp.asarray(sigma))
     assert_close(c_noise, inputs["c_noise"], TOLERANCE, "c_noise")
     assert_close(c_in[:, None, None, None] * x, nhwc(inputs["c_in_x"]), TOLERANCE, "c_in·x")
-    F = guide(net.F(net.params, mask_of(case)), about["cfg"])
-    D_x, F_x = jax.jit(lambda: (edm.denoise(F, x, sigma, y), F(c_in[:, None, None, None] * x, c_noise, y)))()
+    mask, scale = mask_of(case), about["cfg"]
+    F_x = net.forward(net.params, c_in[:, None, None, None] * x, c_noise, y, mask, scale=scale)
+    D_x = net.denoise(net.params, x, sigma, y, mask, scale=scale)
     assert_close(F_x, nhwc(case["F_x"]), TOLERANCE, f"{name} F_x")
     assert_close(D_x, nhwc(case["D_x"]), TOLERANCE, f"{name} D_x")
 
@@ -92,8 +100,7 @@ def check_loss(net: Network, name: str, case: dict[str, np.ndarray], about: dict
     x, y, noise = nhwc(shared["x"]), caption(shared["y"]), nhwc(case["noise"])
     sigma, mask = case["sigma"].reshape(-1), mask_of(case)
     assert_close(np.exp(about["P_mean"] + about["P_std"] * case["rnd_normal"].reshape(-1)), sigma, TOLERANCE, "sigma")
-    F = net.F(net.params, mask)
-    D_xn = jax.jit(lambda: edm.denoise(F, x + sigma[:, None, None, None] * noise, sigma, y))()
+    D_xn = net.denoise(net.params, x + sigma[:, None, None, None] * noise, sigma, y, mask)
     assert_close(D_xn, nhwc(case["D_xn"]), TOLERANCE, f"{name} D_xn")
 
     loss, gradients = net.loss_and_gradients(net.params, x, y, sigma, noise, mask)
@@ -123,13 +130,12 @@ def check_sampler(net: Network, name: str, case: dict[str, np.ndarray], about: d
     assert_close(
         net.sample(net.params, noise, y, steps, scale), nhwc(case["latents"]), SAMPLER_TOLERANCE, f"{name} latents"
     )
-    F = guide(net.F(net.params), scale)
-    first = jax.jit(lambda x, s: edm.denoise(F, x, s, y))
+    call = functools.partial(net.denoise, net.params, y=y, mask=None, scale=scale)
     x = noise * np.float32(levels[0])
-    D_x = first(x, np.float32(levels[:1]))
+    D_x = call(x, np.float32(levels[:1]))
     assert_close(D_x, nhwc(case["first_D_x"]), SAMPLER_TOLERANCE, f"{name} first call")
     x = x + np.float32(levels[1] - levels[0]) * (x - D_x) / np.float32(levels[0])
-    second = first(x, np.float32(levels[1:2]))
+    second = call(x, np.float32(levels[1:2]))
     assert_close(second, nhwc(case["second_D_x"]), SAMPLER_TOLERANCE, f"{name} second call")
 
 
@@ -168,11 +174,10 @@ def test_activations(network_file: Path) -> None:
     if not golden:
         pytest.skip("this golden file holds no activations")
     x, t, y = nhwc(net.arrays["in/x"]), net.arrays["in/t"], caption(net.arrays["in/y"])
-    model = bind(net.config, net.params)
 
     @jax.jit
-    def activations() -> dict[str, jax.Array]:
-        acts = {}
+    def activations(params: Any) -> dict[str, jax.Array]:
+        model, acts = bind(net.config, params), {}
         acts["t_embedder"] = model.noise_embedding(t)
         acts["y_embedder"] = model.caption_projection(y)
         acts["y_emb_preprocess"] = model.caption_block(acts["y_embedder"])
@@ -180,7 +185,7 @@ def test_activations(network_file: Path) -> None:
         acts["x_embedder"] = model.patch_embedding(x)
         return acts
 
-    for name, value in activations().items():
+    for name, value in activations(net.params).items():
         assert_close(value, caption(golden[name]), TOLERANCE, name)
 
 

@@ -9,6 +9,7 @@ L caption tokens · Y caption channels · E experts.
 
 import dataclasses
 import re
+import time
 from collections.abc import Sequence
 
 from micro_dit.errors import UserError
@@ -142,8 +143,8 @@ class Chip:
 
 
 # NVIDIA's data sheets print tensor-core figures "with sparsity"; these are the dense halves. The cut-down PCIe and NVL
-# cards of the H100 and H200 have other peaks, and are therefore not matched. TPU prices are Google Cloud's list prices
-# on demand in US regions; the H100's is that of the MicroDiT paper (8 × H100 for $30 an hour).
+# cards of the H100 and H200 have other peaks, and are therefore not matched. The H100's
+# price is that of the MicroDiT paper (8 × H100 for $30 an hour); the others move too much to be written down.
 # fmt: off
 _CHIPS = (
     Chip("h100",      989e12, 80e9,  3.35e12,  3.75, r"NVIDIA H100 80GB HBM3$",      "NVIDIA H100 data sheet, SXM"),
@@ -152,10 +153,10 @@ _CHIPS = (
     Chip("a100-80gb", 312e12, 80e9,  2.039e12, None, r"NVIDIA A100.*80GB( PCIe)?$",  "NVIDIA A100 data sheet, SXM"),
     Chip("l4",        121e12, 24e9,  300e9,    None, r"NVIDIA L4$",                  "NVIDIA L4 data sheet"),
     Chip("t4",        65e12,  16e9,  320e9,    None, r"(NVIDIA )?(Tesla )?T4$",      "NVIDIA T4 data sheet"),
-    Chip("v4",        275e12, 32e9,  1.2e12,   3.22, r"TPU v4$",                     "cloud.google.com/tpu/docs/v4"),
-    Chip("v5e",       197e12, 16e9,  819e9,    1.20, r"TPU v5( lite|e)$",            "cloud.google.com/tpu/docs/v5e"),
-    Chip("v5p",       459e12, 95e9,  2.765e12, 4.20, r"TPU v5p?$",                   "cloud.google.com/tpu/docs/v5p"),
-    Chip("v6e",       918e12, 32e9,  1.64e12,  2.70, r"TPU v6( lite|e)$",            "cloud.google.com/tpu/docs/v6e"),
+    Chip("v4",        275e12, 32e9,  1.2e12,   None, r"TPU v4$",                     "cloud.google.com/tpu/docs/v4"),
+    Chip("v5e",       197e12, 16e9,  819e9,    None, r"TPU v5( lite|e)$",            "cloud.google.com/tpu/docs/v5e"),
+    Chip("v5p",       459e12, 95e9,  2.765e12, None, r"TPU v5p?$",                   "cloud.google.com/tpu/docs/v5p"),
+    Chip("v6e",       918e12, 32e9,  1.64e12,  None, r"TPU v6( lite|e)$",            "cloud.google.com/tpu/docs/v6e"),
 )
 # fmt: on
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _CHIPS}
@@ -164,6 +165,23 @@ CHIPS: dict[str, Chip] = {chip.name: chip for chip in _CHIPS}
 def chip_of(device_kind: str) -> Chip | None:
     """The chip behind `jax.devices()[0].device_kind`; None if it is not in the table (a CPU, say)."""
     return next((chip for chip in CHIPS.values() if re.match(chip.device_kind, device_kind)), None)
+
+
+def measure_chip(seconds: float = 0.3) -> Chip:
+    """The machine at hand as a Chip named "cpu", its peak measured by float32 matrix products for `seconds`."""
+    import jax
+    import jax.numpy as jnp
+
+    side = 1024
+    a = jnp.ones((side, side), jnp.float32)
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(a).block_until_ready()
+    best, until = float("inf"), time.monotonic() + seconds
+    while time.monotonic() < until:
+        started = time.monotonic()
+        multiply(a).block_until_ready()
+        best = min(best, time.monotonic() - started)
+    return Chip("cpu", 2 * side**3 / best, 0.0, 0.0, 0.0, r"cpu$", "measured by a matrix product")
 
 
 # ---- Plan ------------------------------------------------------------------------------------------------------------

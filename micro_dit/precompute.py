@@ -325,6 +325,7 @@ def summary(manifest: Manifest, out: str, seconds: float) -> str:
 def main(argv: Sequence[str]) -> int:
     """Runs `precompute` with the flags; a UserError is one line and exit status 1."""
     del argv
+    logging.set_verbosity(logging.WARNING)  # at INFO, JAX tells of every backend that it does not find
     values = flags.FLAGS
     try:
         precompute(
@@ -363,7 +364,6 @@ def define_flags() -> None:
         "resolutions", lambda sides: all(side.isdigit() for side in sides), message="must be numbers, e.g. 256,512"
     )
     flags.mark_flags_as_required(["source", "out", "vae"])
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # JAX tells of every backend that it does not find
 
 
 if __name__ == "__main__":

@@ -139,6 +139,12 @@ class Manifest:
         """Size of all files."""
         return sum(file.bytes for files in self.splits.values() for file in files)
 
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the contents of all files."""
+        hashes = "".join(file.sha256 for split in sorted(self.splits) for file in self.splits[split])
+        return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+
     def to_json(self) -> str:
         """Serializes to indented JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -420,11 +420,16 @@ def _to_theirs(array: np.ndarray) -> np.ndarray:
 def load_image_encoder(path: str) -> "ImageEncoder":
     """Loads a folder with diffusers' `config.json` and `diffusion_pytorch_model.safetensors`.
 
+    Args:
+        path: The folder, or the name of one that comes with the package: `openmoji_vae`.
+
     Raises:
         UserError: A file is missing, or something in it is not supported.
     """
-    config = read_config(path)
-    return ImageEncoder(config, load_parameters(path, config), name=Path(path).resolve().name)
+    shipped = Path(__file__).parent.parent / "assets" / path
+    folder = shipped if not Path(path).exists() and shipped.exists() else Path(path)
+    config = read_config(folder)
+    return ImageEncoder(config, load_parameters(folder, config), name=folder.resolve().name)
 
 
 class ImageEncoder:

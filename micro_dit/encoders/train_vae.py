@@ -75,7 +75,7 @@ def train_step(
     pixels = images.astype(jnp.float32) / 127.5 - 1
     noise_key = jax.random.fold_in(key, step)
     loss, gradient = jax.value_and_grad(reconstruction_loss)(state["parameters"], pixels, noise_key, graph)
-    update, optimizer = OPTIMIZER.update(gradient, state["optimizer"])
+    update, optimizer = OPTIMIZER.update(gradient, state["optimizer"], state["parameters"])
     parameters = jax.tree.map(lambda p, u: p - learning_rate * u, state["parameters"], update)
     decay = jnp.minimum(EMA_DECAY, (1 + step) / (10 + step))  # the first steps are soon forgotten
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], parameters)

@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +137,12 @@ def test_a_damaged_record_stops_the_iterator_with_its_name(tmp_path: Path):
     iterator = make_train_iterator(folder, "validation", 16, batch_size=3, seed=0)
     with pytest.raises(UserError, match=r"Record 1 of .*validation-00000-of-00001\.array_record cannot be read"):
         next(iterator)
+
+
+def test_reading_needs_neither_torch_nor_tensorflow(shards: Path):
+    code = (
+        "import sys; from micro_dit.data.pipeline import make_train_iterator;"
+        f"next(make_train_iterator({str(shards)!r}, 'train', 16, 4, 0));"
+        "assert not {'torch', 'transformers', 'diffusers', 'tensorflow'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,357 @@
+"""The training of a model, top to bottom: one step, and the loop around it.
+
+A run is a list of phases that hand over to each other in one work directory. Everything a phase needs is checked before
+the first step; whatever happens afterwards (an interrupt, a kill, a NaN), the same command goes on from the last whole
+checkpoint, exactly.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from micro_dit import budget
+from micro_dit.data.pipeline import load_split, make_train_iterator
+from micro_dit.data.shards import Manifest, check_shards, read_manifest
+from micro_dit.diffusion import edm
+from micro_dit.errors import UserError
+from micro_dit.evaluation.heldout import make_heldout_loss
+from micro_dit.models.dit import DiTConfig, abstract_params, bind, make_config
+from micro_dit.models.masking import random_mask
+from micro_dit.parallel import mesh as meshes
+from micro_dit.training import report
+from micro_dit.training.checkpoint import Checkpoints
+from micro_dit.training.ema import update_ema
+from micro_dit.training.interrupt import Interrupt
+from micro_dit.training.metrics import MetricWriter
+from micro_dit.training.optimizer import make_optimizer
+from micro_dit.training.phases import Phase, make_phases, phase_starts
+from micro_dit.training.previews import Previews
+from micro_dit.training.progress import Progress
+from micro_dit.training.state import TrainState, enter_phase, init_state, stream
+from micro_dit.training.workdir import claim_workdir
+
+Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What all phases of a run have in common.
+
+    Attributes:
+        sigma_data: standard deviation of the latents.
+        caption_drop: probability that a caption's embedding is zeroed in training.
+        dtype: of the matrix products.
+        adam: b1, b2, eps and weight_decay of `make_optimizer`.
+    """
+
+    sigma_data: float
+    caption_drop: float
+    dtype: str
+    adam: Mapping[str, float]
+
+    def optimizer(self, phase: Phase) -> optax.GradientTransformation:
+        return make_optimizer(phase.clip, **self.adam)
+
+
+def make_train_step(
+    network: DiTConfig, phase: Phase, first_step: int, recipe: Recipe
+) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
+    """One optimizer step of a phase: (state, batch, key) → (state, metrics). `first_step` is the phase's first."""
+    schedule, optimizer = phase.schedule(), recipe.optimizer(phase)
+
+    def loss_of(params: Any, batch: Mapping[str, jax.Array], key: jax.Array, step: jax.Array) -> jax.Array:
+        """Every random draw has its own stream, so that mask, noise level, noise and caption drop are independent."""
+        x = batch["latent_mean"].astype(jnp.float32)  # (B, H, W, C)
+        if "latent_std" in batch:  # the posterior is drawn anew at each visit
+            x = x + batch["latent_std"].astype(jnp.float32) * jax.random.normal(stream(key, "posterior", step), x.shape)
+        B = x.shape[0]
+        dropped = jax.random.bernoulli(stream(key, "caption_drop", step), recipe.caption_drop, (B, 1, 1))
+        y = jnp.where(dropped, 0, batch["caption"])  # (B, L, Y)
+        sigma = edm.draw_sigma(stream(key, "sigma", step), B, phase.P_mean, phase.P_std)
+        noise = jax.random.normal(stream(key, "noise", step), x.shape)
+        mask = random_mask(stream(key, "mask", step), B, network.tokens, phase.mask_ratio)
+
+        model = bind(network, params, jnp.dtype(recipe.dtype))
+        return edm.loss(
+            lambda x, t, y: model(x, t, y, mask, phase.mask_position), x, y, sigma, noise,
+            mask=mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,
+        ).mean()  # fmt: skip
+
+    def train_step(
+        state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        loss, gradients = jax.value_and_grad(loss_of)(state.params, batch, key, state.step)
+        in_phase = state.step - first_step
+        learning_rate = schedule(in_phase)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = update_ema(ema, params, phase.ema_decay, active=in_phase >= phase.ema_start)
+        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), "learning_rate": learning_rate}
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def network_of(phase: Phase, config: Any, manifest: Manifest) -> DiTConfig:
+    """The phase's network: the size from the config, what goes in and out from the shards."""
+    if phase.resolution % manifest.vae.downsample:
+        raise UserError(f"phase {phase.name!r}: {phase.resolution} px is no multiple of {manifest.vae.downsample}.")
+    overrides = dict(config.model)
+    network = make_config(
+        overrides.pop("size"),
+        input_size=phase.resolution // manifest.vae.downsample,
+        in_channels=manifest.vae.channels,
+        caption_channels=manifest.text_encoder.channels,
+        pos_interp_scale=phase.pos_interp_scale,
+        **overrides,
+    )
+    network.check(phase.mask_ratio, phase.mask_position)
+    return network
+
+
+def prepare_shards(config: Any, say: Callable[[str], None]) -> Manifest:
+    """The manifest of the config's shards; those of the embedded data are made first if they are missing."""
+    data = config.data
+    if data.source and not (Path(data.shards) / "manifest.json").exists():
+        from micro_dit.precompute import precompute  # brings torch, which training itself has no use for
+
+        say(f"preparing {data.shards} from {data.source} (once)")
+        precompute(
+            source=data.source, out=data.shards, resolutions=tuple(data.resolutions), vae=data.vae,
+            text_encoder=data.text_encoder, caption_tokens=data.caption_tokens, report=say,
+        )  # fmt: skip
+    return read_manifest(data.shards)
+
+
+def train(config: Any, workdir: str | Path) -> Path:
+    """Trains by a config (see configs/mask75.py for its fields) in a work directory; goes on where the last run stopped.
+
+    Returns:
+        The work directory.
+
+    Raises:
+        UserError: something in the config, the shards or the work directory needs the user's hand, or the loss is NaN.
+    """
+    workdir = Path(workdir).absolute()
+    main_process = jax.process_index() == 0
+    say: Callable[[str], None] = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
+
+    # 1. Check everything that can be checked before the first step.
+    phases = make_phases(config.phases)
+    starts = phase_starts(phases)
+    mesh = meshes.make_mesh(config.mesh.data)
+    for phase in phases:
+        meshes.check_batch(mesh, phase.batch_size, f"batch_size of phase {phase.name!r}")
+    manifest = prepare_shards(config, say)
+    for phase in phases:
+        check_shards(manifest, config.data.shards, resolution=phase.resolution, caption_tokens=config.data.caption_tokens)
+    networks = [network_of(phase, config, manifest) for phase in phases]
+    text = manifest.text_encoder
+    about_shards = {
+        "vae": manifest.vae.fingerprint, "text_encoder": text.fingerprint, "caption_tokens": text.tokens,
+        "attribution": manifest.attribution, "files": manifest.fingerprint,
+    }  # fmt: skip
+    claim_workdir(workdir, config.to_dict(), about_shards)
+    recipe = Recipe(config.diffusion.sigma_data, config.diffusion.caption_drop, config.dtype, dict(config.adam))
+
+    # 2. Say what is going to happen.
+    chip = budget.chip_of(jax.devices()[0].device_kind) or budget.measure_chip()
+    price = config.cost.dollars_per_device_hour * mesh.size
+    say(report.parameter_table(abstract_params(networks[0])))
+    say(report.plan_table(networks, phases, chip, mesh.size, config.cost.mfu, config.cost.dollars_per_device_hour, text.tokens))
+
+    # 3. Restore, or start.
+    checkpoints = Checkpoints(workdir, keep_steps=tuple(starts[1:]))
+
+    def abstract_of(meta: Mapping[str, Any]) -> TrainState:
+        index = meta["phase"]
+        make = lambda: init_state(  # noqa: E731
+            networks[index], recipe.optimizer(phases[index]), config.seed, None, phases[index].ema_decay > 0
+        )
+        sharding = meshes.replicated(mesh)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(make))
+
+    restored = checkpoints.restore(abstract_of, warn=say)
+    meta: dict[str, Any]
+    if restored is None:
+        state = init_state(
+            networks[0], recipe.optimizer(phases[0]), config.seed, meshes.replicated(mesh), phases[0].ema_decay > 0
+        )
+        meta = {"step": 0, "phase": 0, "images": 0, "seconds": 0.0, "dollars": 0.0, "data": None}
+    else:
+        state, meta = restored
+        say(f"continuing from step {meta['step']} of {starts[-1]} ({checkpoints.folder / str(meta['step'])})")
+
+    # 4. Train phase after phase.
+    writer = MetricWriter(
+        workdir, tensorboard=config.logging.tensorboard, wandb_project=config.logging.wandb_project or None,
+        config=config.to_dict(), enabled=main_process,
+    )  # fmt: skip
+    sampling = config.sampling
+    previews = Previews(
+        workdir, sampling.prompts, manifest, vae=config.data.vae, text_encoder=config.data.text_encoder,
+        guidance=sampling.guidance, steps=sampling.steps, sigma_data=recipe.sigma_data, dtype=recipe.dtype,
+    )  # fmt: skip
+    run = _Run(config, workdir, mesh, recipe, manifest, chip, price, checkpoints, writer, previews, say)
+    with Interrupt() as interrupt:
+        for index, (phase, network) in enumerate(zip(phases, networks, strict=True)):
+            if meta["step"] >= starts[index + 1]:
+                continue  # done before the restart
+            if index > meta["phase"]:
+                state = enter_phase(
+                    state, recipe.optimizer(phase), phase.ema_decay > 0, phase.fresh_optimizer, meshes.replicated(mesh)
+                )
+                meta |= {"phase": index, "data": None}
+            state, meta = run.phase(phase, network, starts[index], state, meta, interrupt)
+            if interrupt.requested and meta["step"] < starts[-1]:
+                checkpoints.close()
+                writer.close()
+                say(f"stopped at step {meta['step']:,} of {starts[-1]:,}, saved in {workdir}; run the same command to continue.")
+                return workdir
+
+    # 5. Leave something to look at.
+    checkpoints.close()
+    writer.close()
+    if main_process:
+        spans = [(phase.name, first, last) for phase, first, last in zip(phases, starts, starts[1:], strict=False)]
+        example = previews.prompts[0] if previews.prompts else None
+        say(report.finish(workdir, spans, meta, example))
+    return workdir
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the phases of a run share."""
+
+    config: Any
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    recipe: Recipe
+    manifest: Manifest
+    chip: budget.Chip
+    price: float
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    previews: Previews
+    say: Callable[[str], None]
+
+    def phase(
+        self, phase: Phase, network: DiTConfig, first_step: int, state: TrainState, meta: dict[str, Any],
+        interrupt: Interrupt,
+    ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
+        """Trains one phase, from wherever `state` is in it; returns early on an interrupt, with everything saved."""
+        config, last_step = self.config, first_step + phase.steps
+        iterator = make_train_iterator(
+            config.data.shards, "train", phase.resolution, phase.batch_size // jax.process_count(),
+            seed=config.seed + meta["phase"], process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        if meta["data"] is not None:
+            iterator.set_state(meta["data"])
+        heldout = self._heldout_loss(phase, network)
+        progress = Progress(
+            phase.name, phase.steps, meta["step"] - first_step, phase.batch_size,
+            flops_per_image=budget.training_flops(
+                network, phase.mask_ratio, self.manifest.text_encoder.tokens, phase.mask_position
+            ),
+            peak_flops=self.chip.peak_flops * self.mesh.size if self.chip.name != "cpu" else self.chip.peak_flops,
+            dollars_per_hour=self.price, dollars_before=meta["dollars"], enabled=jax.process_index() == 0,
+        )  # fmt: skip
+        before, started = dict(meta), time.monotonic()
+
+        def meta_at(step: int) -> dict[str, Any]:
+            """Counters at a step; the data's position is that of the batches taken until now."""
+            return before | {
+                "step": step,
+                "images": before["images"] + (step - before["step"]) * phase.batch_size,
+                "seconds": before["seconds"] + time.monotonic() - started,
+                "dollars": progress.dollars,
+                "data": iterator.get_state(),
+                "model": dataclasses.asdict(network),
+            }
+
+        key = jax.device_put(jax.random.key(config.seed), meshes.replicated(self.mesh))
+        batch = meshes.to_device(next(iterator), self.mesh)
+        step_function = jax.jit(
+            make_train_step(network, phase, first_step, self.recipe),
+            donate_argnums=0,
+            out_shardings=meshes.replicated(self.mesh),
+        )
+        compile_started = time.monotonic()
+        compiled = step_function.lower(state, batch, key).compile()
+        self.say(report.compilation(phase.name, compiled, time.monotonic() - compile_started))
+
+        step, previous = meta["step"], None
+        while True:
+            # The order matters: dispatch the step, and only then read the metrics of the one before, so that the device
+            # never waits; the iterator's position is saved before the next batch is taken, so that it fits the state.
+            state, metrics = compiled(state, batch, key)
+            step += 1
+            if previous is not None:
+                self._record(step - 1, first_step, previous, progress, phase)
+            previous = metrics
+            ends = step == last_step or interrupt.requested
+            saves = ends or step % config.checkpoint_every == 0
+            evaluates = step == last_step or (config.evaluate_every and step % config.evaluate_every == 0)
+            samples = step == last_step or (config.sampling.every and step % config.sampling.every == 0)
+            if saves or evaluates or samples:
+                # Nothing is saved or shown before this step's loss is known to be finite.
+                self._record(step, first_step, previous, progress, phase)
+                previous = None
+                with progress.paused():
+                    if saves:
+                        self.checkpoints.save(state, meta_at(step), wait=ends)
+                    if evaluates and heldout is not None:
+                        scalars = heldout(state.params)
+                        if state.ema is not None:
+                            averaged = heldout(state.ema)
+                            scalars = averaged | {
+                                "heldout_loss": scalars["heldout_loss"], "heldout_loss_ema": averaged["heldout_loss"]
+                            }
+                        self.writer.write_scalars(step, scalars)
+                    if samples:
+                        grid = self.previews.draw(network, state.best_params, step)
+                        if grid is not None:
+                            self.writer.write_images(step, {"samples": grid})
+            if ends:
+                break
+            batch = meshes.to_device(next(iterator), self.mesh)
+        progress.close()
+        return state, meta_at(step)
+
+    def _record(self, step: int, first_step: int, metrics: Metrics, progress: Progress, phase: Phase) -> None:
+        """Shows and writes a step's metrics; a loss that is not finite ends the run before anything is saved."""
+        values = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
+            progress.close()
+            self.checkpoints.close()
+            steps = self.checkpoints.steps
+            good = f"the last good checkpoint is {self.checkpoints.folder / str(steps[0])}" if steps else "none was saved yet"
+            raise UserError(
+                f"the loss is {values['loss']} (gradient norm {values['gradient_norm']}) at step {step} of phase "
+                f"{phase.name!r}; {good}; lower its learning_rate or clip and run the same command with a new --workdir."
+            )
+        progress.update(step - first_step, values)
+        if step % self.config.logging.every == 0:
+            self.writer.write_scalars(step, values | progress.scalars())
+
+    def _heldout_loss(self, phase: Phase, network: DiTConfig) -> Callable[[Any], dict[str, float]] | None:
+        split = self.config.data.heldout
+        if not split or not self.manifest.splits.get(split):
+            return None
+        data = load_split(self.config.data.shards, split, phase.resolution, self.config.data.heldout_images)
+        place = meshes.replicated(self.mesh)
+        data = {name: jax.device_put(data[name], place) for name in ("latent_mean", "caption")}
+        return make_heldout_loss(
+            network, data, P_mean=phase.P_mean, P_std=phase.P_std, sigma_data=self.recipe.sigma_data,
+            dtype=jnp.dtype(self.recipe.dtype),
+        )  # fmt: skip
+

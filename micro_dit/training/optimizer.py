@@ -1,0 +1,18 @@
+"""AdamW as the paper uses it, without the learning rate, which each phase schedules by its own steps."""
+
+import optax
+
+
+def make_optimizer(
+    clip: float, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.1
+) -> optax.GradientTransformation:
+    """Clip by global norm → Adam → decoupled weight decay on all parameters, as the public release decays them.
+
+    Its state has the same structure whatever the arguments, so that a phase can take over the state of the phase before.
+    The learning rate is multiplied in afterwards.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        optax.add_decayed_weights(weight_decay),
+    )

@@ -1,0 +1,86 @@
+"""What a run says in words and pictures before it starts and after it ends."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from micro_dit import budget
+from micro_dit.models.dit import DiTConfig
+from micro_dit.training.phases import Phase
+
+
+def parameter_table(params: Mapping[str, Any]) -> str:
+    """The parameters by part of the network, as clu draws them: blocks are added up, or the table would fill pages."""
+    import jax
+    import numpy as np
+    from clu import parameter_overview
+
+    parts: dict[str, int] = {}
+    for name, leaf in params.items():
+        words = name.split(".")
+        part = ".".join(words[:2]) if words[0] in ("blocks", "mixer") else words[0]
+        parts[part] = parts.get(part, 0) + int(np.prod(leaf.shape))
+    order = sorted(parts, key=lambda part: [int(w) if w.isdigit() else -1 for w in part.split(".")] + [0])
+    order.sort(key=lambda part: ("mixer" in part) + 2 * part.startswith("blocks") + 3 * part.startswith("final"))
+    shapes = {part: jax.ShapeDtypeStruct((parts[part],), np.float32) for part in order}
+    return parameter_overview.get_parameter_overview(shapes, include_stats=False)
+
+
+def plan_table(
+    networks: Sequence[DiTConfig], phases: Sequence[Phase], chip: budget.Chip, devices: int, mfu: float,
+    dollars_per_device_hour: float, caption_tokens: int,
+) -> str:  # fmt: skip
+    """Phases, steps, FLOPs, predicted time and dollars."""
+    planned = [
+        budget.Phase(p.name, n.input_size, p.mask_ratio, p.steps, p.batch_size, p.mask_position)
+        for p, n in zip(phases, networks, strict=True)
+    ]
+    return budget.plan(
+        networks[0], planned, chip, devices, mfu=mfu, price=dollars_per_device_hour, caption_tokens=caption_tokens
+    ).table()
+
+
+def compilation(phase: str, compiled: Any, seconds: float) -> str:
+    """One line about a compiled step: seconds, memory, FLOPs."""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    parts = [f"{phase}: compiled in {seconds:.1f} s"]
+    if memory is not None:
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        parts.append(f"{peak / 2**30:.2f} GiB per device ({memory.temp_size_in_bytes / 2**30:.2f} temporary)")
+    if cost.get("flops", 0) > 0:
+        parts.append(f"{cost['flops'] / 1e9:,.1f} GFLOP per step and device")
+    return ", ".join(parts)
+
+
+def finish(
+    workdir: Path, phases: Sequence[tuple[str, int, int]], meta: Mapping[str, Any], example: str | None
+) -> str:
+    """Makes final.png, progress.gif and curves.png, and says where everything is.
+
+    Args:
+        workdir: of the run.
+        phases: name, first and last step of each.
+        meta: counters at the end.
+        example: a prompt for the closing line.
+    """
+    from PIL import Image
+
+    from micro_dit.evaluation.grids import plot_curves, save_gif
+    from micro_dit.training.metrics import read_metrics
+
+    made = []
+    if frames := sorted((workdir / "samples").glob("step_*.png")):
+        shutil.copyfile(frames[-1], workdir / "final.png")
+        save_gif([Image.open(frame) for frame in frames], workdir / "progress.gif", seconds_per_frame=0.4)
+        made += ["final.png (samples)", "progress.gif (how they came about)"]
+    plot_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png", phases)
+    made += ["curves.png", "metrics.jsonl", "tensorboard/", "checkpoints/"]
+    spent = f", ${meta['dollars']:.2f}" if meta["dollars"] else ""
+    lines = [
+        f"done: {meta['step']:,} steps, {meta['images']:,} images, {meta['seconds'] / 60:.1f} minutes{spent}",
+        f"in {workdir}: {', '.join(made)}",
+    ]
+    if example:
+        lines.append(f'draw your own: python -m micro_dit.sample --workdir={workdir} --prompt="{example}" --out=picture.png')
+    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""Everything that a training step changes, and the random streams it draws from."""
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from micro_dit.models.dit import DiTConfig, Params, init_params
+
+
+class TrainState(NamedTuple):
+    """The state of a run between two steps; all float32 but the step.
+
+    Attributes:
+        step: () int32, optimizer steps since the run began, over all phases.
+        params: the network's parameters.
+        opt_state: of the optimizer.
+        ema: the moving average of the parameters, or None where the phase keeps none.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params | None
+
+    @property
+    def best_params(self) -> Params:
+        """What to sample from: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def init_state(
+    config: DiTConfig, optimizer: optax.GradientTransformation, seed: int, sharding: Any, with_ema: bool
+) -> TrainState:
+    """A fresh state, made where it will live: no full copy on the host."""
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(config, key)
+        ema = jax.tree.map(jnp.copy, params) if with_ema else None
+        return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
+
+    return jax.jit(init, out_shardings=sharding)(stream(jax.random.key(seed), "init"))
+
+
+def enter_phase(
+    state: TrainState, optimizer: optax.GradientTransformation, with_ema: bool, fresh_optimizer: bool, sharding: Any
+) -> TrainState:
+    """The hand-over to the next phase: the moving average begins or ends, and the optimizer may start afresh."""
+
+    def enter(state: TrainState) -> TrainState:
+        opt_state = optimizer.init(state.params) if fresh_optimizer else state.opt_state
+        ema = state.ema
+        if with_ema and ema is None:
+            ema = jax.tree.map(jnp.copy, state.params)
+        return TrainState(state.step, state.params, opt_state, ema if with_ema else None)
+
+    return jax.jit(enter, out_shardings=sharding)(state)
+
+
+def stream(key: jax.Array, name: str, step: jax.Array | int | None = None) -> jax.Array:
+    """The key of a named random stream, at a step if one is given: independent of every other name and step."""
+    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return key if step is None else jax.random.fold_in(key, step)

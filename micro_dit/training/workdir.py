@@ -1,0 +1,58 @@
+"""A work directory belongs to one config: the run in it can only be continued by the same one."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from micro_dit.errors import UserError
+
+# What may change between two starts of the same run: it has no influence on the trained parameters.
+MAY_CHANGE = ("checkpoint_every", "evaluate_every", "sampling", "logging", "cost", "mesh")
+
+
+def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
+    """Writes workdir/config.json, or checks that the one there is of the same run.
+
+    Args:
+        workdir: made if missing.
+        config: nested dict of plain values.
+        shards: what the run was started with besides, to be found again by `sample`.
+
+    Raises:
+        UserError: the work directory belongs to another config; the differing fields are named.
+    """
+    path = Path(workdir) / "config.json"
+    ours = json.loads(json.dumps({"config": dict(config), "shards": dict(shards)}))  # tuples become lists
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        before, now = _flat(theirs["config"]), _flat(ours["config"])
+        differing = [
+            f"{name} ({before.get(name)!r} there, {now.get(name)!r} here)"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and name.split(".")[0] not in MAY_CHANGE
+        ]
+        if not differing and theirs["shards"] != ours["shards"]:
+            differing = ["the shards, which were made again with other encoders or data"]
+        if differing:
+            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+            raise UserError(
+                f"{workdir} belongs to a run with another config: {'; '.join(differing[:4])}{more}; give a new --workdir, "
+                "or the config that it was started with."
+            )
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(ours, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists as one dict by dotted names."""
+    if isinstance(tree, dict):
+        items = [(f"{prefix}.{name}" if prefix else name, value) for name, value in tree.items()]
+    elif isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
+        items = [(f"{prefix}[{index}]", value) for index, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {name: value for key, item in items for name, value in _flat(item, key).items()}

@@ -56,14 +56,19 @@ class AutoencoderConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+def uniform_parameter(shape: tuple[int, ...], inputs: int, rngs: nnx.Rngs) -> nnx.Param:
+    """A float32 parameter initialized as PyTorch does by default, for a layer that adds up so many inputs."""
+    bound = 1 / math.sqrt(inputs)
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
+
+
 class Conv(nnx.Module):
     """Square convolution of (B, H, W, I) with a weight of (size, size, I, O)."""
 
     def __init__(self, channels_in: int, channels_out: int, size: int, *, rngs: nnx.Rngs):
-        bound = 1 / math.sqrt(size * size * channels_in)  # PyTorch's default initialization
-        shape = (size, size, channels_in, channels_out)
-        self.weight = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
-        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (channels_out,), jnp.float32, -bound, bound))
+        inputs = size * size * channels_in
+        self.weight = uniform_parameter((size, size, channels_in, channels_out), inputs, rngs)
+        self.bias = uniform_parameter((channels_out,), inputs, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         around = (self.weight.shape[0] // 2,) * 2
@@ -80,10 +85,8 @@ class Linear(nnx.Module):
     """x @ weight + bias, with a weight of (I, O)."""
 
     def __init__(self, channels_in: int, channels_out: int, *, rngs: nnx.Rngs):
-        bound = 1 / math.sqrt(channels_in)
-        shape = (channels_in, channels_out)
-        self.weight = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
-        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (channels_out,), jnp.float32, -bound, bound))
+        self.weight = uniform_parameter((channels_in, channels_out), channels_in, rngs)
+        self.bias = uniform_parameter((channels_out,), channels_in, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x @ self.weight[...] + self.bias[...]
@@ -226,10 +229,10 @@ class Encoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = Conv(config.in_channels, widths[0], 3, rngs=rngs)
-        self.down_blocks = nnx.List([
-            DownBlock(width_in, width_out, config.layers_per_block, groups, last=i == len(widths) - 1, rngs=rngs)
-            for i, (width_in, width_out) in enumerate(zip((widths[0], *widths), widths, strict=False))
-        ])
+        self.down_blocks: nnx.List[DownBlock] = nnx.List()
+        for i, width in enumerate(widths):
+            before, last = widths[max(i - 1, 0)], i == len(widths) - 1
+            self.down_blocks.append(DownBlock(before, width, config.layers_per_block, groups, last, rngs=rngs))
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention, rngs=rngs)
         self.conv_norm_out = GroupNorm(widths[-1], groups)
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, rngs=rngs)
@@ -248,10 +251,10 @@ class Decoder(nnx.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         self.conv_in = Conv(config.latent_channels, widths[0], 3, rngs=rngs)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention, rngs=rngs)
-        self.up_blocks = nnx.List([
-            UpBlock(width_in, width_out, config.layers_per_block + 1, groups, last=i == len(widths) - 1, rngs=rngs)
-            for i, (width_in, width_out) in enumerate(zip((widths[0], *widths), widths, strict=False))
-        ])
+        self.up_blocks: nnx.List[UpBlock] = nnx.List()
+        for i, width in enumerate(widths):
+            before, last = widths[max(i - 1, 0)], i == len(widths) - 1
+            self.up_blocks.append(UpBlock(before, width, config.layers_per_block + 1, groups, last, rngs=rngs))
         self.conv_norm_out = GroupNorm(widths[-1], groups)
         self.conv_out = Conv(widths[-1], config.out_channels, 3, rngs=rngs)
 
@@ -289,9 +292,6 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(latents)
 
 
-# Files ---------------------------------------------------------------------------------------------------------------
-
-
 def read_config(folder: str | Path) -> AutoencoderConfig:
     """Reads diffusers' `config.json`.
 
@@ -320,7 +320,8 @@ def read_config(folder: str | Path) -> AutoencoderConfig:
     known = {field.name for field in dataclasses.fields(AutoencoderConfig)}
     if unknown := sorted(set(fields) - known):
         raise UserError(f"{file}: field '{unknown[0]}' is not supported; AutoencoderKL has {', '.join(sorted(known))}.")
-    config = AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    config = AutoencoderConfig(**values)
     if (config.latents_mean is None) != (config.latents_std is None):
         raise UserError(f"{file}: 'latents_mean' and 'latents_std' must be given together.")
     for width in config.block_out_channels:
@@ -414,9 +415,6 @@ def _to_theirs(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
 
 
-# What the rest of the package uses -----------------------------------------------------------------------------------
-
-
 def load_image_encoder(path: str) -> "ImageEncoder":
     """Loads a folder with diffusers' `config.json` and `diffusion_pytorch_model.safetensors`.
 
@@ -484,7 +482,7 @@ class ImageEncoder:
 
 
 def latent_scaling(config: AutoencoderConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(shift, scale), float32 per channel or scalar: normalized = (latent - shift) · scale, as diffusers' pipelines do."""
+    """(shift, scale), float32 (C,) or (): normalized = (latent - shift) · scale, as in diffusers' pipelines."""
     if config.latents_mean is not None and config.latents_std is not None:
         shift, scale = np.asarray(config.latents_mean), config.scaling_factor / np.asarray(config.latents_std)
     else:

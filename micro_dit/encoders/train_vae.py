@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,10 @@ from micro_dit.errors import UserError
 PIXELS = 128
 CROP = 64
 CONFIG = AutoencoderConfig(
-    block_out_channels=(16, 32, 64, 96),
+    block_out_channels=(16, 24, 48, 96),
     layers_per_block=1,
     latent_channels=8,
-    norm_num_groups=8,
+    norm_num_groups=4,
     sample_size=PIXELS,
     scaling_factor=0.9,  # standard deviation of the normalized latents
     use_quant_conv=False,
@@ -44,8 +45,24 @@ CONFIG = AutoencoderConfig(
 WARMUP_STEPS = 100
 EMA_DECAY = 0.998
 EDGE_WEIGHT, SQUARED_WEIGHT, KL_WEIGHT = 1.0, 0.5, 3e-4
-OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=0.9, b2=0.99))
+# The last part of the training sees whole images: group norms then have the statistics that they will have in use.
+WHOLE_IMAGES_FROM = 0.75
 WEIGHT_DTYPE = np.float16
+
+
+def make_optimizer() -> optax.GradientTransformation:
+    """Muon for the convolutions, each taken as a matrix to its output channels, and Adam for the rest.
+
+    Jordan et al., "Muon" (2024), with the update sizes of Liu et al., "Muon is Scalable" (2025). In trials of equal
+    CPU time it was well ahead of Adam. The learning rate is applied by the train step.
+    """
+
+    def as_matrices(parameters: Parameters) -> Any:
+        as_matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+        return jax.tree.map(lambda leaf: as_matrix if leaf.ndim == 4 else None, parameters)
+
+    muon = optax.contrib.muon(-1.0, consistent_rms=0.2, adam_b2=0.99, muon_weight_dimension_numbers=as_matrices)
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
 def reconstruction_loss(parameters: Parameters, images: jax.Array, key: jax.Array, graph: nnx.GraphDef) -> jax.Array:
@@ -60,29 +77,38 @@ def reconstruction_loss(parameters: Parameters, images: jax.Array, key: jax.Arra
 
 
 def train_step(
-    state: dict, images: jax.Array, step: jax.Array, learning_rate: jax.Array, key: jax.Array, graph: nnx.GraphDef
+    state: dict,
+    images: jax.Array,
+    step: jax.Array,
+    learning_rate: jax.Array,
+    key: jax.Array,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
 ) -> tuple[dict, jax.Array]:
-    """One Adam step and one step of the moving averages.
+    """One optimizer step and one step of the moving averages.
 
     Args:
         state: {'parameters', 'ema', 'optimizer'}; donated.
-        images: uint8 (B, CROP, CROP, 3).
+        images: uint8 (B, h, w, 3).
         step: Number of steps before this one.
         learning_rate: Its learning rate.
         key: Random key of the whole run.
         graph: The model without its parameters.
+        optimizer: From `make_optimizer`.
     """
     pixels = images.astype(jnp.float32) / 127.5 - 1
     noise_key = jax.random.fold_in(key, step)
     loss, gradient = jax.value_and_grad(reconstruction_loss)(state["parameters"], pixels, noise_key, graph)
-    update, optimizer = OPTIMIZER.update(gradient, state["optimizer"], state["parameters"])
+    update, moments = optimizer.update(gradient, state["optimizer"], state["parameters"])
     parameters = jax.tree.map(lambda p, u: p - learning_rate * u, state["parameters"], update)
     decay = jnp.minimum(EMA_DECAY, (1 + step) / (10 + step))  # the first steps are soon forgotten
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state["ema"], parameters)
-    return {"parameters": parameters, "ema": ema, "optimizer": optimizer}, loss
+    return {"parameters": parameters, "ema": ema, "optimizer": moments}, loss
 
 
-def inked_crops(images: np.ndarray, ink: list[np.ndarray], rng: np.random.Generator, count: int) -> np.ndarray:
+def inked_crops(
+    images: np.ndarray, ink: list[np.ndarray], rng: np.random.Generator, count: int, size: int
+) -> np.ndarray:
     """Draws random crops that contain something, mirrored, turned and with their color channels shuffled.
 
     Args:
@@ -90,31 +116,33 @@ def inked_crops(images: np.ndarray, ink: list[np.ndarray], rng: np.random.Genera
         ink: For each image the (row, column) pairs of pixels that are not white, from `find_ink`.
         rng: Source of randomness.
         count: Number of crops.
+        size: Their side in pixels.
 
     Returns:
-        uint8 (count, CROP, CROP, 3).
+        uint8 (count, size, size, 3).
     """
-    crops = np.empty((count, CROP, CROP, 3), np.uint8)
+    crops = np.empty((count, size, size, 3), np.uint8)
     for crop in crops:
         index = rng.integers(len(images))
         # A crop around a random inked pixel, which may lie anywhere in it, pushed back inside the image.
-        corner = ink[index][rng.integers(len(ink[index]))] - rng.integers(CROP, size=2)
-        row, column = np.clip(corner, 0, PIXELS - CROP)
-        drawn = images[index, row : row + CROP, column : column + CROP][..., rng.permutation(3)]
-        drawn = np.rot90(drawn, rng.integers(4))
+        corner = ink[index][rng.integers(len(ink[index]))] - rng.integers(size, size=2)
+        row, column = np.clip(corner, 0, PIXELS - size)
+        drawn = images[index, row : row + size, column : column + size][..., rng.permutation(3)]
+        drawn = np.rot90(drawn, int(rng.integers(4)))
         crop[...] = drawn[::-1] if rng.integers(2) else drawn
     return crops
 
 
 def find_ink(images: np.ndarray) -> list[np.ndarray]:
     """For each uint8 image the (row, column) of its non-white pixels on a grid of 4 pixels; (0, 0) if it has none."""
-    inked = (images[:, ::4, ::4] < 250).any(-1)
+    inked = np.any(images[:, ::4, ::4] < 250, axis=-1)
     return [4 * np.argwhere(image) if image.any() else np.zeros((1, 2), int) for image in inked]
 
 
 def learning_rate_at(progress: float, step: int, peak: float) -> float:
     """Linear warm-up in steps, then a cosine to 1% over the progress from 0 to 1 (of the time or of the steps)."""
-    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1))))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * min(progress, 1))
+    return peak * min(1, (step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * cosine)
 
 
 def measure_latents(encoder: ImageEncoder, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,8 +190,13 @@ def _batches(images: np.ndarray, size: int = 16) -> list[np.ndarray]:
 
 
 def train(
-    out: str, minutes: float | None, steps: int | None, seed: int, batch_size: int, learning_rate: float,
-    report_seconds: float = 180,
+    out: str,
+    minutes: float | None,
+    steps: int | None,
+    seed: int,
+    batch_size: int,
+    learning_rate: float,
+    report_seconds: float = 300,
 ) -> dict:
     """Trains, writes the autoencoder to `out`, and returns what `metrics.json` there holds.
 
@@ -186,36 +219,38 @@ def train(
 
     graph, initial = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(seed)))
     parameters = nnx.to_pure_dict(initial)
+    optimizer = make_optimizer()
     state = {
         "parameters": parameters,
-        "ema": jax.tree.map(jnp.copy, parameters),
-        "optimizer": OPTIMIZER.init(parameters),
+        "ema": jax.tree.map(jnp.copy, parameters),  # a copy, as the state is donated
+        "optimizer": optimizer.init(parameters),
     }
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     print(f"{len(images)} training images, {len(held_out)} held out, {count:,} parameters", flush=True)
-    step_function = jax.jit(functools.partial(train_step, graph=graph), donate_argnums=0)
+    step_function = jax.jit(functools.partial(train_step, graph=graph, optimizer=optimizer), donate_argnums=0)
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
 
     started, cpu_started = time.monotonic(), time.process_time()
     last_report, step, progress = started, 0, 0.0
     while progress < 1:
         rate = learning_rate_at(progress, step, learning_rate)
-        crops = inked_crops(images, ink, rng, batch_size)
+        size = CROP if progress < WHOLE_IMAGES_FROM else PIXELS
+        crops = inked_crops(images, ink, rng, batch_size * CROP**2 // size**2, size)
         state, loss = step_function(state, crops, jnp.int32(step), jnp.float32(rate), key)
         step += 1
         loss.block_until_ready()  # the clock below is the schedule
         now = time.monotonic()
         progress = step / steps if steps else (now - started) / (60 * minutes)  # type: ignore[operator]
         if now - last_report > report_seconds or step in (1, 100):
-            quality = math.nan
+            watched_psnr = math.nan
             if step > 100:
                 encoder = ImageEncoder(normalize_latents(state["ema"], images[::32]), state["ema"], "interim")
                 save_autoencoder(out, encoder.config, state["ema"], WEIGHT_DTYPE)
-                quality = psnr(watched, reconstruct(encoder, watched)).mean()
-            speed = batch_size * step / (now - started)
+                watched_psnr = float(psnr(watched, reconstruct(encoder, watched)).mean())
+            speed = step / (now - started)
             left = (now - started) * (1 - progress) / progress / 60
             print(
-                f"step {step}  loss {float(loss):.4f}  held-out PSNR {quality:.2f} dB  {speed:.1f} crops/s  "
+                f"step {step}  loss {float(loss):.4f}  held-out PSNR {watched_psnr:.2f} dB  {speed:.2f} steps/s  "
                 f"{(now - started) / 60:.1f} min ({(time.process_time() - cpu_started) / 60:.1f} CPU-min), "
                 f"{left:.1f} min left",
                 flush=True,
@@ -235,7 +270,6 @@ def train(
         "pixels": PIXELS,
         "parameters": count,
         "steps": step,
-        "crops": step * batch_size,
         "wall_minutes": round(trained_minutes, 1),
         "cpu_minutes": round(cpu_minutes, 1),
         "held_out_images": len(held_out),
@@ -259,8 +293,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="wall time to train for")
     parser.add_argument("--steps", type=int, help="number of steps, instead of --minutes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--batch_size", type=int, default=8, help="crops in a step")
+    parser.add_argument("--learning_rate", type=float, default=6e-3)
     arguments = parser.parse_args()
     try:
         train(**vars(arguments))

@@ -52,10 +52,12 @@ class ExpertChoiceFFN(nnx.Module):
         B, N, d = x.shape
         chosen, probabilities = self.route(x)
         E, T = chosen.shape[1:]
-        flat = chosen.reshape(B, E * T)
-        taken = jnp.take_along_axis(x, flat[:, :, None], axis=1).reshape(B, E, T, d).astype(self.dtype)
-        hidden = jax.nn.gelu(jnp.einsum("betd,edf->betf", taken, self.w1[...].astype(self.dtype)), approximate=False)
-        out = jnp.einsum("betf,efd->betd", hidden, self.w2[...].astype(self.dtype))
-        out = (out * probabilities[..., None].astype(out.dtype)).reshape(B, E * T, d)
+        rows = chosen.reshape(B, E * T)
+        taken = jnp.take_along_axis(x, rows[:, :, None], axis=1)  # (B, E·T, d)
+        # One matrix an expert, over all images: the layout in which XLA needs no transposes around the products.
+        taken = taken.reshape(B, E, T, d).transpose(1, 0, 2, 3).reshape(E, B * T, d).astype(self.dtype)
+        hidden = jax.nn.gelu(jnp.einsum("end,edf->enf", taken, self.w1[...].astype(self.dtype)), approximate=False)
+        out = jnp.einsum("enf,efd->end", hidden, self.w2[...].astype(self.dtype))
+        out = out.reshape(E, B, T, d).transpose(1, 0, 2, 3) * probabilities[..., None].astype(self.dtype)  # (B, E, T, d)
         add = jax.vmap(lambda rows, updates: jnp.zeros((N, d), updates.dtype).at[rows].add(updates))
-        return add(flat, out)
+        return add(rows, out.reshape(B, E * T, d))

@@ -48,7 +48,7 @@ class OpenMoji:
 
     name = "openmoji"
     attribution = "All emojis designed by OpenMoji (https://openmoji.org), license CC BY-SA 4.0"
-    splits = SPLITS
+    splits: tuple[str, ...] = SPLITS
 
     def __init__(self, groups: tuple[str, ...] | None = None, px: int = 128):
         """Reads the captions; draws nothing yet.

@@ -1,0 +1,209 @@
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from micro_dit.encoders.image import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AutoencoderConfig,
+    AutoencoderKL,
+    ImageEncoder,
+    load_image_encoder,
+    load_parameters,
+    read_config,
+    save_autoencoder,
+)
+from micro_dit.errors import UserError
+
+WITH_ATTENTION = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "scaling_factor": 0.3,
+    "shift_factor": 0.1,
+}
+PLAIN = {
+    "block_out_channels": (8, 12),
+    "layers_per_block": 1,
+    "latent_channels": 8,
+    "norm_num_groups": 2,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "mid_block_add_attention": False,
+    "scaling_factor": 0.9,
+    "latents_mean": [0.1 * i for i in range(8)],
+    "latents_std": [1.0 + 0.1 * i for i in range(8)],
+}
+
+
+def make_reference(settings, folder):
+    """diffusers' own autoencoder with random weights everywhere, saved to a folder."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    levels = len(settings["block_out_channels"])
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **settings
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too: ones and zeros would hide mistakes
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+def assert_close(ours, theirs):
+    theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
+    assert ours.shape == theirs.shape
+    assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = AutoencoderConfig(**{**PLAIN, "latents_mean": (0.5,) * 8, "latents_std": (2.0,) * 8})
+    return config, nnx.to_pure_dict(nnx.state(AutoencoderKL(config, rngs=nnx.Rngs(0))))
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    save_autoencoder(tmp_path, *tiny)
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    file = folder / CONFIG_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("settings", [WITH_ATTENTION, PLAIN], ids=["attention", "plain"])
+def test_same_numbers_as_diffusers(settings, tmp_path):
+    torch = pytest.importorskip("torch")
+    reference = make_reference(settings, tmp_path).requires_grad_(False)
+    encoder = load_image_encoder(str(tmp_path))
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
+
+    posterior = reference.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist
+    if "latents_mean" in settings:
+        shift = torch.tensor(settings["latents_mean"]).view(1, -1, 1, 1)
+        scale = settings["scaling_factor"] / torch.tensor(settings["latents_std"]).view(1, -1, 1, 1)
+    else:
+        shift, scale = settings["shift_factor"], settings["scaling_factor"]
+    mean, std = encoder.encode(images)
+    assert_close(mean, (posterior.mean - shift) * scale)
+    assert_close(std, posterior.std * scale)
+
+    latents = ((posterior.mean - shift) * scale).permute(0, 2, 3, 1)
+    images = reference.decode(posterior.mean).sample
+    assert 0.3 < (images.abs() < 1).float().mean() < 1  # so that it matters that `decode` stays within [-1, 1]
+    assert_close(encoder.decode(latents.numpy()), images.clamp(-1, 1))
+    assert encoder.downsample == 2 ** (len(settings["block_out_channels"]) - 1)
+    assert encoder.channels == settings["latent_channels"]
+
+
+def test_diffusers_reads_what_is_saved(tiny, folder):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    reference, info = diffusers.AutoencoderKL.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert reference.config.latents_std == [2.0] * 8
+    latents = np.random.default_rng(0).normal(size=(1, 3, 2, 8)).astype(np.float32)
+    theirs = reference.decode(torch.tensor(latents.transpose(0, 3, 1, 2))).sample
+    config, parameters = tiny
+    model = nnx.merge(nnx.graphdef(AutoencoderKL(config, rngs=nnx.Rngs(0))), parameters)
+    assert_close(jax.jit(lambda z: model.decode(z))(latents), theirs)
+
+
+def test_saved_weights_come_back_exactly_and_float16_ones_as_float32(tiny, folder):
+    config, parameters = tiny
+    assert read_config(folder) == config
+    again = load_parameters(folder, config)
+    assert jax.tree.structure(again) == jax.tree.structure(parameters)
+    jax.tree.map(np.testing.assert_array_equal, again, parameters)
+
+    save_autoencoder(folder, config, parameters, np.float16)
+    half = load_parameters(folder, config)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.float32(np.float16(b))), half, parameters)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG_FILE, WEIGHTS_FILE])
+
+
+def test_old_attention_names_are_read(tmp_path):
+    config = AutoencoderConfig(block_out_channels=(8,), norm_num_groups=4)
+    parameters = nnx.to_pure_dict(nnx.state(AutoencoderKL(config, rngs=nnx.Rngs(0))))
+    save_autoencoder(tmp_path, config, parameters)
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {re.sub(r"to_(q|k|v|out\.0)", lambda match: old[match[0]], name): t for name, t in tensors.items()}
+    assert "decoder.mid_block.attentions.0.proj_attn.weight" in renamed
+    save_file(renamed, tmp_path / WEIGHTS_FILE)
+    jax.tree.map(np.testing.assert_array_equal, load_parameters(tmp_path, config), parameters)
+
+
+def test_every_tensor_that_does_not_fit_is_listed(tiny, folder):
+    tensors = load_file(folder / WEIGHTS_FILE)
+    del tensors["encoder.conv_in.bias"]
+    tensors["decoder.conv_out.extra"] = np.zeros(3, np.float32)
+    tensors["decoder.conv_in.weight"] = np.zeros((12, 4, 3, 3), np.float32)
+    save_file(tensors, folder / WEIGHTS_FILE)
+    with pytest.raises(UserError) as error:
+        load_image_encoder(str(folder))
+    message = str(error.value)
+    assert "encoder.conv_in.bias is missing" in message
+    assert "decoder.conv_out.extra is not expected" in message
+    assert "decoder.conv_in.weight has shape (12, 4, 3, 3), expected (12, 8, 3, 3)" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "down_block_types"),
+        ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "up_block_types"),
+        ({"act_fn": "gelu"}, "act_fn"),
+        ({"_class_name": "AutoencoderDC"}, "AutoencoderDC"),
+        ({"patch_size": [2, 2]}, "patch_size"),
+        ({"latents_mean": None}, "latents_mean"),
+        ({"norm_num_groups": 5}, "norm_num_groups"),
+    ],
+)
+def test_unsupported_settings_are_named(folder, changes, named):
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=named):
+        read_config(folder)
+
+
+def test_missing_and_broken_files_are_named(folder):
+    with pytest.raises(UserError, match=r"no_such_folder.*config\.json"):
+        load_image_encoder(str(folder / "no_such_folder"))
+    (folder / WEIGHTS_FILE).write_bytes(b"not a safetensors file")
+    with pytest.raises(UserError, match=WEIGHTS_FILE):
+        load_image_encoder(str(folder))
+    (folder / WEIGHTS_FILE).unlink()
+    with pytest.raises(UserError, match=WEIGHTS_FILE):
+        load_image_encoder(str(folder))
+    (folder / CONFIG_FILE).write_text("{")
+    with pytest.raises(UserError, match=CONFIG_FILE):
+        load_image_encoder(str(folder))
+
+
+def test_images_that_do_not_divide_are_refused(tiny):
+    encoder = ImageEncoder(*tiny, "tiny")
+    with pytest.raises(UserError, match=r"30×31.*multiples of 2"):
+        encoder.encode(np.zeros((1, 30, 31, 3), np.float32))
+
+
+def test_the_fingerprint_tells_weights_and_settings_apart(tiny, folder):
+    config, parameters = tiny
+    first = ImageEncoder(config, parameters, "tiny").fingerprint
+    assert load_image_encoder(str(folder)).fingerprint == first
+    assert ImageEncoder(dataclasses.replace(config, scaling_factor=1.0), parameters, "tiny").fingerprint != first
+    changed = jax.tree.map(lambda leaf: leaf, parameters)
+    changed["decoder"]["conv_out"]["bias"] = changed["decoder"]["conv_out"]["bias"].at[0].add(1e-6)
+    assert ImageEncoder(config, changed, "tiny").fingerprint != first

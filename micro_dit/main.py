@@ -1,4 +1,4 @@
-"""Trains a model: `python -m micro_dit.main --config=configs/mask75.py [--workdir=runs/mask75] [--config.FIELD=VALUE …]`."""
+"""Trains a model: `python -m micro_dit.main --config=configs/mask75.py [--workdir=…] [--config.FIELD=VALUE …]`."""
 
 import difflib
 import os
@@ -52,8 +52,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _leaves(config: object, prefix: str = "") -> list[tuple[str, object]]:
-    items = config.items() if hasattr(config, "items") else []
-    return [leaf for name, value in items for leaf in (_leaves(value, f"{prefix}{name}.") or [(f"{prefix}{name}", value)])]
+    """(dotted name, value) of every field."""
+    found: list[tuple[str, object]] = []
+    for name, value in config.items() if hasattr(config, "items") else ():
+        found += _leaves(value, f"{prefix}{name}.") or [(f"{prefix}{name}", value)]
+    return found
 
 
 def _parse_or_exit(argv: Sequence[str]) -> list[str]:

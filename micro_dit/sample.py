@@ -1,4 +1,4 @@
-"""Pictures from a trained model: `python -m micro_dit.sample --workdir=runs/mask75 --prompt="grinning cat" --out=cat.png`."""
+"""Pictures from a trained model: `python -m micro_dit.sample --workdir=runs/mask75 --prompt="red heart" --out=a.png`."""
 
 import json
 import math
@@ -89,7 +89,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{workdir} is no work directory of a run (it has no config.json); give the --workdir of one.")
     run = json.loads((workdir / "config.json").read_text())
     params, meta = Checkpoints(workdir).load_params(FLAGS.step)
-    config = DiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()}
+    config = DiTConfig(**fields)
 
     sampling, data = run["config"]["sampling"], run["config"]["data"]
     guidance = sampling["guidance"] if FLAGS.guidance is None else FLAGS.guidance

@@ -8,7 +8,7 @@ checkpoint, exactly.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,12 @@ def network_of(phase: Phase, config: Any, manifest: Manifest) -> DiTConfig:
     return network
 
 
-def prepare_shards(config: Any, say: Callable[[str], None]) -> Manifest:
-    """The manifest of the config's shards; those of the embedded data are made first if they are missing."""
+def prepare_shards(config: Any, phases: Sequence[Phase], say: Callable[[str], None]) -> list[Manifest]:
+    """The manifest of each phase's shards; those of the embedded data are made first if they are missing.
+
+    Raises:
+        UserError: shards are missing, damaged, lack the phase's resolution, or have other encoders than the first ones.
+    """
     data = config.data
     if data.source and not (Path(data.shards) / "manifest.json").exists():
         from micro_dit.precompute import precompute  # brings torch, which training itself has no use for
@@ -129,17 +133,25 @@ def prepare_shards(config: Any, say: Callable[[str], None]) -> Manifest:
             source=data.source, out=data.shards, resolutions=tuple(data.resolutions), vae=data.vae,
             text_encoder=data.text_encoder, caption_tokens=data.caption_tokens, report=say,
         )  # fmt: skip
-    return read_manifest(data.shards)
+    folders = [phase.shards or data.shards for phase in phases]
+    manifests = [read_manifest(folder) for folder in folders]
+    first = manifests[0]
+    for phase, folder, manifest in zip(phases, folders, manifests, strict=True):
+        check_shards(
+            manifest, folder, resolution=phase.resolution, caption_tokens=data.caption_tokens,
+            vae_fingerprint=first.vae.fingerprint, text_fingerprint=first.text_encoder.fingerprint,
+        )  # fmt: skip
+    return manifests
 
 
 def train(config: Any, workdir: str | Path) -> Path:
-    """Trains by a config (see configs/mask75.py for its fields) in a work directory; goes on where the last run stopped.
+    """Trains by a config (see configs/mask75.py); goes on where the last run in the work directory stopped.
 
     Returns:
         The work directory.
 
     Raises:
-        UserError: something in the config, the shards or the work directory needs the user's hand, or the loss is NaN.
+        UserError: the config, the shards or the work directory needs the user's hand, or the loss is not finite.
     """
     workdir = Path(workdir).absolute()
     main_process = jax.process_index() == 0
@@ -151,34 +163,31 @@ def train(config: Any, workdir: str | Path) -> Path:
     mesh = meshes.make_mesh(config.mesh.data)
     for phase in phases:
         meshes.check_batch(mesh, phase.batch_size, f"batch_size of phase {phase.name!r}")
-    manifest = prepare_shards(config, say)
-    for phase in phases:
-        check_shards(manifest, config.data.shards, resolution=phase.resolution, caption_tokens=config.data.caption_tokens)
+    manifests = prepare_shards(config, phases, say)
+    manifest = manifests[0]
     networks = [network_of(phase, config, manifest) for phase in phases]
     text = manifest.text_encoder
     about_shards = {
         "vae": manifest.vae.fingerprint, "text_encoder": text.fingerprint, "caption_tokens": text.tokens,
-        "attribution": manifest.attribution, "files": manifest.fingerprint,
+        "attribution": manifest.attribution, "files": [m.fingerprint for m in manifests],
     }  # fmt: skip
     claim_workdir(workdir, config.to_dict(), about_shards)
     recipe = Recipe(config.diffusion.sigma_data, config.diffusion.caption_drop, config.dtype, dict(config.adam))
 
     # 2. Say what is going to happen.
     chip = budget.chip_of(jax.devices()[0].device_kind) or budget.measure_chip()
-    price = config.cost.dollars_per_device_hour * mesh.size
     say(report.parameter_table(abstract_params(networks[0])))
-    say(report.plan_table(networks, phases, chip, mesh.size, config.cost.mfu, config.cost.dollars_per_device_hour, text.tokens))
+    device_price = config.cost.dollars_per_device_hour
+    say(report.plan_table(networks, phases, chip, mesh.size, config.cost.mfu, device_price, text.tokens))
 
     # 3. Restore, or start.
     checkpoints = Checkpoints(workdir, keep_steps=tuple(starts[1:]))
 
     def abstract_of(meta: Mapping[str, Any]) -> TrainState:
-        index = meta["phase"]
-        make = lambda: init_state(  # noqa: E731
-            networks[index], recipe.optimizer(phases[index]), config.seed, None, phases[index].ema_decay > 0
-        )
-        sharding = meshes.replicated(mesh)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(make))
+        network, phase, sharding = networks[meta["phase"]], phases[meta["phase"]], meshes.replicated(mesh)
+        with_ema = phase.ema_decay > 0
+        state = jax.eval_shape(lambda: init_state(network, recipe.optimizer(phase), config.seed, None, with_ema))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
 
     restored = checkpoints.restore(abstract_of, warn=say)
     meta: dict[str, Any]
@@ -201,7 +210,8 @@ def train(config: Any, workdir: str | Path) -> Path:
         workdir, sampling.prompts, manifest, vae=config.data.vae, text_encoder=config.data.text_encoder,
         guidance=sampling.guidance, steps=sampling.steps, sigma_data=recipe.sigma_data, dtype=recipe.dtype,
     )  # fmt: skip
-    run = _Run(config, workdir, mesh, recipe, manifest, chip, price, checkpoints, writer, previews, say)
+    price = device_price * mesh.size
+    run = _Run(config, workdir, mesh, recipe, manifests, chip, price, checkpoints, writer, previews, say)
     with Interrupt() as interrupt:
         for index, (phase, network) in enumerate(zip(phases, networks, strict=True)):
             if meta["step"] >= starts[index + 1]:
@@ -215,7 +225,8 @@ def train(config: Any, workdir: str | Path) -> Path:
             if interrupt.requested and meta["step"] < starts[-1]:
                 checkpoints.close()
                 writer.close()
-                say(f"stopped at step {meta['step']:,} of {starts[-1]:,}, saved in {workdir}; run the same command to continue.")
+                done = f"step {meta['step']:,} of {starts[-1]:,}"
+                say(f"stopped at {done}, saved in {workdir}; to continue, run the same command again.")
                 return workdir
 
     # 5. Leave something to look at.
@@ -236,7 +247,7 @@ class _Run:
     workdir: Path
     mesh: jax.sharding.Mesh
     recipe: Recipe
-    manifest: Manifest
+    manifests: list[Manifest]
     chip: budget.Chip
     price: float
     checkpoints: Checkpoints
@@ -251,7 +262,7 @@ class _Run:
         """Trains one phase, from wherever `state` is in it; returns early on an interrupt, with everything saved."""
         config, last_step = self.config, first_step + phase.steps
         iterator = make_train_iterator(
-            config.data.shards, "train", phase.resolution, phase.batch_size // jax.process_count(),
+            phase.shards or config.data.shards, "train", phase.resolution, phase.batch_size // jax.process_count(),
             seed=config.seed + meta["phase"], process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         if meta["data"] is not None:
@@ -260,7 +271,7 @@ class _Run:
         progress = Progress(
             phase.name, phase.steps, meta["step"] - first_step, phase.batch_size,
             flops_per_image=budget.training_flops(
-                network, phase.mask_ratio, self.manifest.text_encoder.tokens, phase.mask_position
+                network, phase.mask_ratio, self.manifests[0].text_encoder.tokens, phase.mask_position
             ),
             peak_flops=self.chip.peak_flops * self.mesh.size if self.chip.name != "cpu" else self.chip.peak_flops,
             dollars_per_hour=self.price, dollars_before=meta["dollars"], enabled=jax.process_index() == 0,
@@ -334,10 +345,10 @@ class _Run:
             progress.close()
             self.checkpoints.close()
             steps = self.checkpoints.steps
-            good = f"the last good checkpoint is {self.checkpoints.folder / str(steps[0])}" if steps else "none was saved yet"
+            kept = f"the last good checkpoint is {self.checkpoints.folder / str(steps[0])}" if steps else "none was saved"
             raise UserError(
-                f"the loss is {values['loss']} (gradient norm {values['gradient_norm']}) at step {step} of phase "
-                f"{phase.name!r}; {good}; lower its learning_rate or clip and run the same command with a new --workdir."
+                f"the loss is {values['loss']} (gradient norm {values['gradient_norm']}) at step {step}, in phase "
+                f"{phase.name!r}; {kept}; lower its learning_rate or clip, and start again with a new --workdir."
             )
         progress.update(step - first_step, values)
         if step % self.config.logging.every == 0:
@@ -345,9 +356,10 @@ class _Run:
 
     def _heldout_loss(self, phase: Phase, network: DiTConfig) -> Callable[[Any], dict[str, float]] | None:
         split = self.config.data.heldout
-        if not split or not self.manifest.splits.get(split):
+        shards = phase.shards or self.config.data.shards
+        if not split or not read_manifest(shards).splits.get(split):
             return None
-        data = load_split(self.config.data.shards, split, phase.resolution, self.config.data.heldout_images)
+        data = load_split(shards, split, phase.resolution, self.config.data.heldout_images)
         place = meshes.replicated(self.mesh)
         data = {name: jax.device_put(data[name], place) for name in ("latent_mean", "caption")}
         return make_heldout_loss(

@@ -1,6 +1,7 @@
 """From noise to latents: the deterministic Heun sampler (Karras et al. 2022, arXiv 2206.00364, algorithm 1)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +35,10 @@ def heun(D: Denoiser, noise: jax.Array, sigmas: np.ndarray) -> jax.Array:
     """
     # One row a call: the level it is made at, the step it belongs to, and whether it corrects that step.
     here, there = sigmas[:-1], sigmas[1:]
-    calls = [(s, n - s, False) if c == 0 else (n, n - s, True) for s, n in zip(here, there, strict=True) for c in (0, 1)]
+    calls = [call for s, n in zip(here, there, strict=True) for call in ((s, n - s, False), (n, n - s, True))]
     level, step, corrects = (np.asarray(column) for column in zip(*calls[:-1], strict=True))
 
-    def call(carry: tuple[jax.Array, ...], row: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
+    def call(carry: Any, row: Any) -> tuple[Any, None]:
         x, x_hat, d = carry  # the point to evaluate, the step's start, the slope there
         sigma, h, correct = row
         slope = (x - D(x, sigma[None])) / sigma

@@ -1,4 +1,4 @@
-"""The loss on images that training never sees, with everything random held fixed, so that two numbers can be compared."""
+"""The loss on images that training never sees; everything random is held fixed, so that numbers can be compared."""
 
 from collections.abc import Callable, Mapping
 from statistics import NormalDist

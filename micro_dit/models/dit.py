@@ -85,13 +85,14 @@ class DiTConfig:
             )
         kept = kept_tokens(self.tokens, mask_ratio)
         in_mixer = kept if mask_position == "before_mixer" else self.tokens
-        for part, tokens, blocks in (("mixer", in_mixer, self.mixer_blocks()), ("backbone", kept, self.backbone_blocks())):
+        parts = (("mixer", in_mixer, self.mixer_blocks()), ("backbone", kept, self.backbone_blocks()))
+        for part, tokens, blocks in parts:
             T = tokens_per_expert(tokens, self.num_experts, self.expert_capacity)
             if any(block.moe for block in blocks) and not 1 <= T <= tokens:
                 raise UserError(
-                    f"each expert of the {part} would take int({self.expert_capacity}·{tokens}/{self.num_experts}) = {T} "
-                    f"of {tokens} tokens: change model.expert_capacity, model.num_experts or mask_ratio so that it takes "
-                    f"1 to {tokens}."
+                    f"each expert of the {part} would take int({self.expert_capacity}·{tokens}/{self.num_experts}) = "
+                    f"{T} of {tokens} tokens: change model.expert_capacity, model.num_experts or mask_ratio so that it "
+                    f"takes 1 to {tokens}."
                 )
 
     def mixer_blocks(self) -> tuple["BlockShape", ...]:
@@ -146,13 +147,13 @@ def _layer_wise(depth: int) -> dict[str, tuple[float, ...]]:
     }
 
 
+# fmt: off
 SIZES: dict[str, dict[str, Any]] = {
-    # fmt: off
     "Nano":            dict(depth=6,  dim=128,  head_dim=32, patch_mixer_depth=2, patch_mixer_dim=128,  multiple_of=32, **_layer_wise(6)),  # noqa: E501
     "MicroDiT_Tiny_2": dict(depth=16, dim=512,  head_dim=32, patch_mixer_depth=4, patch_mixer_dim=512,  **_layer_wise(16)),  # noqa: E501
     "MicroDiT_XL_2":   dict(depth=28, dim=1024, head_dim=64, patch_mixer_depth=6, patch_mixer_dim=768,  **_layer_wise(28)),  # noqa: E501
-    # fmt: on
 }
+# fmt: on
 
 
 def make_config(size: str, **overrides: Any) -> DiTConfig:
@@ -205,12 +206,11 @@ class DiTBlock(nnx.Module):
             d, config.head_dim, use_bias=bias, eps=eps, out_std=out_std, dtype=dtype, rngs=rngs
         )
         self.norm3 = layer_norm(d, eps=eps, dtype=dtype, rngs=rngs)
+        F, E, capacity = shape.hidden_width, config.num_experts, config.expert_capacity
         self.mlp = (
-            ExpertChoiceFFN(
-                d, shape.hidden_width, config.num_experts, config.expert_capacity, out_std=out_std, dtype=dtype, rngs=rngs
-            )
+            ExpertChoiceFFN(d, F, E, capacity, out_std=out_std, dtype=dtype, rngs=rngs)
             if shape.moe
-            else SwiGLU(d, shape.hidden_width, use_bias=bias, out_std=out_std, dtype=dtype, rngs=rngs)
+            else SwiGLU(d, F, use_bias=bias, out_std=out_std, dtype=dtype, rngs=rngs)
         )
         self.adaln = linear(config.dim, 6 * d, kernel_init=nnx.initializers.zeros_init(), dtype=dtype, rngs=rngs)
 
@@ -271,7 +271,12 @@ class MicroDiT(nnx.Module):
         self.final_layer = FinalLayer(config, **args)
 
     def __call__(
-        self, x: jax.Array, t: jax.Array, y: jax.Array, mask: TokenMask | None = None, mask_position: str = "after_mixer"
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array,
+        mask: TokenMask | None = None,
+        mask_position: str = "after_mixer",
     ) -> jax.Array:
         """F(x, t, y).
 

@@ -1,7 +1,7 @@
 """Which tokens an image keeps, dropping the rest, and putting everything back in place.
 
-All gathering of image tokens lives here. Rows are taken with `take_along_axis`, never with hand-broadcast indices: under
-SPMD the former stays local to the shard of the batch, the latter all-gathers it.
+All gathering of image tokens lives here. Rows are taken with `take_along_axis`, never with hand-broadcast indices:
+under SPMD the former stays local to the shard of the batch, the latter all-gathers it.
 
 B images · N tokens · K kept tokens · D width.
 """

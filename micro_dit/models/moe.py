@@ -20,8 +20,8 @@ def tokens_per_expert(tokens: int, experts: int, capacity: float) -> int:
 class ExpertChoiceFFN(nnx.Module):
     """Each of E experts takes its T favorite tokens of an image: (B, N, d) → (B, N, d).
 
-    The output of an expert (w1, GELU, w2) is scaled by the router's probability for the token, softmax over experts, and
-    summed into the token. A token that no expert chose gets zero.
+    The output of an expert (w1, GELU, w2) is scaled by the router's probability for the token, softmax over experts,
+    and summed into the token. A token that no expert chose gets zero.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class ExpertChoiceFFN(nnx.Module):
         taken = taken.reshape(B, E, T, d).transpose(1, 0, 2, 3).reshape(E, B * T, d).astype(self.dtype)
         hidden = jax.nn.gelu(jnp.einsum("end,edf->enf", taken, self.w1[...].astype(self.dtype)), approximate=False)
         out = jnp.einsum("enf,efd->end", hidden, self.w2[...].astype(self.dtype))
-        out = out.reshape(E, B, T, d).transpose(1, 0, 2, 3) * probabilities[..., None].astype(self.dtype)  # (B, E, T, d)
+        out = out.reshape(E, B, T, d).transpose(1, 0, 2, 3)  # (B, E, T, d)
+        out = out * probabilities[..., None].astype(self.dtype)
         add = jax.vmap(lambda rows, updates: jnp.zeros((N, d), updates.dtype).at[rows].add(updates))
         return add(rows, out.reshape(B, E * T, d))

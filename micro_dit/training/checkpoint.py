@@ -102,9 +102,10 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # whatever damage does to a file, the one before may be whole
-                warn(f"checkpoint {self.folder / str(step)} can't be read ({_first_line(error)}); trying the one before.")
+                unread = self.folder / str(step)
+                warn(f"checkpoint {unread} can't be read ({_first_line(error)}); trying the one before.")
         if steps:
-            raise UserError(f"none of the checkpoints in {self.folder} can be read; move that folder away to start anew.")
+            raise UserError(f"no checkpoint in {self.folder} can be read; move that folder away to start anew.")
         return None
 
     def _load(self, step: int, abstract: TrainState) -> TrainState:
@@ -127,7 +128,8 @@ class Checkpoints:
         steps = self.steps
         if not steps or (step is not None and step not in steps):
             have = f"steps {', '.join(map(str, sorted(steps)))}" if steps else "none"
-            raise UserError(f"{self.folder} has no checkpoint {'' if step is None else f'of step {step} '}(it has {have}).")
+            wanted = "" if step is None else f" of step {step}"
+            raise UserError(f"{self.folder} has no checkpoint{wanted} (it has {have}).")
         step = steps[0] if step is None else step
         saved = self._orbax.checkpointables_metadata(step).metadata
         part = "ema" if "ema" in saved else "params"

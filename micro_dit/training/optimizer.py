@@ -8,7 +8,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clip by global norm → Adam → decoupled weight decay on all parameters, as the public release decays them.
 
-    Its state has the same structure whatever the arguments, so that a phase can take over the state of the phase before.
+    Its state has the same structure whatever the arguments, so that a phase can take over the state of the one before.
     The learning rate is multiplied in afterwards.
     """
     return optax.chain(

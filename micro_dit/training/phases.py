@@ -31,6 +31,7 @@ class Phase:
         ema_start: until this step of the phase the average is a copy of the parameters; at 0 it goes on from the
             phase before.
         fresh_optimizer: start with the weights alone.
+        shards: the folder it trains on; empty for the run's common one.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Phase:
     ema_decay: float = 0.0
     ema_start: int = 0
     fresh_optimizer: bool = False
+    shards: str = ""
 
     def schedule(self) -> optax.Schedule:
         """Learning rate by step within the phase."""

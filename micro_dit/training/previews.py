@@ -53,8 +53,8 @@ class Previews:
         self._image_encoder = load_image_encoder(vae)
         if self._image_encoder.fingerprint != manifest.vae.fingerprint:
             raise UserError(
-                f"the shards were made with image encoder {manifest.vae.name} ({manifest.vae.fingerprint}), but {vae} is "
-                f"{self._image_encoder.fingerprint}: make the shards again, or set --config.data.vae to the one they need."
+                f"the shards were made with image encoder {manifest.vae.name} ({manifest.vae.fingerprint}), but {vae} "
+                f"is {self._image_encoder.fingerprint}: make the shards again, or set --config.data.vae to theirs."
             )
         self._captions = self._embed(text_encoder)
 
@@ -72,7 +72,7 @@ class Previews:
         if encoder.fingerprint != about.fingerprint:
             raise UserError(
                 f"the shards were made with text encoder {about.name} ({about.fingerprint}), but {name} is "
-                f"{encoder.fingerprint}: make the shards again, or set --config.data.text_encoder to the one they need."
+                f"{encoder.fingerprint}: make the shards again, or set --config.data.text_encoder to theirs."
             )
         captions = encoder.encode(self.prompts)
         if jax.process_index() == 0:

@@ -82,5 +82,6 @@ def finish(
         f"in {workdir}: {', '.join(made)}",
     ]
     if example:
-        lines.append(f'draw your own: python -m micro_dit.sample --workdir={workdir} --prompt="{example}" --out=picture.png')
+        command = f'python -m micro_dit.sample --workdir={workdir} --prompt="{example}" --out=picture.png'
+        lines.append(f"draw your own: {command}")
     return "\n".join(lines)

@@ -38,8 +38,8 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mappin
         if differing:
             more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
             raise UserError(
-                f"{workdir} belongs to a run with another config: {'; '.join(differing[:4])}{more}; give a new --workdir, "
-                "or the config that it was started with."
+                f"{workdir} belongs to a run with another config: {'; '.join(differing[:4])}{more}; "
+                "give a new --workdir, or the config that it was started with."
             )
     Path(workdir).mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -13,6 +13,7 @@ paper: 2.6 days on 8 H100, FID-30K 12.7 on COCO.
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(variant: str = "demo") -> ConfigDict:
@@ -28,7 +29,14 @@ def base(**fields: Any) -> ConfigDict:
         dict(
             name="mask75",  # the default work directory is runs/<name>
             seed=0,
-            model=dict(size="Nano"),  # and any field of DiTConfig
+            # A size of micro_dit/models/dit.py; each other field that is set replaces the size's own.
+            model=dict(
+                size="Nano", depth=placeholder(int), dim=placeholder(int), head_dim=placeholder(int),
+                patch_size=placeholder(int), multiple_of=placeholder(int), use_patch_mixer=placeholder(bool),
+                patch_mixer_depth=placeholder(int), patch_mixer_dim=placeholder(int), num_experts=placeholder(int),
+                expert_capacity=placeholder(float), experts_every_n=placeholder(int),
+                qkv_multipliers=placeholder(tuple), ffn_multipliers=placeholder(tuple),
+            ),
             dtype="float32",  # of the matrix products
             diffusion=dict(sigma_data=0.9, caption_drop=0.1),
             adam=dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1),

@@ -1,4 +1,4 @@
-"""Pictures from a trained model: `python -m micro_dit.sample --workdir=runs/mask75 --prompt="red heart" --out=a.png`."""
+"""Pictures from a trained model: `python -m micro_dit.sample --workdir=runs/mask75 --prompt="red heart"`."""
 
 import json
 import math

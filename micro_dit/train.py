@@ -105,9 +105,9 @@ def network_of(phase: Phase, config: Any, manifest: Manifest) -> DiTConfig:
     """The phase's network: the size from the config, what goes in and out from the shards."""
     if phase.resolution % manifest.vae.downsample:
         raise UserError(f"phase {phase.name!r}: {phase.resolution} px is no multiple of {manifest.vae.downsample}.")
-    overrides = dict(config.model)
+    overrides = {name: value for name, value in config.model.items() if value is not None and name != "size"}
     network = make_config(
-        overrides.pop("size"),
+        config.model.size,
         input_size=phase.resolution // manifest.vae.downsample,
         in_channels=manifest.vae.channels,
         caption_channels=manifest.text_encoder.channels,
@@ -345,10 +345,10 @@ class _Run:
             progress.close()
             self.checkpoints.close()
             steps = self.checkpoints.steps
-            kept = f"the last good checkpoint is {self.checkpoints.folder / str(steps[0])}" if steps else "none was saved"
+            kept = f"the last good checkpoint is {self.checkpoints.folder / str(steps[0])}" if steps else "none is"
             raise UserError(
                 f"the loss is {values['loss']} (gradient norm {values['gradient_norm']}) at step {step}, in phase "
-                f"{phase.name!r}; {kept}; lower its learning_rate or clip, and start again with a new --workdir."
+                f"{phase.name!r}; {kept}; lower learning_rate or clip and start anew in another --workdir."
             )
         progress.update(step - first_step, values)
         if step % self.config.logging.every == 0:

@@ -26,7 +26,14 @@ import optax
 from flax import nnx
 
 from micro_dit.data.sources.openmoji import OpenMoji
-from micro_dit.encoders.image import AutoencoderConfig, AutoencoderKL, ImageEncoder, Parameters, save_autoencoder
+from micro_dit.encoders.image import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    ImageEncoder,
+    Parameters,
+    load_parameters,
+    save_autoencoder,
+)
 from micro_dit.errors import UserError
 
 PIXELS = 128
@@ -109,7 +116,7 @@ def train_step(
 def inked_crops(
     images: np.ndarray, ink: list[np.ndarray], rng: np.random.Generator, count: int, size: int
 ) -> np.ndarray:
-    """Draws random crops that contain something, mirrored, turned and with their color channels shuffled.
+    """Draws random crops that contain something, mirrored and turned.
 
     Args:
         images: uint8 (n, PIXELS, PIXELS, 3).
@@ -127,7 +134,7 @@ def inked_crops(
         # A crop around a random inked pixel, which may lie anywhere in it, pushed back inside the image.
         corner = ink[index][rng.integers(len(ink[index]))] - rng.integers(size, size=2)
         row, column = np.clip(corner, 0, PIXELS - size)
-        drawn = images[index, row : row + size, column : column + size][..., rng.permutation(3)]
+        drawn = images[index, row : row + size, column : column + size]
         drawn = np.rot90(drawn, int(rng.integers(4)))
         crop[...] = drawn[::-1] if rng.integers(2) else drawn
     return crops
@@ -196,6 +203,7 @@ def train(
     seed: int,
     batch_size: int,
     learning_rate: float,
+    init: str | None = None,
     report_seconds: float = 300,
 ) -> dict:
     """Trains, writes the autoencoder to `out`, and returns what `metrics.json` there holds.
@@ -207,6 +215,7 @@ def train(
         seed: Seed of initialization, crops and latent noise.
         batch_size: Crops in a step.
         learning_rate: Peak learning rate.
+        init: Folder of an autoencoder of the same shape to go on from; None starts from random weights.
         report_seconds: Time between two evaluations and interim writes.
     """
     if (minutes is None) == (steps is None):
@@ -218,7 +227,7 @@ def train(
     ink = find_ink(images)
 
     graph, initial = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(seed)))
-    parameters = nnx.to_pure_dict(initial)
+    parameters = load_parameters(init, CONFIG) if init else nnx.to_pure_dict(initial)
     optimizer = make_optimizer()
     state = {
         "parameters": parameters,
@@ -295,6 +304,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=8, help="crops in a step")
     parser.add_argument("--learning_rate", type=float, default=6e-3)
+    parser.add_argument("--init", help="folder of an autoencoder to go on from")
     arguments = parser.parse_args()
     try:
         train(**vars(arguments))

@@ -1,0 +1,95 @@
+"""A network, shards and a run small enough for tests: seconds to compile, milliseconds a step.
+
+Also a config file: `python -m micro_dit.main --config=tests/tiny.py:FOLDER_OF_SHARDS`.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from micro_dit.data.shards import ImageEncoderInfo, Manifest, Record, ShardWriter, TextEncoderInfo, record_fields
+from micro_dit.models.dit import DiTConfig, abstract_params, make_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+VAE = ImageEncoderInfo("noise", "0123", channels=4, downsample=8)
+TEXT = TextEncoderInfo("noise", "4567", tokens=4, channels=12)
+SIZE = dict(
+    size="Nano", dim=32, depth=3, head_dim=16, patch_mixer_depth=2, patch_mixer_dim=48, multiple_of=16, num_experts=4
+)
+MASKED = dict(name="masked", resolution=64, mask_ratio=0.75, steps=24, batch_size=4, learning_rate=3e-3, warmup_steps=2)
+UNMASKED = dict(
+    name="unmasked", resolution=64, mask_ratio=0.0, steps=16, batch_size=4, learning_rate=1e-3, final_lr_ratio=0.1,
+    ema_decay=0.9, ema_start=3,
+)  # fmt: skip
+
+
+def network(**overrides: Any) -> DiTConfig:
+    """16 tokens; one block of experts in the mixer and one in the backbone; the mixer has a width of its own."""
+    return make_config(**SIZE | dict(input_size=8, caption_channels=TEXT.channels) | overrides)
+
+
+def random_params(config: DiTConfig, seed: int = 0) -> dict[str, jax.Array]:
+    """Parameters none of which is zero, so that everything has an influence."""
+    generator = np.random.default_rng(seed)
+    params = {}
+    for name, leaf in abstract_params(config).items():
+        z = generator.standard_normal(leaf.shape, dtype=np.float32)
+        if len(leaf.shape) == 1:
+            params[name] = jnp.asarray(1 + 0.1 * z if name.endswith("scale") else 0.1 * z)
+        else:
+            params[name] = jnp.asarray(z / np.sqrt(np.float32(leaf.shape[-2])))
+    return params
+
+
+def inputs(config: DiTConfig, images: int = 3, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x, t and y for the network."""
+    generator = np.random.default_rng(seed)
+    side = config.input_size
+    shapes = ((images, side, side, config.in_channels), (images,), (images, TEXT.tokens, config.caption_channels))
+    return tuple(jnp.asarray(generator.standard_normal(shape, dtype=np.float32)) for shape in shapes)
+
+
+def write_shards(
+    out: Path, resolutions: tuple[int, ...] = (64,), text: TextEncoderInfo = TEXT, vae: ImageEncoderInfo = VAE
+) -> Path:
+    """Shards of noise: 23 examples to train on, 5 to validate."""
+    generator = np.random.default_rng(0)
+    fields = record_fields(resolutions, "mean_std", vae, text)
+    with ShardWriter(out, ("train", "validation"), fields, examples_per_shard=16) as writer:
+        for split, count in (("train", 23), ("validation", 5)):
+            for number in range(count):
+                arrays = {f.name: generator.standard_normal(f.shape, dtype=np.float32) for f in fields}
+                arrays |= {name: 0.1 * np.abs(value) for name, value in arrays.items() if "_std_" in name}
+                writer.write(split, Record(f"{split}-{number}", f"number {number}", arrays))
+        writer.publish(Manifest("noise", "nobody", resolutions, "mean_std", vae, text, fields, {}, {}))
+    return out
+
+
+def load_config_file(path: Path, argument: str | None = None) -> ConfigDict:
+    """What a config file returns for an argument."""
+    module = load_module(path)
+    return module.get_config() if argument is None else module.get_config(argument)
+
+
+def load_module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def get_config(shards: str) -> ConfigDict:
+    """A run of two phases, of which the second keeps a moving average; it needs no encoders."""
+    config = load_module(CONFIGS / "mask75.py").base(name="tiny")
+    config.model.update(SIZE)
+    config.data.update(shards=str(shards), caption_tokens=TEXT.tokens, heldout="")
+    config.phases = (dict(MASKED), dict(UNMASKED))
+    config.checkpoint_every, config.evaluate_every = 6, 0
+    config.sampling.every = 0
+    config.logging.update(every=1, tensorboard=False)
+    return config

@@ -68,11 +68,12 @@ def demo() -> ConfigDict:
     config = base()
     config.data.update(shards="data/openmoji_faces_128", source="openmoji:smileys-emotion")
     config.adam.update(b2=0.99, weight_decay=0.01)
-    shared = dict(resolution=128, batch_size=32, ema_decay=0.998, clip=1.0)
+    shared = dict(resolution=128, batch_size=32, ema_decay=0.995, clip=1.0)
     config.phases = (
-        dict(name="masked", mask_ratio=0.75, steps=1000, learning_rate=3e-3, warmup_steps=50, **shared),
+        dict(name="masked", mask_ratio=0.75, steps=1000, learning_rate=3e-3, warmup_steps=50, ema_start=100,
+             **shared),
         dict(name="unmasked", mask_ratio=0.0, steps=200, learning_rate=1.5e-3, final_lr_ratio=0.1, **shared),
-    )
+    )  # fmt: skip
     config.sampling.update(every=200, guidance=3.0, steps=14, prompts=FACES)
     config.checkpoint_every, config.evaluate_every = 500, 100
     return config

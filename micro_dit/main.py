@@ -2,18 +2,17 @@
 
 import difflib
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from micro_dit.errors import UserError, run_command
+from micro_dit.command import run_command
+from micro_dit.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, e.g. configs/mask75.py or configs/mask75.py:xl.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<name of the config>.")
@@ -27,16 +26,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unknown argument {argv[1]!r}; config fields are set by --config.FIELD=VALUE.")
     if CONFIG.value is None:
         raise UserError("no config given; try --config=configs/mask75.py.")
-    logging.set_verbosity(logging.WARNING)
-    enable_compilation_cache()
     train(CONFIG.value, WORKDIR.value or Path("runs") / CONFIG.value.name)
-
-
-def enable_compilation_cache() -> None:
-    """Compiled programs are kept between runs, unless JAX_COMPILATION_CACHE_DIR already says where."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "micro_dit" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

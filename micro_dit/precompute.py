@@ -19,9 +19,10 @@ from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from PIL import Image, ImageOps
 
+from micro_dit.command import run_command
 from micro_dit.data.shards import (
     POSTERIORS,
     ImageEncoderInfo,
@@ -322,29 +323,24 @@ def summary(manifest: Manifest, out: str, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs `precompute` with the flags; a UserError is one line and exit status 1."""
-    del argv
-    logging.set_verbosity(logging.WARNING)  # at INFO, JAX tells of every backend that it does not find
+def main(argv: Sequence[str]) -> None:
+    """Runs `precompute` with the flags."""
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
     values = flags.FLAGS
-    try:
-        precompute(
-            source=values.source,
-            out=values.out,
-            resolutions=[int(resolution) for resolution in values.resolutions],
-            vae=values.vae,
-            text_encoder=values.text_encoder,
-            posterior=values.posterior,
-            batch_size=values.batch_size,
-            examples_per_shard=values.examples_per_shard,
-            minimum_side=values.minimum_side,
-            caption_tokens=values.caption_tokens,
-            seed=values.seed,
-        )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    precompute(
+        source=values.source,
+        out=values.out,
+        resolutions=[int(resolution) for resolution in values.resolutions],
+        vae=values.vae,
+        text_encoder=values.text_encoder,
+        posterior=values.posterior,
+        batch_size=values.batch_size,
+        examples_per_shard=values.examples_per_shard,
+        minimum_side=values.minimum_side,
+        caption_tokens=values.caption_tokens,
+        seed=values.seed,
+    )
 
 
 def define_flags() -> None:
@@ -368,4 +364,4 @@ def define_flags() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(lambda argv: sys.exit(run_command(main, argv)))

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from micro_dit.command import run_command
 from micro_dit.diffusion import edm
 from micro_dit.diffusion.guidance import guide
 from micro_dit.diffusion.samplers import heun, noise_levels
-from micro_dit.errors import UserError, run_command
+from micro_dit.errors import UserError
 from micro_dit.models.dit import DiTConfig, Params, bind
 
 MAX_BATCH = 32  # images at once; more are done in turns

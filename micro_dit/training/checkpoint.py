@@ -133,7 +133,9 @@ class Checkpoints:
         step = steps[0] if step is None else step
         saved = self._orbax.checkpointables_metadata(step).metadata
         part = "ema" if "ema" in saved else "params"
-        loaded = self._orbax.load_checkpointables(step, {part: None, "meta": None})
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # not where it was saved: that may be gone
+        abstract = {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here) for n, m in saved[part].items()}
+        loaded = self._orbax.load_checkpointables(step, {part: abstract, "meta": None})
         return {name: np.asarray(value) for name, value in loaded[part].items()}, loaded["meta"]
 
     def _check(self, step: int, part: str, abstract: Mapping[str, Any]) -> None:

@@ -244,7 +244,7 @@ def train(
     while progress < 1:
         rate = learning_rate_at(progress, step, learning_rate)
         size = CROP if progress < WHOLE_IMAGES_FROM else PIXELS
-        crops = inked_crops(images, ink, rng, batch_size * CROP**2 // size**2, size)
+        crops = inked_crops(images, ink, rng, max(1, batch_size * CROP**2 // size**2), size)  # as many pixels
         state, loss = step_function(state, crops, jnp.int32(step), jnp.float32(rate), key)
         step += 1
         loss.block_until_ready()  # the clock below is the schedule

@@ -2,6 +2,7 @@
 #
 # The first call makes .venv and installs the requirements; later calls find them there.
 # Another interpreter: make demo PYTHON=python3.12. Another place: make demo VENV=~/micro_dit_env.
+# Figures to a file: make bench ARGS=--json=figures.json.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,10 +19,10 @@ test: $(VENV)/.installed-dev
 	$(RUN) -m pytest
 
 bench: $(VENV)/.installed
-	$(RUN) -m benchmarks.train_step
+	$(RUN) -m benchmarks.train_step $(ARGS)
 
 bench-gpu: $(VENV)/.installed
-	$(RUN) -m benchmarks.train_step --gpu
+	$(RUN) -m benchmarks.train_step --gpu $(ARGS)
 
 # Runs, shards and the compilation cache stay: they are dear.
 clean:

@@ -155,7 +155,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Times the training step.")
     parser.add_argument("--gpu", action="store_true", help="XL/2 in bfloat16 on the first GPU")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes; default: 16, on a GPU 32 64 128")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each; the median is kept")
+    parser.add_argument("--repeats", type=int, default=3, help="timings of each; the median is kept")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, without --gpu")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()

@@ -1,5 +1,6 @@
 """What every command line of the package does around its work."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,5 +26,10 @@ def run_command(command: Callable[[Sequence[str]], object], argv: Sequence[str])
         command(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: no space left on the disk of {error.filename}; make room and run it again.", file=sys.stderr)
         return 1
     return 0

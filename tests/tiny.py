@@ -4,6 +4,7 @@ Also a config file: `python -m micro_dit.main --config=tests/tiny.py:FOLDER_OF_S
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,24 @@ from ml_collections import ConfigDict
 
 from micro_dit.data.shards import ImageEncoderInfo, Manifest, Record, ShardWriter, TextEncoderInfo, record_fields
 from micro_dit.models.dit import DiTConfig, abstract_params, make_config
+from micro_dit.training.checkpoint import Checkpoints
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 VAE = ImageEncoderInfo("noise", "0123", channels=4, downsample=8)
 TEXT = TextEncoderInfo("noise", "4567", tokens=4, channels=12)
 SIZE = dict(
-    size="Nano", dim=32, depth=3, head_dim=16, patch_mixer_depth=2, patch_mixer_dim=48, multiple_of=16, num_experts=4
-)
-MASKED = dict(name="masked", resolution=64, mask_ratio=0.75, steps=24, batch_size=4, learning_rate=3e-3, warmup_steps=2)
+    size="Nano", dim=32, depth=2, head_dim=16, patch_mixer_depth=2, patch_mixer_dim=48, multiple_of=16, num_experts=2,
+    experts_every_n=1,
+)  # fmt: skip
+MASKED = dict(name="masked", resolution=64, mask_ratio=0.75, steps=48, batch_size=4, learning_rate=3e-3, warmup_steps=2)
 UNMASKED = dict(
-    name="unmasked", resolution=64, mask_ratio=0.0, steps=16, batch_size=4, learning_rate=1e-3, final_lr_ratio=0.1,
+    name="unmasked", resolution=64, mask_ratio=0.0, steps=36, batch_size=4, learning_rate=1e-3, final_lr_ratio=0.1,
     ema_decay=0.9, ema_start=3,
 )  # fmt: skip
 
 
 def network(**overrides: Any) -> DiTConfig:
-    """16 tokens; one block of experts in the mixer and one in the backbone; the mixer has a width of its own."""
+    """16 tokens; the second block of the mixer and the first of the backbone have experts; widths differ."""
     return make_config(**SIZE | dict(input_size=8, caption_channels=TEXT.channels) | overrides)
 
 
@@ -44,6 +47,11 @@ def random_params(config: DiTConfig, seed: int = 0) -> dict[str, jax.Array]:
         else:
             params[name] = jnp.asarray(z / np.sqrt(np.float32(leaf.shape[-2])))
     return params
+
+
+def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
+    """jax.jit without optimized machine code: that takes most of the time, and a test calls a program once or twice."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **arguments)
 
 
 def inputs(config: DiTConfig, images: int = 3, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -89,7 +97,28 @@ def get_config(shards: str) -> ConfigDict:
     config.model.update(SIZE)
     config.data.update(shards=str(shards), caption_tokens=TEXT.tokens, heldout="")
     config.phases = (dict(MASKED), dict(UNMASKED))
-    config.checkpoint_every, config.evaluate_every = 6, 0
+    config.checkpoint_every, config.evaluate_every = 8, 0
     config.sampling.every = 0
     config.logging.update(every=1, tensorboard=False)
     return config
+
+
+def read_checkpoint(workdir: Path, step: int | None = None) -> dict[str, Any]:
+    """All parts of a checkpoint (by default the newest), on the host."""
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.steps[0] if step is None else step
+    parts = checkpoints._orbax.checkpointables_metadata(step).metadata
+    loaded = checkpoints._orbax.load_checkpointables(step, dict.fromkeys(parts))
+    checkpoints.close()
+    return {part: jax.tree.map(np.asarray, loaded[part]) if part != "meta" else loaded[part] for part in parts}
+
+
+def assert_same_end(workdir: Path, other: Path) -> None:
+    """Both runs ended with bitwise the same state, at the same position in the data."""
+    ours, theirs = read_checkpoint(workdir), read_checkpoint(other)
+    assert {"params", "opt", "ema", "meta"} <= set(ours)
+    assert set(ours) == set(theirs)
+    for name in ("step", "phase", "images", "data", "model"):
+        assert ours["meta"][name] == theirs["meta"][name], name
+    for part in ("params", "opt", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, ours[part], theirs[part])

@@ -5,6 +5,7 @@ counters and the position in the data. Parameters alone can be read from it with
 """
 
 import errno
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,19 +95,33 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but none can be read, or the newest readable one is of another network.
         """
-        steps = self.steps
+        steps, unreadable = self.steps, []
         for step in steps:
             try:
                 meta = self.read_meta(step)
-                return self._load(step, abstract_of(meta)), meta
+                state = self._load(step, abstract_of(meta))
             except UserError:
                 raise
             except Exception as error:  # whatever damage does to a file, the one before may be whole
-                unread = self.folder / str(step)
-                warn(f"checkpoint {unread} can't be read ({_first_line(error)}); trying the one before.")
+                folder = self.folder / str(step)
+                warn(f"checkpoint {folder} can't be read ({_first_line(error)}); trying the one before.")
+                unreadable.append(step)
+            else:
+                self._set_aside(unreadable)
+                return state, meta
         if steps:
             raise UserError(f"no checkpoint in {self.folder} can be read; move that folder away to start anew.")
         return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves checkpoints away that would be in the way of new ones: Orbax saves no step at or before its newest."""
+        for step in steps if jax.process_index() == 0 else ():
+            aside = self.folder.with_name("unreadable_checkpoints") / str(step)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(aside)
+        if steps:
+            self._orbax.reload()
 
     def _load(self, step: int, abstract: TrainState) -> TrainState:
         parts: dict[str, Any] = {"params": abstract.params, "opt": abstract.opt_state}

@@ -10,7 +10,13 @@ from flax import nnx
 
 from micro_dit.data.sources.openmoji import ASSETS, OpenMoji
 from micro_dit.encoders import train_vae
-from micro_dit.encoders.image import AutoencoderKL, ImageEncoder, load_image_encoder
+from micro_dit.encoders.image import (
+    AutoencoderKL,
+    ImageEncoder,
+    load_image_encoder,
+    load_parameters,
+    save_autoencoder,
+)
 from micro_dit.errors import UserError
 
 SHIPPED = ASSETS.parent / "openmoji_vae"
@@ -26,9 +32,9 @@ def tiny(monkeypatch):
 
 
 def test_a_short_training_writes_a_loadable_autoencoder_with_normalized_latents(tiny, tmp_path, capsys):
-    metrics = train_vae.train(str(tmp_path), minutes=None, steps=4, seed=0, batch_size=4, learning_rate=1e-3)
+    metrics = train_vae.train(str(tmp_path), minutes=None, steps=3, seed=0, batch_size=2, learning_rate=1e-3)
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["steps"] == 4
+    assert metrics["steps"] == 3
     assert (tmp_path / "reconstructions.png").exists()
     assert "held-out PSNR" in capsys.readouterr().out
     encoder = load_image_encoder(str(tmp_path))
@@ -36,6 +42,15 @@ def test_a_short_training_writes_a_loadable_autoencoder_with_normalized_latents(
     mean, std = train_vae.measure_latents(encoder, OpenMoji(("component",), px=128).pixels("train")[::4])
     np.testing.assert_allclose(mean, 0, atol=1e-3)
     np.testing.assert_allclose(std, 0.9, rtol=1e-3)
+
+
+def test_training_goes_on_from_given_weights(tiny, tmp_path):
+    parameters = nnx.to_pure_dict(nnx.state(AutoencoderKL(TINY, rngs=nnx.Rngs(7))))
+    save_autoencoder(tmp_path / "init", TINY, parameters, np.float16)
+    arguments = {"minutes": None, "steps": 1, "seed": 0, "batch_size": 2, "learning_rate": 0.0}
+    train_vae.train(str(tmp_path / "out"), init=str(tmp_path / "init"), **arguments)
+    before, after = (load_parameters(tmp_path / name, TINY) for name in ("init", "out"))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3), after, before)
 
 
 def test_either_minutes_or_steps(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,5 +75,6 @@ def draw_parameter(seed: int, name: str, shape: tuple[int, ...], recipe: dict[st
     return z * np.float32(gain / np.sqrt(fan_in))
 
 
-def to_numpy(tree: Any) -> Any:
-    return jax.tree.map(np.asarray, tree)
+def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
+    """jax.jit without optimized machine code, which costs most of the time of a program that is called once."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **arguments)

@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from micro_dit.models.masking import drop_tokens, kept_tokens, random_mask, restore_tokens
+
+B, N, D = 6, 16, 5
+
+
+def test_restoring_what_was_dropped_is_the_identity_on_kept_tokens_and_zero_on_dropped_ones():
+    x = jax.random.normal(jax.random.key(0), (B, N, D)) + 10
+    mask = random_mask(jax.random.key(1), B, N, 0.75)
+    kept = drop_tokens(x, mask)
+    assert kept.shape == (B, 4, D)
+    restored = np.asarray(restore_tokens(kept, mask))
+    is_kept = np.asarray(mask.dropped) == 0
+    np.testing.assert_array_equal(restored[is_kept], np.asarray(x)[is_kept])
+    np.testing.assert_array_equal(restored[~is_kept], 0)
+    np.testing.assert_array_equal(is_kept.sum(axis=1), 4)
+    # And in the mask's own order.
+    np.testing.assert_array_equal(drop_tokens(restored, mask), kept)
+
+
+def test_each_image_has_its_own_uniform_draw_without_replacement():
+    images = 4000
+    mask = random_mask(jax.random.key(0), images, N, 0.75)
+    keep = np.asarray(mask.keep)
+    assert all(len(set(row)) == 4 for row in keep)
+    frequency = np.bincount(keep.ravel(), minlength=N) / images
+    np.testing.assert_allclose(frequency, 0.25, atol=5 * np.sqrt(0.25 * 0.75 / images))
+    assert len({tuple(sorted(row)) for row in keep}) > 1000
+
+
+def test_the_gradient_reaches_kept_tokens_only():
+    x = jax.random.normal(jax.random.key(0), (B, N, D))
+    mask = random_mask(jax.random.key(1), B, N, 0.5)
+    gradient = jax.grad(lambda x: jnp.sum(restore_tokens(drop_tokens(x, mask), mask) * 3))(x)
+    np.testing.assert_array_equal(gradient, 3 * (1 - mask.dropped)[:, :, None] * jnp.ones(D))
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.0, 16), (0.5, 8), (0.75, 4), (0.9, 1), (0.7, 4)])
+def test_the_number_of_kept_tokens_is_rounded_down(ratio: float, kept: int):
+    assert kept_tokens(16, ratio) == kept
+
+
+@pytest.mark.parametrize("ratio", [0.95, 1.0, -0.1])
+def test_keeping_nothing_is_refused(ratio: float):
+    with pytest.raises(ValueError, match="mask_ratio"):
+        kept_tokens(16, ratio)
+
+
+def test_without_anything_to_drop_there_is_no_mask():
+    assert random_mask(jax.random.key(0), B, N, 0.0) is None

@@ -1,0 +1,113 @@
+"""Every shipped recipe is built, checked and traced, without compiling or allocating anything."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from micro_dit.data.shards import ImageEncoderInfo, Manifest, TextEncoderInfo, record_fields
+from micro_dit.models.dit import abstract_params
+from micro_dit.train import Recipe, make_train_step, network_of
+from micro_dit.training.phases import make_phases
+from micro_dit.training.state import TrainState
+
+MASK75 = tiny.CONFIGS / "mask75.py"
+OPENMOJI = json.loads((Path(tiny.CONFIGS).parent / "micro_dit/assets/openmoji_vae/config.json").read_text())
+CHANNELS = {"openmoji_vae": OPENMOJI["latent_channels"]}
+VARIANTS = [(path, None) for path in sorted(tiny.CONFIGS.glob("*.py")) if path != MASK75]
+VARIANTS += [(MASK75, variant) for variant in ("demo", "openmoji", "tiny", "xl")]
+
+
+def manifest_of(config: ConfigDict) -> Manifest:
+    """What the recipe's shards would say of themselves."""
+    vae = ImageEncoderInfo(config.data.vae, "0123", channels=CHANNELS.get(config.data.vae, 4), downsample=8)
+    channels = 384 if config.data.text_encoder == "minilm" else 1024
+    text = TextEncoderInfo(config.data.text_encoder, "4567", config.data.caption_tokens, channels)
+    resolutions = tuple(sorted({phase["resolution"] for phase in config.phases}))
+    fields = record_fields(resolutions, "mean_std", vae, text)
+    return Manifest("source", "nobody", resolutions, "mean_std", vae, text, fields, {}, {})
+
+
+@pytest.mark.parametrize(("path", "variant"), VARIANTS, ids=[f"{path.stem}:{variant}" for path, variant in VARIANTS])
+def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str | None):
+    config = tiny.load_config_file(path, variant)
+    manifest, phases = manifest_of(config), make_phases(config.phases)
+    recipe = Recipe(config.diffusion.sigma_data, config.diffusion.caption_drop, config.dtype, dict(config.adam))
+    assert {resolution for resolution in config.data.resolutions} <= set(manifest.resolutions)
+    networks = [network_of(phase, config, manifest) for phase in phases]  # checks them
+    # Every phase can take over the parameters of the one before.
+    assert len({(n.mixer_blocks(), n.backbone_blocks(), n.in_channels, n.caption_channels) for n in networks}) == 1
+    # Phases that mask alike differ in sizes and numbers only: the last of them, the largest, stands for all.
+    programs = {(p.mask_ratio, p.mask_position): (p, n) for p, n in zip(phases, networks, strict=True)}
+    for phase, network in programs.values():
+        params = abstract_params(network)
+        opt_state = jax.eval_shape(recipe.optimizer(phase).init, params)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        state = TrainState(step, params, opt_state, params if phase.ema_decay else None)
+        B, side, text = phase.batch_size, network.input_size, manifest.text_encoder
+        batch = {
+            name: jax.ShapeDtypeStruct((B, side, side, network.in_channels), jnp.float16)
+            for name in ("latent_mean", "latent_std")
+        } | {"caption": jax.ShapeDtypeStruct((B, text.tokens, text.channels), jnp.float16)}
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        after, metrics = jax.eval_shape(make_train_step(network, phase, 0, recipe), state, batch, key)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), state
+        )
+        assert {name: (leaf.shape, leaf.dtype) for name, leaf in metrics.items()} == {
+            name: ((), np.dtype("float32")) for name in ("loss", "gradient_norm", "learning_rate")
+        }
+
+
+def test_the_papers_recipe_is_the_papers():
+    config = tiny.load_config_file(MASK75, "xl")
+    phases = make_phases(config.phases)
+    table = [(p.resolution, p.mask_ratio, p.steps, p.learning_rate, p.clip, p.P_mean, p.P_std) for p in phases]
+    assert table == [
+        (256, 0.75, 250_000, 2.4e-4, 0.25, -0.6, 1.2),
+        (256, 0.0, 30_000, 8e-5, 0.25, -0.6, 1.2),
+        (512, 0.75, 50_000, 8e-5, 0.5, 0.0, 0.6),
+        (512, 0.0, 5_000, 8e-5, 0.5, 0.0, 0.6),
+    ]
+    assert [(p.ema_decay, p.ema_start) for p in phases] == [(0, 0), (0, 0), (0.99975, 25_000), (0.9975, 1_000)]
+    assert [(p.warmup_steps, p.final_lr_ratio) for p in phases] == [(2_500, 0.33), (0, 1), (500, 1), (0, 1)]
+    assert [(p.fresh_optimizer, p.pos_interp_scale) for p in phases] == [(False, 1), (False, 1), (True, 2), (False, 2)]
+    assert {p.batch_size for p in phases} == {2048}
+    assert config.adam.to_dict() == dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
+    assert config.diffusion.to_dict() == dict(sigma_data=0.9, caption_drop=0.1)
+    assert config.dtype == "bfloat16"
+    network = network_of(phases[0], config, manifest_of(config))
+    sizes = {name: int(np.prod(leaf.shape)) for name, leaf in abstract_params(network).items()}
+    buffers = network.tokens * network.dim + network.patch_size**2 * network.in_channels
+    assert sum(sizes.values()) in (1_165_442_320, 1_165_442_320 - buffers)
+
+
+def test_an_unknown_variant_is_refused():
+    with pytest.raises(ValueError, match="no variant 'foo'; use one of demo, openmoji, tiny, xl"):
+        tiny.load_config_file(MASK75, "foo")
+
+
+def test_every_variant_has_the_same_fields():
+    def names(config: Any, prefix: str = "") -> set[str]:
+        if not isinstance(config, ConfigDict):
+            return {prefix}
+        return set().union(*(names(value, f"{prefix}.{name}") for name, value in config.items() if name != "model"))
+
+    configs = [tiny.load_config_file(MASK75, variant) for variant in ("demo", "openmoji", "tiny", "xl")]
+    assert len({frozenset(names(config)) for config in configs}) == 1
+    assert len({config.name for config in configs}) == 4  # each has its own work directory
+
+
+def test_a_config_survives_being_written_down():
+    for path, variant in VARIANTS:
+        config = tiny.load_config_file(path, variant)
+        written = json.loads(json.dumps(config.to_dict()))
+        assert make_phases(written["phases"]) == make_phases(config.phases)
+        assert dataclasses.asdict(make_phases(written["phases"])[0])["name"]

@@ -1,0 +1,332 @@
+"""The train step's randomness, and what the loop refuses and survives. Kills and signals are in test_resume.py."""
+
+import dataclasses
+import errno
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from micro_dit import train as loop
+from micro_dit.data.shards import read_manifest
+from micro_dit.diffusion import edm
+from micro_dit.errors import UserError
+from micro_dit.models.masking import TokenMask
+from micro_dit.train import Recipe, make_train_step, train
+from micro_dit.training.checkpoint import Checkpoints
+from micro_dit.training.metrics import read_metrics
+from micro_dit.training.phases import Phase
+from micro_dit.training.state import TrainState
+
+RECIPE = Recipe(sigma_data=0.9, caption_drop=0.1, dtype="float32", adam={})
+NETWORK = tiny.network()
+B = 1024
+
+
+# ---- The train step --------------------------------------------------------------------------------------------------
+
+
+def draws(monkeypatch: pytest.MonkeyPatch, step: int, seed: int = 0, **fields: Any) -> dict[str, np.ndarray]:
+    """Everything random in a step, recorded where it reaches the loss."""
+    recorded: dict[str, np.ndarray] = {}
+
+    def record(F: Any, x: Any, y: Any, sigma: Any, noise: Any, *, mask: TokenMask, **rest: Any) -> jax.Array:
+        recorded.update(
+            posterior=(x - 5) / 2, captions=y, sigma=(jnp.log(sigma) + 0.6) / 1.2, noise=noise, ranks=mask.restore,
+            dropped_tokens=mask.dropped,
+        )  # fmt: skip
+        return jnp.zeros(B)
+
+    monkeypatch.setattr(edm, "loss", record)
+    monkeypatch.setattr(loop, "bind", lambda *arguments: None)
+    params = {"w": jnp.ones(3)}
+    phase = Phase(**tiny.MASKED | fields)
+    state = TrainState(jnp.int32(step), params, RECIPE.optimizer(phase).init(params), None)
+    batch = {
+        "latent_mean": jnp.full((B, 8, 8, 4), 5, jnp.float16),
+        "latent_std": jnp.full((B, 8, 8, 4), 2, jnp.float16),
+        "caption": jnp.ones((B, 4, 12), jnp.float16),
+    }
+    make_train_step(NETWORK, phase, 0, RECIPE)(state, batch, jax.random.key(seed))
+    return {name: np.asarray(value, np.float32) for name, value in recorded.items()}
+
+
+def columns(recorded: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """B numbers of each stream: the first of each image, and the first B in memory, which a shared key would repeat."""
+    result = {f"{name} by image": recorded[name].reshape(B, -1)[:, 0] for name in ("captions", "sigma", *LARGE)}
+    return result | {f"{name} in memory": recorded[name].ravel()[:B] for name in LARGE}
+
+
+LARGE = ("posterior", "noise", "ranks")
+
+
+def test_mask_level_noise_and_caption_drop_are_independent(monkeypatch: pytest.MonkeyPatch):
+    for (a, x), (b, y) in itertools.combinations(columns(draws(monkeypatch, step=3)).items(), 2):
+        if a.split()[0] != b.split()[0]:
+            assert abs(np.corrcoef(x, y)[0, 1]) < 5 / np.sqrt(B), (a, b)
+
+
+def test_every_step_draws_anew_and_the_same_seed_repeats(monkeypatch: pytest.MonkeyPatch):
+    first, second = columns(draws(monkeypatch, step=0)), columns(draws(monkeypatch, step=1))
+    for name, value in first.items():
+        assert abs(np.corrcoef(value, second[name])[0, 1]) < 5 / np.sqrt(B), name
+    again, other = draws(monkeypatch, step=1), draws(monkeypatch, step=1, seed=1)
+    for name, value in columns(again).items():
+        np.testing.assert_array_equal(value, second[name])
+        assert not np.array_equal(value, columns(other)[name]), name
+
+
+def test_draws_have_their_distributions(monkeypatch: pytest.MonkeyPatch):
+    recorded = draws(monkeypatch, step=0)
+    for name in ("posterior", "noise", "sigma"):
+        assert recorded[name].mean() == pytest.approx(0, abs=5 / np.sqrt(recorded[name].size)), name
+        assert recorded[name].std() == pytest.approx(1, abs=5 / np.sqrt(recorded[name].size)), name
+    # A caption is dropped whole or not at all, with probability 0.1.
+    captions = recorded["captions"].reshape(B, -1)
+    dropped = np.all(captions == 0, axis=1)
+    assert np.all(captions[~dropped] == 1)
+    assert dropped.mean() == pytest.approx(0.1, abs=5 * np.sqrt(0.1 * 0.9 / B))
+    # 12 of 16 tokens are dropped of every image, each token equally often.
+    np.testing.assert_array_equal(recorded["dropped_tokens"].sum(axis=1), 12)
+    np.testing.assert_allclose(recorded["dropped_tokens"].mean(axis=0), 0.75, atol=5 * np.sqrt(0.75 * 0.25 / B))
+
+
+@pytest.fixture
+def quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that needs no network: the sum of the squared parameters."""
+    monkeypatch.setattr(loop, "bind", lambda network, params, dtype: lambda *inputs: jnp.sum(params["w"] ** 2))
+    monkeypatch.setattr(edm, "loss", lambda F, x, y, *rest, **named: F(x, None, y) * jnp.ones(4))
+
+
+@pytest.mark.usefixtures("quadratic")
+def test_a_step_schedules_the_rate_and_averages_within_its_phase():
+    phase = Phase(**tiny.MASKED | dict(ema_decay=0.99975, ema_start=2, warmup_steps=4, learning_rate=0.1))
+    step = make_train_step(NETWORK, phase, first_step=100, recipe=RECIPE)
+    params = {"w": jnp.asarray([1.0, -2.0, 3.0])}
+    state = TrainState(jnp.int32(100), params, RECIPE.optimizer(phase).init(params), params)
+    batch = {"latent_mean": jnp.zeros((4, 8, 8, 4)), "caption": jnp.ones((4, 4, 12))}
+    for in_phase in range(5):
+        before = state
+        state, metrics = step(state, batch, jax.random.key(0))
+        assert float(metrics["learning_rate"]) == pytest.approx(0.1 * in_phase / 4)
+        norm = float(jnp.linalg.norm(before.params["w"]))
+        assert float(metrics["gradient_norm"]) == pytest.approx(2 * norm, rel=1e-6)
+        assert float(metrics["loss"]) == pytest.approx(norm**2, rel=1e-6)
+        assert int(state.step) == 101 + in_phase
+        w, ema = np.asarray(state.params["w"]), np.asarray(state.ema["w"])
+        if in_phase < 2:
+            np.testing.assert_array_equal(ema, w)
+        else:
+            old = np.asarray(before.ema["w"], np.float64)
+            np.testing.assert_allclose(ema - old, (1 - 0.99975) * (w - old), rtol=0.02)
+            assert np.all(ema != old)
+            assert np.all(ema != w)
+
+
+# ---- Runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tiny_shards: Path) -> ConfigDict:
+    return tiny.get_config(str(tiny_shards))
+
+
+def test_a_run_leaves_its_records(finished_run: Path, tiny_shards: Path):
+    records = read_metrics(finished_run / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 85))
+    assert all(np.isfinite(record["loss"]) for record in records)
+    rates = [record["learning_rate"] for record in records]
+    np.testing.assert_allclose(rates[:4], [0, 1.5e-3, 3e-3, 3e-3], rtol=1e-5)
+    assert rates[47] == pytest.approx(3e-3)
+    assert rates[48] == pytest.approx(1e-3)  # each phase has its own schedule
+    assert 1e-4 < rates[-1] < 1.1e-4
+    assert len({record["loss"] for record in records}) == 84
+    assert (finished_run / "curves.png").exists()
+    # The two newest, and the end of the first phase.
+    checkpoints = Checkpoints(finished_run)
+    assert checkpoints.steps == [84, 80, 48]
+    first, last = (tiny.read_checkpoint(finished_run, step) for step in (48, 84))
+    assert "ema" not in first
+    assert [meta["phase"] for meta in (first["meta"], last["meta"])] == [0, 1]
+    assert last["meta"]["images"] == 4 * 84
+    # What is sampled from is the average, which is another than the parameters.
+    params, _ = checkpoints.load_params()
+    jax.tree.map(np.testing.assert_array_equal, params, last["ema"])
+    assert all(not np.array_equal(params[name], last["params"][name]) for name in params)
+
+
+def test_a_finished_run_is_not_trained_further(finished_run: Path, config: ConfigDict, tmp_path: Path, capfd: Any):
+    workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    train(config, workdir)
+    out = capfd.readouterr().out
+    assert "continuing from step 84 of 84" in out
+    assert "compiled" not in out
+    tiny.assert_same_end(workdir, finished_run)
+
+
+def test_after_damage_the_checkpoint_before_leads_to_the_same_end(
+    finished_run: Path, config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    damaged = workdir / "checkpoints" / "84"
+    largest = max((path for path in damaged.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+    train(config, workdir)
+    out = capfd.readouterr().out
+    assert f"checkpoint {damaged} can't be read" in out
+    assert "continuing from step 80 of 84" in out
+    tiny.assert_same_end(workdir, finished_run)  # step 84 has been saved anew
+    assert (workdir / "unreadable_checkpoints" / "84").is_dir()
+
+
+def test_a_phase_takes_the_weights_alone_to_another_resolution(config: ConfigDict, tmp_path: Path, finished_run: Path):
+    """With four times the tokens, another position table, new moments, and a held-out loss."""
+    workdir = tmp_path / "run"
+    high = dict(name="high", resolution=128, steps=3, pos_interp_scale=2.0, fresh_optimizer=True, ema_start=1)
+    config.phases = (config.phases[0], tiny.UNMASKED | high)
+    config.data.update(heldout="validation", heldout_images=3)
+    # The first phase is the finished run's, up to its end.
+    (workdir / "checkpoints").mkdir(parents=True)
+    shutil.copytree(finished_run / "checkpoints" / "48", workdir / "checkpoints" / "48")
+    train(config, workdir)
+    records = {record["step"]: record for record in read_metrics(workdir / "metrics.jsonl") if "loss" in record}
+    assert sorted(records) == [49, 50, 51]
+    evaluated = [record for record in read_metrics(workdir / "metrics.jsonl") if "heldout_loss" in record]
+    (scalars,) = evaluated
+    assert scalars["step"] == 51
+    assert {"heldout_loss", "heldout_loss_ema"} <= set(scalars)
+    assert len([name for name in scalars if name.startswith("heldout_loss/sigma=")]) == 8
+    end = tiny.read_checkpoint(workdir)
+    assert end["meta"]["model"]["input_size"] == 16
+    assert end["meta"]["model"]["pos_interp_scale"] == 2.0
+    (count,) = [leaf for leaf in jax.tree.leaves(end["opt"]) if leaf.dtype == np.int32]
+    assert count == 3  # the moments began with the phase
+    before = tiny.read_checkpoint(workdir, 48)["params"]
+    moved = max(float(np.abs(end["params"][name] - before[name]).max()) for name in before)
+    assert 0 < moved < 4e-3  # three steps of at most 1e-3, not a new network
+
+
+class Poisoned:
+    """The data's iterator, with NaN in one batch."""
+
+    def __init__(self, iterator: Any, batch: int):
+        self.iterator, self.left = iterator, batch
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self.iterator)
+        self.left -= 1
+        return batch if self.left else batch | {"latent_mean": batch["latent_mean"] * np.float16(np.nan)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.iterator, name)
+
+
+@pytest.mark.parametrize("batch", [16, 19])  # a step that is saved, and one that is not
+def test_nan_stops_the_run_and_the_last_good_checkpoint_is_named(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+):
+    make = loop.make_train_iterator
+    monkeypatch.setattr(loop, "make_train_iterator", lambda *a, **k: Poisoned(make(*a, **k), batch))
+    with pytest.raises(UserError, match=f"the loss is nan .* at step {batch}, in phase 'masked'") as error:
+        train(config, tmp_path)
+    good = 8 if batch == 16 else 16
+    last = tmp_path / "checkpoints" / str(good)
+    assert f"the last good checkpoint is {last}; lower learning_rate" in str(error.value)
+    assert "\n" not in str(error.value)
+    checkpoint = tiny.read_checkpoint(tmp_path)
+    assert checkpoint["meta"]["step"] == good
+    assert all(np.isfinite(value).all() for value in checkpoint["params"].values())
+
+
+def test_a_full_disk_stops_the_run_with_one_line(config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from orbax.checkpoint import v1 as ocp
+
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", fail)
+    with pytest.raises(UserError, match=r"the disk of .* is full: no checkpoint is whole yet; make room"):
+        train(config, tmp_path)
+
+
+# ---- Bad input: one line, before anything is compiled or written -----------------------------------------------------
+
+
+def set_phase(**fields: Any) -> Callable[[ConfigDict], None]:
+    return lambda config: setattr(config, "phases", (config.phases[0] | fields, config.phases[1]))
+
+
+def set_field(name: str, value: Any) -> Callable[[ConfigDict], None]:
+    def change(config: ConfigDict) -> None:
+        *parents, last = name.split(".")
+        for parent in parents:
+            config = config[parent]
+        with config.unlocked():
+            config[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_field("model.size", "Giant"), "model size 'Giant' is unknown; use one of Nano"),
+        (set_field("model.dmi", 3), "model has no field dmi; the fields are"),
+        (set_field("mesh.data", 3), r"mesh.data is 3, but there are 1 devices .* set --config.mesh.data=-1"),
+        (set_field("model.expert_capacity", 0.4), r"int\(0.4·4/2\) = 0 of 4 tokens: change model.expert_capacity"),
+        (set_field("data.shards", "nowhere"), "No shards at nowhere .* make them with python -m micro_dit.precompute"),
+        (set_field("data.caption_tokens", 77), "was made with caption tokens 4, not 77: use 4, or make the shards"),
+        (set_field("phases", ()), "the config lists no phases"),
+        (set_phase(resolution=256), "holds latents for 64, 128 px, not 256 px"),
+        (set_phase(resolution=60), "holds latents for 64, 128 px, not 60 px"),
+        (set_phase(mask_ratio=0.99), "mask_ratio 0.99 keeps none of the 16 tokens .* lower it"),
+        (set_phase(mask_position="before"), "mask_position must be one of after_mixer, before_mixer"),
+        (set_phase(warmup=3), r"phases\[0\] has no field warmup"),
+        (set_phase(name="unmasked"), "several phases are named unmasked"),
+    ],
+)
+def test_bad_input_is_one_line_that_says_what_to_do(
+    config: ConfigDict, tmp_path: Path, change: Callable[[ConfigDict], None], message: str
+):
+    change(config)
+    with pytest.raises(UserError, match=message) as error:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("which", ["image", "text"])
+def test_shards_of_other_encoders_do_not_mix(config: ConfigDict, tmp_path: Path, which: str):
+    other = {
+        "image": dict(vae=dataclasses.replace(tiny.VAE, fingerprint="89ab")),
+        "text": dict(text=dataclasses.replace(tiny.TEXT, fingerprint="89ab")),
+    }[which]
+    shards = tiny.write_shards(tmp_path / "other", **other)
+    config.phases = (config.phases[0], config.phases[1] | dict(shards=str(shards)))
+    with pytest.raises(UserError, match=f"other was made with {which} encoder fingerprint 89ab, not") as error:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+def test_the_directory_of_another_run_is_refused(config: ConfigDict, finished_run: Path):
+    config.seed = 1
+    with pytest.raises(UserError, match=r"belongs to a run with another config: seed \(0 there, 1 here\); give a new"):
+        train(config, finished_run)
+
+
+def test_shards_made_again_are_noticed(config: ConfigDict, finished_run: Path, tmp_path: Path):
+    workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    text = (workdir / "config.json").read_text()
+    fingerprint = read_manifest(config.data.shards).fingerprint
+    assert fingerprint in text
+    (workdir / "config.json").write_text(text.replace(fingerprint, "0" * len(fingerprint)))
+    with pytest.raises(UserError, match="the shards, which were made again"):
+        train(config, workdir)

@@ -1,0 +1,194 @@
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from micro_dit.errors import UserError
+from micro_dit.training.checkpoint import Checkpoints
+from micro_dit.training.optimizer import make_optimizer
+from micro_dit.training.state import TrainState
+
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def state_at(step: int, ema: bool = True, width: int = 64) -> TrainState:
+    """Another state at every step."""
+    params = {"layer.kernel": jnp.full((width, 64), step + 0.1), "layer.bias": jnp.arange(3.0) * step}
+    average = jax.tree.map(lambda p: p - 0.05, params) if ema else None
+    return TrainState(jnp.int32(step), params, make_optimizer(1.0).init(params), average)
+
+
+def abstract(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=DEVICE), state)
+
+
+def meta_at(step: int) -> dict[str, Any]:
+    return {"step": step, "phase": 1, "images": 4 * step, "data": {"next_index": step}, "dollars": 0.5}
+
+
+def saved(workdir: Path, steps: tuple[int, ...] = (1, 2, 3), **arguments: Any) -> Checkpoints:
+    checkpoints = Checkpoints(workdir, **arguments)
+    for step in steps:
+        checkpoints.save(state_at(step), meta_at(step), wait=True)
+    checkpoints.close()
+    return Checkpoints(workdir, **arguments)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("checkpoints")
+    saved(workdir).close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(template: Path, tmp_path: Path) -> Path:
+    """Checkpoints of steps 2 and 3."""
+    return Path(shutil.copytree(template, tmp_path / "run"))
+
+
+def restore(checkpoints: Checkpoints, warn: Callable[[str], None] = pytest.fail, **like: Any) -> Any:
+    return checkpoints.restore(lambda meta: abstract(state_at(meta["step"], **like)), warn=warn)
+
+
+def test_what_was_saved_comes_back_bit_for_bit(workdir: Path):
+    state, meta = restore(Checkpoints(workdir))
+    assert meta == meta_at(3)
+    assert jax.tree.structure(state) == jax.tree.structure(state_at(3))
+    jax.tree.map(np.testing.assert_array_equal, state, state_at(3))
+    assert {leaf.sharding for leaf in jax.tree.leaves(state)} == {DEVICE}
+
+
+def test_an_empty_folder_restores_nothing(tmp_path: Path):
+    assert restore(Checkpoints(tmp_path)) is None
+
+
+def test_the_newest_and_the_ends_of_phases_are_kept(tmp_path: Path):
+    assert saved(tmp_path, (1, 2, 3, 4, 5), keep_steps=(2,)).steps == [5, 4, 2]
+
+
+def test_a_step_is_saved_once(workdir: Path):
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(state_at(3), meta_at(3), wait=True)
+    assert checkpoints.steps == [3, 2]
+
+
+def _truncate_largest(folder: Path) -> None:
+    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+
+
+def _empty_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def _remove_part(part: str) -> Callable[[Path], None]:
+    return lambda folder: shutil.rmtree(folder / part)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate_largest, _empty_files, _remove_part("params"), _remove_part("opt"), _remove_part("ema"),
+        _remove_part("meta"), lambda folder: _truncate_largest(folder / "opt"),
+        lambda folder: _truncate_largest(folder / "meta"),
+    ],
+    ids=["cut", "emptied", "no params", "no optimizer", "no average", "no meta", "cut optimizer", "cut meta"],
+)  # fmt: skip
+def test_after_damage_to_the_newest_the_one_before_is_taken_and_it_says_so(
+    workdir: Path, damage: Callable[[Path], None]
+):
+    damage(workdir / "checkpoints" / "3")
+    warnings: list[str] = []
+    checkpoints = Checkpoints(workdir)
+    state, meta = restore(checkpoints, warnings.append)
+    assert meta == meta_at(2)
+    jax.tree.map(np.testing.assert_array_equal, state, state_at(2))
+    (warning,) = warnings
+    assert str(workdir / "checkpoints" / "3") in warning
+    assert "trying the one before" in warning
+    assert "\n" not in warning
+    # It is not in the way of the next ones, and not lost either.
+    assert (workdir / "unreadable_checkpoints" / "3").is_dir()
+    for step in (3, 4):
+        checkpoints.save(state_at(step), meta_at(step), wait=True)
+    assert restore(checkpoints)[1] == meta_at(4)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load_params(3)[0], state_at(3).ema)
+
+
+def test_when_all_are_damaged_it_does_not_start_anew(workdir: Path):
+    for step in ("2", "3"):
+        _truncate_largest(workdir / "checkpoints" / step)
+    warnings: list[str] = []
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read; move that folder away"):
+        restore(Checkpoints(workdir), warnings.append)
+    assert len(warnings) == 2
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_name(workdir: Path):
+    with pytest.raises(UserError, match=r"another network: layer\.kernel is \(64, 64\) float32, expected \(32, 64\)"):
+        restore(Checkpoints(workdir), width=32)
+
+
+def test_another_dtype_is_refused(workdir: Path):
+    def half(meta: dict[str, Any]) -> TrainState:
+        like = abstract(state_at(3))
+        params = {n: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=DEVICE) for n, p in like.params.items()}
+        return like._replace(params=params)
+
+    with pytest.raises(UserError, match=r"float32, expected .* bfloat16"):
+        Checkpoints(workdir).restore(half, warn=pytest.fail)
+
+
+def test_what_is_sampled_from_is_the_average_where_there_is_one(workdir: Path):
+    checkpoints = Checkpoints(workdir)
+    params, meta = checkpoints.load_params()
+    assert meta == meta_at(3)
+    jax.tree.map(np.testing.assert_array_equal, params, state_at(3).ema)
+    np.testing.assert_array_equal(checkpoints.load_params(2)[0]["layer.bias"], state_at(2).ema["layer.bias"])
+    checkpoints.save(state_at(4, ema=False), meta_at(4), wait=True)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.load_params()[0], state_at(4).params)
+
+
+def test_a_missing_checkpoint_is_named(workdir: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"has no checkpoint of step 7 \(it has steps 2, 3\)"):
+        Checkpoints(workdir).load_params(7)
+    with pytest.raises(UserError, match=r"has no checkpoint \(it has none\)"):
+        Checkpoints(tmp_path / "empty").load_params()
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left"), ValueError("RESOURCE_EXHAUSTED: No space left on device")]
+)
+@pytest.mark.parametrize("call", ["save_checkpointables_async", "wait"])
+def test_a_full_disk_is_one_clear_line(workdir: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, call: str):
+    checkpoints = Checkpoints(workdir)
+
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(checkpoints._orbax, call, fail)
+    with pytest.raises(UserError, match=r"disk of .* is full: the newest whole checkpoint is step 3; make room"):
+        checkpoints.save(state_at(4), meta_at(4))
+    monkeypatch.undo()
+    assert restore(checkpoints)[1] == meta_at(3)
+
+
+def test_other_failures_of_the_disk_are_not_called_full(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoints = Checkpoints(workdir)
+
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoints._orbax, "save_checkpointables_async", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoints.save(state_at(4), meta_at(4))

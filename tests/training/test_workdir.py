@@ -1,0 +1,44 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from micro_dit.errors import UserError
+from micro_dit.training.workdir import claim_workdir
+
+CONFIG = {
+    "seed": 0, "name": "x", "phases": ({"name": "a", "steps": 3}, {"name": "b", "steps": 4}), "checkpoint_every": 10,
+    "sampling": {"every": 3, "prompts": ("a", "b")}, "model": {"size": "Nano"},
+}  # fmt: skip
+SHARDS = {"vae": "0123", "files": ["aa"]}
+
+
+def test_the_same_config_may_come_again_and_what_has_no_influence_may_change(tmp_path: Path):
+    claim_workdir(tmp_path / "run", CONFIG, SHARDS)
+    claim_workdir(tmp_path / "run", CONFIG, SHARDS)
+    changed = CONFIG | {"checkpoint_every": 7, "sampling": {"every": 1, "prompts": ()}}
+    claim_workdir(tmp_path / "run", changed, SHARDS)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["config"]["checkpoint_every"] == 7
+    assert saved["shards"] == SHARDS
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("config", "shards", "message"),
+    [
+        (CONFIG | {"seed": 1}, SHARDS, r"seed \(0 there, 1 here\)"),
+        (CONFIG | {"model": {"size": "Nano", "dim": 8}}, SHARDS, r"model\.dim \(None there, 8 here\)"),
+        (CONFIG | {"phases": (CONFIG["phases"][0], {"name": "b", "steps": 5})}, SHARDS, r"phases\[1\]\.steps \(4 "),
+        (CONFIG | {"phases": ({"name": "a", "steps": 3},)}, SHARDS, r"phases\[1\]"),
+        (CONFIG, SHARDS | {"files": ["bb"]}, "the shards, which were made again"),
+    ],
+)
+def test_another_runs_directory_is_not_taken(tmp_path: Path, config: dict, shards: dict, message: str):
+    claim_workdir(tmp_path, CONFIG, SHARDS)
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError, match=message) as error:
+        claim_workdir(tmp_path, config, shards)
+    assert "give a new --workdir" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "config.json").read_text() == before

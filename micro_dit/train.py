@@ -310,7 +310,7 @@ class _Run:
                 self._record(step - 1, first_step, previous, progress, phase)
             previous = metrics
             ends = step == last_step or interrupt.requested
-            saves = ends or step % config.checkpoint_every == 0
+            saves = ends or (config.checkpoint_every and step % config.checkpoint_every == 0)
             evaluates = step == last_step or (config.evaluate_every and step % config.evaluate_every == 0)
             samples = step == last_step or (config.sampling.every and step % config.sampling.every == 0)
             if saves or evaluates or samples:
@@ -344,14 +344,14 @@ class _Run:
         if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
             progress.close()
             self.checkpoints.close()
-            steps = self.checkpoints.steps
-            kept = f"the last good checkpoint is {self.checkpoints.folder / str(steps[0])}" if steps else "none is"
+            folder, steps = self.checkpoints.folder, self.checkpoints.steps
+            kept = f"the last good checkpoint is {folder / str(steps[0])}" if steps else "no checkpoint was saved yet"
             raise UserError(
                 f"the loss is {values['loss']} (gradient norm {values['gradient_norm']}) at step {step}, in phase "
                 f"{phase.name!r}; {kept}; lower learning_rate or clip and start anew in another --workdir."
             )
         progress.update(step - first_step, values)
-        if step % self.config.logging.every == 0:
+        if self.config.logging.every and step % self.config.logging.every == 0:
             self.writer.write_scalars(step, values | progress.scalars())
 
     def _heldout_loss(self, phase: Phase, network: DiTConfig) -> Callable[[Any], dict[str, float]] | None:

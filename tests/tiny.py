@@ -4,7 +4,6 @@ Also a config file: `python -m micro_dit.main --config=tests/tiny.py:FOLDER_OF_S
 """
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,6 @@ def random_params(config: DiTConfig, seed: int = 0) -> dict[str, jax.Array]:
         else:
             params[name] = jnp.asarray(z / np.sqrt(np.float32(leaf.shape[-2])))
     return params
-
-
-def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
-    """jax.jit without optimized machine code: that takes most of the time, and a test calls a program once or twice."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **arguments)
 
 
 def inputs(config: DiTConfig, images: int = 3, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -29,12 +29,12 @@ MASK = fixed_mask()
 DROPPED = np.asarray(MASK.dropped) == 1  # (B, N)
 
 
-@functools.partial(tiny.jit, static_argnames="position")
+@functools.partial(jax.jit, static_argnames="position")
 def forward(params: Any, x: Any, t: Any, y: Any, mask: Any = None, position: str = "after_mixer") -> jax.Array:
     return bind(CONFIG, params)(x, t, y, mask, position)
 
 
-@functools.partial(tiny.jit, static_argnames="dtype")
+@functools.partial(jax.jit, static_argnames="dtype")
 def loss_and_gradients(params: Any, dtype: Any) -> tuple[jax.Array, Any]:
     def loss(params: Any) -> jax.Array:
         model = bind(CONFIG, params, dtype)
@@ -89,7 +89,7 @@ def test_naive_masking_is_the_network_on_the_kept_tokens_alone(
     masked = forward(params, X, T, Y, MASK, "before_mixer")
     table = position_table(CONFIG.dim, CONFIG.grid, 1.0)
 
-    @tiny.jit
+    @jax.jit
     def alone(params: Any, x: Any, t: Any, y: Any, positions: Any) -> jax.Array:
         monkeypatch.setattr(dit, "position_table", lambda dim, grid, scale: positions)
         return bind(CONFIG, params)(x, t, y)
@@ -129,7 +129,7 @@ def test_dropped_tokens_get_exactly_no_gradient_from_the_backbone(
         return edm.loss(lambda x, t, y: model(x, t, y, MASK), X, Y, SIGMA, X[::-1], mask=MASK).mean()
 
     probe = jnp.zeros((3, CONFIG.tokens, CONFIG.patch_mixer_dim))
-    gradient = np.asarray(tiny.jit(jax.grad(loss))(probe, params))
+    gradient = np.asarray(jax.jit(jax.grad(loss))(probe, params))
     np.testing.assert_array_equal(gradient[DROPPED], 0)
     assert np.all(np.abs(gradient[~DROPPED]).max(axis=-1) > 0)
 
@@ -143,7 +143,7 @@ def test_without_a_patch_mixer():
     config = tiny.network(use_patch_mixer=False)
     assert not any(name.startswith("mixer") for name in abstract_params(config))
 
-    @tiny.jit
+    @jax.jit
     def both(params: Any) -> list[jax.Array]:
         return [bind(config, params)(X, T, Y, MASK, position) for position in dit.MASK_POSITIONS]
 

@@ -19,7 +19,7 @@ def config() -> DiTConfig:
 
 @pytest.fixture(scope="module")
 def initialize(config: DiTConfig) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    return tiny.jit(functools.partial(init_params, config))
+    return jax.jit(functools.partial(init_params, config))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def params(initialize: Callable[[jax.Array], dict[str, jax.Array]]) -> dict[str,
 
 
 def test_the_output_is_exactly_zero(config: DiTConfig, params: dict[str, np.ndarray]):
-    out = tiny.jit(lambda params, *inputs: bind(config, params)(*inputs))(params, *tiny.inputs(config))
+    out = jax.jit(lambda params, *inputs: bind(config, params)(*inputs))(params, *tiny.inputs(config))
     assert out.shape == (3, 8, 8, 4)
     np.testing.assert_array_equal(out, 0)
 

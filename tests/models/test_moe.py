@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from micro_dit.models.moe import ExpertChoiceFFN, tokens_per_expert
@@ -50,7 +49,7 @@ def test_values_and_gradients_equal_those_of_one_hot_products(experts: int, capa
         return jnp.sum(out * weights), out
 
     results = [
-        tiny.jit(jax.value_and_grad(functools.partial(total, function), (0, 1), has_aux=True))(state, x)
+        jax.jit(jax.value_and_grad(functools.partial(total, function), (0, 1), has_aux=True))(state, x)
         for function in (lambda module, x: module(x), by_one_hot)
     ]
     ((_, ours), our_gradients), ((_, theirs), their_gradients) = results

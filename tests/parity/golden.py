@@ -2,11 +2,9 @@
 
 import json
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from micro_dit.models.dit import DiTConfig
@@ -73,8 +71,3 @@ def draw_parameter(seed: int, name: str, shape: tuple[int, ...], recipe: dict[st
         gain = value if substring in name else gain
     fan_in = shape[1] if len(shape) == 3 else int(np.prod(shape[1:]))
     return z * np.float32(gain / np.sqrt(fan_in))
-
-
-def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
-    """jax.jit without optimized machine code, which costs most of the time of a program that is called once."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **arguments)

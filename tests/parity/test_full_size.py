@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden import assert_close, draw, draw_parameter, jit, mask_of, nhwc, read, under
+from golden import assert_close, draw, draw_parameter, mask_of, nhwc, read, under
 
 from micro_dit.diffusion import edm
 from micro_dit.interop.torch_checkpoint import from_release_layout, release_name, release_shapes, to_release_layout
@@ -29,7 +29,7 @@ def test_full_size(full_file: Path) -> None:
     x = nhwc(draw(seed, f"in/x/{index}", (about["N"], config.in_channels, config.input_size, config.input_size)))
     y = draw(seed, f"in/y/{index}", (about["N"], 1, about["caption_len"], config.caption_channels))[:, 0]
 
-    forward = jit(lambda params, x, t, y, mask: bind(config, params)(x, t, y, mask))
+    forward = jax.jit(lambda params, x, t, y, mask: bind(config, params)(x, t, y, mask))
     for case in (c for c in ("fwd_m0", "fwd_m75") if c in about):
         recorded = under(arrays, f"{case}/")
         ours = forward(params, x, arrays["in/t"], y, mask_of(recorded))
@@ -42,7 +42,7 @@ def test_full_size(full_file: Path) -> None:
     noise = nhwc(draw(seed, "edm/noise", (about["N"], config.in_channels, config.input_size, config.input_size)))
     sigma = np.exp(about["edm_m75"]["P_mean"] + about["edm_m75"]["P_std"] * recorded["rnd_normal"].reshape(-1))
 
-    @jit
+    @jax.jit
     @jax.value_and_grad
     def loss_and_gradients(params):
         network = bind(config, params)

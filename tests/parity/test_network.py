@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import assert_close, caption, config_of, jit, mask_of, nhwc, read, under
+from golden import assert_close, caption, config_of, mask_of, nhwc, read, under
 
 from micro_dit.diffusion import edm
 from micro_dit.diffusion.guidance import guide
@@ -31,10 +31,10 @@ class Network:
         self.state_dict = under(self.arrays, "params/")
         self.params = from_state_dict(self.state_dict, self.config)
         # Parameters are arguments and not closed over: as constants they would be folded, which takes minutes.
-        self.forward = jit(self._forward, static_argnames="scale")
-        self.denoise = jit(self._denoise, static_argnames="scale")
-        self.loss_and_gradients = jit(jax.value_and_grad(self._loss))
-        self.sample = jit(self._sample, static_argnames=("steps", "scale"))
+        self.forward = jax.jit(self._forward, static_argnames="scale")
+        self.denoise = jax.jit(self._denoise, static_argnames="scale")
+        self.loss_and_gradients = jax.jit(jax.value_and_grad(self._loss))
+        self.sample = jax.jit(self._sample, static_argnames=("steps", "scale"))
 
     def F(self, params: Any, mask: Any, scale: float) -> edm.Network:
         network = bind(self.config, params)
@@ -175,7 +175,7 @@ def test_activations(network_file: Path) -> None:
         pytest.skip("this golden file holds no activations")
     x, t, y = nhwc(net.arrays["in/x"]), net.arrays["in/t"], caption(net.arrays["in/y"])
 
-    @jit
+    @jax.jit
     def activations(params: Any) -> dict[str, jax.Array]:
         model, acts = bind(net.config, params), {}
         acts["t_embedder"] = model.noise_embedding(t)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden import assert_close, caption, jit, nhwc, read, under
+from golden import assert_close, caption, nhwc, read, under
 
 from micro_dit.interop.torch_checkpoint import from_release_layout, release_name
 from micro_dit.models.dit import BlockShape, CaptionBlock, DiTBlock, DiTConfig, FinalLayer
@@ -122,7 +122,7 @@ def test_unit(unit: str, golden_dir: Path) -> None:
     }  # fmt: skip
     inputs = {name: into.get(name, np.asarray)(arrays[name]) for name in about["inputs"]}
 
-    @jit
+    @jax.jit
     def run(params: Any, inputs: dict[str, Any], cotangent: Any) -> Any:
         out, pullback = jax.vjp(lambda p, i: merged(p)(*(i[n] for n in about["inputs"])), params, inputs)  # type: ignore[operator]
         return out, *pullback(cotangent)

@@ -128,7 +128,7 @@ def tiny() -> ConfigDict:
 
 
 def xl() -> ConfigDict:
-    """The paper's four phases (REFERENCE: batch 2048, AdamW, bfloat16). Shards: 256 px of everything; 512 px without
+    """The paper's four phases (batch 2048, AdamW, bfloat16). Shards: 256 px of everything; 512 px without
     DiffusionDB and without CC12M's smaller images."""
     config = base(name="mask75-xl", dtype="bfloat16")
     config.model.size = "MicroDiT_XL_2"

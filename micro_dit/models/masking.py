@@ -30,7 +30,7 @@ class TokenMask(NamedTuple):
 
 
 def kept_tokens(tokens: int, mask_ratio: float) -> int:
-    """K = int(N·(1 - mask_ratio)), the number of tokens that survive (REFERENCE: deferred masking)."""
+    """K = int(N·(1 - mask_ratio)), the number of tokens that survive (the paper's deferred masking)."""
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"mask_ratio is {mask_ratio}, but must be at least 0 and below 1")
     kept = int(tokens * (1.0 - mask_ratio))

@@ -1,6 +1,6 @@
 """The micro-budget recipe: masked pre-training, then unmasked fine-tuning.
 
-    python -m micro_dit.main --config=configs/mask75.py              OpenMoji faces at 128 px: two CPU cores, 15 minutes
+    python -m micro_dit.main --config=configs/mask75.py              OpenMoji faces at 128 px: two CPU cores
     python -m micro_dit.main --config=configs/mask75.py:openmoji     all of OpenMoji at 128 px: a GPU, or a night
     python -m micro_dit.main --config=configs/mask75.py:tiny         MicroDiT-Tiny/2, the paper's ablation size, 256 px
     python -m micro_dit.main --config=configs/mask75.py:xl           MicroDiT-XL/2, the paper's four phases

@@ -12,5 +12,4 @@ def update_ema(ema: Params, params: Params, decay: float, active: jax.Array | bo
     It starts as a copy, so it needs no correction of its bias. Written as ema + (1 - decay)·(params - ema), whose small
     second term float32 keeps where decay is close to 1.
     """
-    rate = jnp.where(active, jnp.float32(1 - decay), jnp.float32(1))
-    return jax.tree.map(lambda e, p: jnp.where(active, e + rate * (p - e), p), ema, params)
+    return jax.tree.map(lambda e, p: jnp.where(active, e + jnp.float32(1 - decay) * (p - e), p), ema, params)

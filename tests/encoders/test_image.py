@@ -9,11 +9,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from micro_dit.encoders.autoencoder import AutoencoderConfig, AutoencoderKL
 from micro_dit.encoders.image import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    AutoencoderConfig,
-    AutoencoderKL,
     ImageEncoder,
     load_image_encoder,
     load_parameters,
@@ -42,6 +41,15 @@ PLAIN = {
     "latents_mean": [0.1 * i for i in range(8)],
     "latents_std": [1.0 + 0.1 * i for i in range(8)],
 }
+ATTENTION_IN_LEVELS = {  # as the autoencoders with 32 channels have it at their smallest size
+    "block_out_channels": (8, 8, 16),
+    "layers_per_block": 1,
+    "latent_channels": 16,
+    "norm_num_groups": 4,
+    "scaling_factor": 0.5,
+    "down_block_types": ["DownEncoderBlock2D"] * 2 + ["AttnDownEncoderBlock2D"],
+    "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2,
+}
 
 
 def make_reference(settings, folder):
@@ -50,9 +58,8 @@ def make_reference(settings, folder):
     diffusers = pytest.importorskip("diffusers")
     levels = len(settings["block_out_channels"])
     torch.manual_seed(0)
-    model = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **settings
-    ).eval()
+    kinds = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    model = diffusers.AutoencoderKL(**kinds | settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too: ones and zeros would hide mistakes
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -83,7 +90,7 @@ def edit_config(folder, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("settings", [WITH_ATTENTION, PLAIN], ids=["attention", "plain"])
+@pytest.mark.parametrize("settings", [WITH_ATTENTION, PLAIN, ATTENTION_IN_LEVELS], ids=["attention", "plain", "levels"])
 def test_same_numbers_as_diffusers(settings, tmp_path):
     torch = pytest.importorskip("torch")
     reference = make_reference(settings, tmp_path).requires_grad_(False)
@@ -95,7 +102,7 @@ def test_same_numbers_as_diffusers(settings, tmp_path):
         shift = torch.tensor(settings["latents_mean"]).view(1, -1, 1, 1)
         scale = settings["scaling_factor"] / torch.tensor(settings["latents_std"]).view(1, -1, 1, 1)
     else:
-        shift, scale = settings["shift_factor"], settings["scaling_factor"]
+        shift, scale = settings.get("shift_factor", 0.0), settings["scaling_factor"]
     mean, std = encoder.encode(images)
     assert_close(mean, (posterior.mean - shift) * scale)
     assert_close(std, posterior.std * scale)
@@ -164,7 +171,7 @@ def test_every_tensor_that_does_not_fit_is_listed(tiny, folder):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "down_block_types"),
+        ({"down_block_types": ["CrossAttnDownBlock2D"] * 2}, "down_block_types"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "up_block_types"),
         ({"act_fn": "gelu"}, "act_fn"),
         ({"_class_name": "AutoencoderDC"}, "AutoencoderDC"),
@@ -179,14 +186,19 @@ def test_unsupported_settings_are_named(folder, changes, named):
         read_config(folder)
 
 
+def test_settings_that_change_nothing_are_passed_over(tiny, folder):
+    edit_config(folder, _name_or_path="x", use_tiling=False, architectures=None, sample_size=[64, 64], extra_layers=0)
+    assert read_config(folder) == dataclasses.replace(tiny[0], sample_size=(64, 64))
+
+
 def test_missing_and_broken_files_are_named(folder):
-    with pytest.raises(UserError, match=r"no_such_folder.*config\.json"):
+    with pytest.raises(UserError, match=r"no_such_folder' is no folder"):
         load_image_encoder(str(folder / "no_such_folder"))
     (folder / WEIGHTS_FILE).write_bytes(b"not a safetensors file")
     with pytest.raises(UserError, match=WEIGHTS_FILE):
         load_image_encoder(str(folder))
     (folder / WEIGHTS_FILE).unlink()
-    with pytest.raises(UserError, match=WEIGHTS_FILE):
+    with pytest.raises(UserError, match=rf"no {WEIGHTS_FILE}.*convert_weights"):
         load_image_encoder(str(folder))
     (folder / CONFIG_FILE).write_text("{")
     with pytest.raises(UserError, match=CONFIG_FILE):
@@ -207,3 +219,45 @@ def test_the_fingerprint_tells_weights_and_settings_apart(tiny, folder):
     changed = jax.tree.map(lambda leaf: leaf, parameters)
     changed["decoder"]["conv_out"]["bias"] = changed["decoder"]["conv_out"]["bias"].at[0].add(1e-6)
     assert ImageEncoder(config, changed, "tiny").fingerprint != first
+
+
+def test_the_autoencoder_of_a_whole_pipeline_is_found(tiny, tmp_path):
+    save_autoencoder(tmp_path / "pipeline" / "vae", *tiny)
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    encoder = load_image_encoder(str(tmp_path / "pipeline"))
+    assert (encoder.name, encoder.fingerprint) == ("pipeline", ImageEncoder(*tiny, "tiny").fingerprint)
+
+
+def test_bytes_are_scaled_as_numbers_are(tiny):
+    encoder = ImageEncoder(*tiny, "tiny")
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    expected = encoder.encode(images / np.float32(127.5) - 1)
+    for ours, theirs in zip(encoder.encode(images), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_bfloat16_products_give_nearly_the_same_float32_results(tmp_path):
+    make_reference(WITH_ATTENTION, tmp_path)
+    exact, rounded = load_image_encoder(str(tmp_path)), load_image_encoder(str(tmp_path), "bfloat16")
+    assert exact.fingerprint == rounded.fingerprint
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
+    latents, _ = exact.encode(images)
+    for ours, theirs in ((rounded.encode(images)[0], latents), (rounded.decode(latents), exact.decode(latents))):
+        assert ours.dtype == jnp.float32
+        assert 1e-4 < np.sqrt(((ours - theirs) ** 2).mean() / (theirs**2).mean()) < 0.03
+    with pytest.raises(UserError, match="'float16': choose float32 or bfloat16"):
+        load_image_encoder(str(tmp_path), "float16")
+
+
+def test_weights_stored_in_bfloat16_are_read(tiny, folder):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    file = folder / WEIGHTS_FILE
+    save_file({name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}, file)
+    config, parameters = tiny
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), parameters)
+    jax.tree.map(np.testing.assert_array_equal, load_parameters(folder, config), rounded)
+    save_file({"encoder.conv_in.bias": torch.zeros(3).to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(UserError, match=r"encoder\.conv_in\.bias .* has a dtype that can't be read"):
+        load_parameters(folder, config)

@@ -10,8 +10,8 @@ from flax import nnx
 
 from micro_dit.data.sources.openmoji import ASSETS, OpenMoji
 from micro_dit.encoders import train_vae
+from micro_dit.encoders.autoencoder import AutoencoderKL
 from micro_dit.encoders.image import (
-    AutoencoderKL,
     ImageEncoder,
     load_image_encoder,
     load_parameters,

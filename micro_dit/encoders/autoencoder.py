@@ -1,0 +1,313 @@
+"""The image autoencoder: diffusers' AutoencoderKL as a Flax NNX module, in NHWC.
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022), section 3.1. Modules and
+parameters carry diffusers' names, so that published weights load by transposing each array.
+
+Activations have the dtype of the input, which each layer casts its float32 parameters to; statistics of norms, the
+softmax, and the last layers, whose outputs are the result, are always float32.
+
+Shapes: B images · H W latent rows, columns · C latent channels; pixels are (B, f·H, f·W, 3) with f the downsampling.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+EPSILON = 1e-6  # of every group norm in diffusers' autoencoder
+DOWN_BLOCK, ATTENTION_DOWN_BLOCK = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
+UP_BLOCK, ATTENTION_UP_BLOCK = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """diffusers' configuration of an AutoencoderKL, same names and same defaults."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    down_block_types: tuple[str, ...] = ()  # empty: DOWN_BLOCK at every level
+    up_block_types: tuple[str, ...] = ()  # empty: UP_BLOCK at every level
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def block_types(self) -> tuple[list[str], list[str]]:
+        """The kind of block of each level, on the way down and on the way up."""
+        levels = len(self.block_out_channels)
+        return list(self.down_block_types) or [DOWN_BLOCK] * levels, list(self.up_block_types) or [UP_BLOCK] * levels
+
+
+def uniform_parameter(shape: tuple[int, ...], inputs: int, rngs: nnx.Rngs) -> nnx.Param:
+    """A float32 parameter initialized as PyTorch does by default, for a layer that adds up so many inputs."""
+    bound = 1 / math.sqrt(inputs)
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
+
+
+class Conv(nnx.Module):
+    """Square convolution of (B, H, W, I) with a weight of (size, size, I, O)."""
+
+    def __init__(self, channels_in: int, channels_out: int, size: int, *, rngs: nnx.Rngs):
+        inputs = size * size * channels_in
+        self.weight = uniform_parameter((size, size, channels_in, channels_out), inputs, rngs)
+        self.bias = uniform_parameter((channels_out,), inputs, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        around = (self.weight.shape[0] // 2,) * 2
+        return convolve(x, self.weight[...], (around, around)) + self.bias[...].astype(x.dtype)
+
+
+def convolve(x: jax.Array, weight: jax.Array, padding: Sequence[tuple[int, int]], stride: int = 1) -> jax.Array:
+    """(B, H, W, I) with (h, w, I, O), padded by (before, after) zeros in both directions, to (B, H', W', O)."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, weight.astype(x.dtype), (stride, stride), padding, dimension_numbers=layout)
+
+
+class Linear(nnx.Module):
+    """x @ weight + bias, with a weight of (I, O)."""
+
+    def __init__(self, channels_in: int, channels_out: int, *, rngs: nnx.Rngs):
+        self.weight = uniform_parameter((channels_in, channels_out), channels_in, rngs)
+        self.bias = uniform_parameter((channels_out,), channels_in, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.weight[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Group normalization of (B, H, W, C) over the pixels and the channels of a group, in float32."""
+
+    def __init__(self, channels: int, groups: int):
+        self.weight = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.groups = groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def group_mean(value: jax.Array) -> jax.Array:  # (B, H, W, C) -> (B, 1, 1, C), equal within a group
+            per_channel = value.mean((1, 2))
+            per_group = per_channel.reshape(len(value), self.groups, -1).mean(-1)
+            return jnp.repeat(per_group, value.shape[-1] // self.groups, -1)[:, None, None, :]
+
+        h = x.astype(jnp.float32)
+        h = h - group_mean(h)
+        h = h * (jax.lax.rsqrt(group_mean(h * h) + EPSILON) * self.weight[...]) + self.bias[...]
+        return h.astype(x.dtype)
+
+
+class ResnetBlock(nnx.Module):
+    """Two normalized convolutions around a shortcut (diffusers' ResnetBlock2D without a time embedding)."""
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int, *, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(channels_in, groups)
+        self.conv1 = Conv(channels_in, channels_out, 3, rngs=rngs)
+        self.norm2 = GroupNorm(channels_out, groups)
+        self.conv2 = Conv(channels_out, channels_out, 3, rngs=rngs)
+        if channels_in != channels_out:
+            self.conv_shortcut = Conv(channels_in, channels_out, 1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.conv1(nnx.silu(self.norm1(x)))
+        h = self.conv2(nnx.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nnx.Module):
+    """Single-head self-attention over all pixels (diffusers' Attention as its autoencoder uses it)."""
+
+    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
+        self.group_norm = GroupNorm(channels, groups)
+        self.to_q = Linear(channels, channels, rngs=rngs)
+        self.to_k = Linear(channels, channels, rngs=rngs)
+        self.to_v = Linear(channels, channels, rngs=rngs)
+        self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, H, W, channels = x.shape
+        h = self.group_norm(x).reshape(B, H * W, 1, channels)
+        h = jax.nn.dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + self.to_out[0](h).reshape(x.shape)
+
+
+class Downsample(nnx.Module):
+    """Convolution of stride 2; the padding is on the right and at the bottom only."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = Conv(channels, channels, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = convolve(x, self.conv.weight[...], ((0, 1), (0, 1)), stride=2)
+        return h + self.conv.bias[...].astype(x.dtype)
+
+
+class Upsample(nnx.Module):
+    """Each pixel twice in both directions, then a 3×3 convolution.
+
+    Among doubled pixels a 3×3 window sees only 2×2 different ones, so the same numbers come from four 2×2
+    convolutions of the small image, one for each parity of the row and column that is written: 4/9 of the products,
+    and a training step on a CPU four times as fast as through `repeat`, whose gradient is slow.
+    """
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = Conv(channels, channels, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.conv.weight[...]
+
+        def fold(weight: jax.Array, axis: int, parity: int) -> jax.Array:
+            """Add up the two of three taps along `axis` that fall on the same pixel."""
+            first, middle, last = jnp.split(weight, 3, axis)
+            return jnp.concatenate([first + middle, last] if parity else [first, middle + last], axis)
+
+        def written(row: int, column: int) -> jax.Array:
+            kernel = fold(fold(weight, 0, row), 1, column)
+            return convolve(x, kernel, ((1 - row, row), (1 - column, column)))
+
+        B, H, W, channels = x.shape
+        rows = [jnp.stack([written(row, 0), written(row, 1)], axis=3) for row in (0, 1)]  # (B, H, W, 2, channels) each
+        h = jnp.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, channels)
+        return h + self.conv.bias[...].astype(x.dtype)
+
+
+class DownBlock(nnx.Module):
+    """Residual blocks, each with attention where asked for, then half the size unless it is the last level."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, layers: int, groups: int, kind: str, last: bool, *, rngs: nnx.Rngs
+    ):
+        widths = [channels_in] + [channels_out] * layers
+        attentions = layers if kind == ATTENTION_DOWN_BLOCK else 0
+        self.resnets = nnx.List([ResnetBlock(widths[i], channels_out, groups, rngs=rngs) for i in range(layers)])
+        self.attentions = nnx.List([Attention(channels_out, groups, rngs=rngs) for _ in range(attentions)])
+        self.downsamplers = nnx.List([] if last else [Downsample(channels_out, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in [*alternate(self.resnets, self.attentions), *self.downsamplers]:
+            x = layer(x)
+        return x
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks, each with attention where asked for, then twice the size unless it is the last level."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, layers: int, groups: int, kind: str, last: bool, *, rngs: nnx.Rngs
+    ):
+        widths = [channels_in] + [channels_out] * layers
+        attentions = layers if kind == ATTENTION_UP_BLOCK else 0
+        self.resnets = nnx.List([ResnetBlock(widths[i], channels_out, groups, rngs=rngs) for i in range(layers)])
+        self.attentions = nnx.List([Attention(channels_out, groups, rngs=rngs) for _ in range(attentions)])
+        self.upsamplers = nnx.List([] if last else [Upsample(channels_out, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in [*alternate(self.resnets, self.attentions), *self.upsamplers]:
+            x = layer(x)
+        return x
+
+
+def alternate(resnets: Sequence[ResnetBlock], attentions: Sequence[Attention]) -> list[ResnetBlock | Attention]:
+    """Each residual block followed by its attention; there may be none."""
+    if not attentions:
+        return list(resnets)
+    return [layer for pair in zip(resnets, attentions, strict=True) for layer in pair]
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention where the configuration asks for it, residual block (diffusers' UNetMidBlock2D)."""
+
+    def __init__(self, channels: int, groups: int, attention: bool, *, rngs: nnx.Rngs):
+        self.resnets = nnx.List([ResnetBlock(channels, channels, groups, rngs=rngs) for _ in range(2)])
+        self.attentions = nnx.List([Attention(channels, groups, rngs=rngs)] if attention else [])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in [self.resnets[0], *self.attentions, self.resnets[1]]:
+            x = layer(x)
+        return x
+
+
+class Encoder(nnx.Module):
+    """Pixels (B, f·H, f·W, 3) to the mean and log-variance of the latents, (B, H, W, 2·C)."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        widths, groups, kinds = config.block_out_channels, config.norm_num_groups, config.block_types()[0]
+        self.conv_in = Conv(config.in_channels, widths[0], 3, rngs=rngs)
+        self.down_blocks: nnx.List[DownBlock] = nnx.List()
+        for i, width in enumerate(widths):
+            before, last = widths[max(i - 1, 0)], i == len(widths) - 1
+            self.down_blocks.append(
+                DownBlock(before, width, config.layers_per_block, groups, kinds[i], last, rngs=rngs)
+            )
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention, rngs=rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], groups)
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x).astype(jnp.float32))))
+
+
+class Decoder(nnx.Module):
+    """Latents (B, H, W, C) to pixels (B, f·H, f·W, 3)."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        widths, groups, kinds = config.block_out_channels[::-1], config.norm_num_groups, config.block_types()[1]
+        self.conv_in = Conv(config.latent_channels, widths[0], 3, rngs=rngs)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention, rngs=rngs)
+        self.up_blocks: nnx.List[UpBlock] = nnx.List()
+        for i, width in enumerate(widths):
+            before, last = widths[max(i - 1, 0)], i == len(widths) - 1
+            layers = config.layers_per_block + 1
+            self.up_blocks.append(UpBlock(before, width, layers, groups, kinds[i], last, rngs=rngs))
+        self.conv_norm_out = GroupNorm(widths[-1], groups)
+        self.conv_out = Conv(widths[-1], config.out_channels, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x.astype(jnp.float32))))
+
+
+class AutoencoderKL(nnx.Module):
+    """diffusers' AutoencoderKL; latents are unscaled."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        channels = config.latent_channels
+        if config.use_quant_conv:
+            self.quant_conv = Conv(2 * channels, 2 * channels, 1, rngs=rngs)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = Conv(channels, channels, 1, rngs=rngs)
+
+    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and log-variance, each (B, H, W, C) float32, of images (B, f·H, f·W, 3) in [-1, 1]."""
+        moments = self.encoder(images)
+        if hasattr(self, "quant_conv"):
+            moments = self.quant_conv(moments)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Images (B, f·H, f·W, 3), about [-1, 1], of latents (B, H, W, C)."""
+        if hasattr(self, "post_quant_conv"):
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)

@@ -1,0 +1,58 @@
+"""How an encoder runs: parameters on every device, batches split over them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from micro_dit.errors import UserError
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Devices:
+    """The devices of a sharding; without one, the default device."""
+
+    def __init__(self, dtype: str, sharding: Sharding | None):
+        """Takes the dtype of matrix products, and how batches are split over devices of this process.
+
+        Raises:
+            UserError: the dtype is not one of DTYPES.
+        """
+        if dtype not in DTYPES:
+            raise UserError(f"Encoders don't compute in '{dtype}': choose {' or '.join(DTYPES)}.")
+        self.dtype = dtype
+        self.count = 1 if sharding is None else len(sharding.device_set)
+        self._batch = sharding
+        self._whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+
+    def replicate(self, parameters: Any) -> Any:
+        """Copies parameters to every device."""
+        return jax.device_put(parameters, self._whole)
+
+    def compile(self, function: Callable[[Any, jax.Array], Any]) -> Callable[[Any, jax.Array | np.ndarray], Any]:
+        """Makes a function of replicated parameters and a batch run on the devices.
+
+        A batch that can't be split evenly is filled up with zeros, and the results are cut again. A program is
+        compiled for each shape and dtype of batch.
+        """
+
+        def exact(parameters: Any, batch: jax.Array) -> Any:
+            # Left to themselves, a GPU multiplies float32 numbers as TF32, and a TPU as bfloat16.
+            with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
+                return function(parameters, batch)
+
+        compiled = jax.jit(exact)
+
+        def run(parameters: Any, batch: jax.Array | np.ndarray) -> Any:
+            rows, missing = len(batch), -len(batch) % self.count
+            if missing:
+                pad = jnp.pad if isinstance(batch, jax.Array) else np.pad
+                batch = pad(batch, [(0, missing)] + [(0, 0)] * (batch.ndim - 1))
+            result = compiled(parameters, jax.device_put(batch, self._batch))
+            return jax.tree.map(lambda array: array[:rows], result) if missing else result
+
+        return run

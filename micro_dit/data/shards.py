@@ -1,59 +1,77 @@
 """The on-disk format of a prepared data set: a folder of ArrayRecord files and one `manifest.json`.
 
     manifest.json                            what the records hold, and which encoders made them
+    rejects.jsonl                            {"id", "split", "part", "reason"} of each input that was left out
     train-00000-of-00002.array_record        records, uncompressed, each readable on its own
     train-00001-of-00002.array_record
     validation-00000-of-00001.array_record
 
-A record is a header (magic, version, bytes of id, bytes of caption), the id and the caption in UTF-8, and the arrays
-back to back, little-endian, in the order of the manifest's `fields`.
+A record is a header (magic, version, bytes of id, captions n, bytes of each caption), the id and the captions in UTF-8,
+and the arrays back to back, little-endian, in the order of the manifest's `fields`; an array of a field that is `per
+caption` is there n times.
 
-The folder appears under its name only when it is whole: all is written to a folder beside it, the manifest last, and
-then renamed.
+The manifest is written last: a folder without one is still in the making. `shard_writer.py` writes what this reads.
 """
 
 import bisect
 import contextlib
 import dataclasses
-import errno
+import functools
 import hashlib
 import itertools
 import json
-import secrets
-import shutil
+import math
 import struct
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader
 
 from micro_dit.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+REJECTS = "rejects.jsonl"
 POSTERIORS = ("mean_std", "sample")
+UNVERIFIED = "unverified"  # fingerprint of an encoder of which only the name is known
 HEADER = struct.Struct("<4sIII")
+CAPTION_BYTES = np.dtype("<u4")
 MAGIC = b"mDiT"
-WRITER_OPTIONS = "group_size:1,uncompressed"  # latents do not compress, and a record of its own is found by one seek
 IDS_NAMED = 20  # of each kind of irregular input, the manifest names this many
+FILES_AT_ONCE = 16  # when they are checked
+STD_FACTOR = 2.0  # by which the latents may differ from sigma_data
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One array of every record."""
+    """An array of every record, or, if `per_caption`, of every caption of every record."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    per_caption: bool = False
 
-    @property
+    @functools.cached_property
+    def stored(self) -> np.dtype:
+        """The dtype on disk."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def shape_in(self, captions: int) -> tuple[int, ...]:
+        """Shape of the array in a record with so many captions."""
+        return (captions, *self.shape) if self.per_caption else self.shape
+
+    @functools.cached_property
     def bytes(self) -> int:
-        """Size of the array in a record."""
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        """Size of the array in a record with one caption."""
+        return math.prod(self.shape) * self.stored.itemsize
+
+    def bytes_in(self, captions: int) -> int:
+        """Size of the array in a record with so many captions."""
+        return captions * self.bytes if self.per_caption else self.bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +92,22 @@ class TextEncoderInfo:
     fingerprint: str
     tokens: int
     channels: int
+
+
+class Encoder(Protocol):
+    """An encoder, or what a manifest says of one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+def same_encoder(one: Encoder, other: Encoder) -> bool:
+    """Whether two encoders have the same fingerprint, or, if one is not known, the same name."""
+    if UNVERIFIED in (one.fingerprint, other.fingerprint):
+        return one.name == other.name
+    return one.fingerprint == other.fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +146,11 @@ class Manifest:
         vae: the image encoder.
         text_encoder: the text encoder.
         fields: the arrays of a record, in order.
-        dropped: inputs that were left out, by reason.
+        dropped: inputs that were left out, by reason; `rejects.jsonl` names all of them.
         altered: inputs that were kept, but changed, by what happened to them.
+        statistics: by resolution, 'mean' and 'std' of each latent channel as training sees it, that is, with the
+            posterior's own variance.
+        caption_cleaning: 'none', or the version of the rules that cleaned the captions before they were embedded.
         splits: the files of each split; a split without files is empty.
         format_version: version of this format.
     """
@@ -127,12 +164,14 @@ class Manifest:
     fields: tuple[Field, ...]
     dropped: dict[str, Tally]
     altered: dict[str, Tally]
+    statistics: dict[str, dict[str, list[float]]]
+    caption_cleaning: str
     splits: dict[str, tuple[ShardFile, ...]] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def records(self, split: str) -> int:
-        """Number of records in a split."""
-        return sum(file.records for file in self.splits[split])
+        """Number of records in a split; 0 if there is no such split."""
+        return sum(file.records for file in self.splits.get(split, ()))
 
     @property
     def bytes(self) -> int:
@@ -144,6 +183,11 @@ class Manifest:
         """Short hash of the contents of all files."""
         hashes = "".join(file.sha256 for split in sorted(self.splits) for file in self.splits[split])
         return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+
+    def latent_std(self, resolution: int) -> float:
+        """Standard deviation of the latents over all channels, about zero: what `sigma_data` stands for."""
+        statistics = self.statistics[str(resolution)]
+        return float(np.sqrt(np.mean(np.square(statistics["mean"]) + np.square(statistics["std"]))))
 
     def to_json(self) -> str:
         """Serializes to indented JSON."""
@@ -159,7 +203,7 @@ class Manifest:
                 "resolutions": tuple(values["resolutions"]),
                 "vae": ImageEncoderInfo(**values["vae"]),
                 "text_encoder": TextEncoderInfo(**values["text_encoder"]),
-                "fields": tuple(Field(f["name"], f["dtype"], tuple(f["shape"])) for f in values["fields"]),
+                "fields": tuple(Field(**field | {"shape": tuple(field["shape"])}) for field in values["fields"]),
                 "dropped": {reason: Tally(**tally) for reason, tally in values["dropped"].items()},
                 "altered": {reason: Tally(**tally) for reason, tally in values["altered"].items()},
                 "splits": {
@@ -172,21 +216,22 @@ class Manifest:
 def record_fields(
     resolutions: Sequence[int], posterior: str, vae: ImageEncoderInfo, text_encoder: TextEncoderInfo
 ) -> tuple[Field, ...]:
-    """The arrays of a record: the latents of every resolution, then the caption embedding, all float16."""
+    """The arrays of a record: the latents of every resolution, then the caption embeddings, all float16."""
     fields = []
     for resolution in resolutions:
         side = resolution // vae.downsample
         for kind in ("mean", "std") if posterior == "mean_std" else ("sample",):
             fields.append(Field(f"latent_{kind}_{resolution}", "float16", (side, side, vae.channels)))
-    fields.append(Field("caption_embedding", "float16", (text_encoder.tokens, text_encoder.channels)))
+    shape = (text_encoder.tokens, text_encoder.channels)
+    fields.append(Field("caption_embedding", "float16", shape, per_caption=True))
     return tuple(fields)
 
 
 class Record(NamedTuple):
-    """One example; the arrays are read-only views of the record's bytes."""
+    """One example: an image and one or more captions of it; parsed arrays are read-only views of the record's bytes."""
 
     id: str
-    caption: str
+    captions: tuple[str, ...]
     arrays: dict[str, np.ndarray]
 
 
@@ -194,14 +239,17 @@ def pack_record(record: Record, fields: Sequence[Field]) -> bytes:
     """Serializes a record, casting its arrays to the fields' dtypes.
 
     Raises:
-        ValueError: an array has not its field's shape.
+        ValueError: there is no caption, or an array has not its field's shape.
     """
-    id, caption = record.id.encode(), record.caption.encode()
-    parts = [HEADER.pack(MAGIC, FORMAT_VERSION, len(id), len(caption)), id, caption]
+    if not record.captions:
+        raise ValueError(f"{record.id} has no caption")
+    id, captions = record.id.encode(), [caption.encode() for caption in record.captions]
+    lengths = np.array([len(caption) for caption in captions], CAPTION_BYTES)
+    parts = [HEADER.pack(MAGIC, FORMAT_VERSION, len(id), len(captions)), lengths.tobytes(), id, *captions]
     for field in fields:
-        array = np.ascontiguousarray(record.arrays[field.name], np.dtype(field.dtype).newbyteorder("<"))
-        if array.shape != field.shape:
-            raise ValueError(f"{field.name} of {record.id} has shape {array.shape}, not {field.shape}")
+        array = np.ascontiguousarray(record.arrays[field.name], field.stored)
+        if array.shape != (shape := field.shape_in(len(captions))):
+            raise ValueError(f"{field.name} of {record.id} has shape {array.shape}, not {shape}")
         parts.append(array.tobytes())
     return b"".join(parts)
 
@@ -219,143 +267,39 @@ def parse_record(data: bytes, fields: Sequence[Field], names: Sequence[str] | No
     """
     if len(data) < HEADER.size or not data.startswith(MAGIC):
         raise UserError(f"A record of {len(data)} bytes is not in this format: make the shards again.")
-    _, version, id_bytes, caption_bytes = HEADER.unpack_from(data)
+    _, version, id_bytes, captions = HEADER.unpack_from(data)
     if version != FORMAT_VERSION:
         raise UserError(f"A record has format {version}, and this code reads {FORMAT_VERSION}: make the shards again.")
-    expected = HEADER.size + id_bytes + caption_bytes + sum(field.bytes for field in fields)
+    id_start = HEADER.size + captions * CAPTION_BYTES.itemsize
+    expected = id_start
+    if len(data) >= id_start:
+        lengths = np.frombuffer(data, CAPTION_BYTES, captions, HEADER.size).tolist()
+        ends = list(itertools.accumulate([id_bytes, *lengths], initial=id_start))[1:]  # of the id and the captions
+        expected = ends[-1] + sum(field.bytes_in(captions) for field in fields)
     if len(data) != expected:
         raise UserError(f"A record has {len(data)} bytes instead of {expected}, it is damaged: make the shards again.")
-    caption_start = HEADER.size + id_bytes
-    position = caption_start + caption_bytes
+    position = ends[-1]
     arrays = {}
     for field in fields:
         if names is None or field.name in names:
-            dtype = np.dtype(field.dtype).newbyteorder("<")
-            array = np.frombuffer(data, dtype, field.bytes // dtype.itemsize, position)
-            arrays[field.name] = array.reshape(field.shape)
-        position += field.bytes
-    return Record(
-        data[HEADER.size : caption_start].decode(), data[caption_start : caption_start + caption_bytes].decode(), arrays
-    )
+            arrays[field.name] = np.ndarray(field.shape_in(captions), field.stored, data, position)
+        position += field.bytes_in(captions)
+    texts = tuple(data[start:end].decode() for start, end in itertools.pairwise(ends))
+    return Record(data[id_start : ends[0]].decode(), texts, arrays)
 
 
-class ShardWriter:
-    """Writes a folder of shards, whole or not at all.
+def shards_folder(shards: str | Path) -> Path:
+    """The folder of a name that a user gave.
 
-    Use as a context manager: `write` every record, then `publish`. Leaving without `publish` removes what was written;
-    a killed process leaves a folder `<out>.incomplete-…`, which nothing reads.
+    Raises:
+        UserError: it is an address in an object store.
     """
-
-    def __init__(self, out: str | Path, splits: Sequence[str], fields: Sequence[Field], examples_per_shard: int):
-        """Makes the temporary folder.
-
-        Args:
-            out: the folder to make; it must not exist, or be empty.
-            splits: names of all splits.
-            fields: the arrays of a record.
-            examples_per_shard: a new file is begun after this many records.
-
-        Raises:
-            UserError: `out` exists and holds something, or its parent cannot be written to.
-        """
-        self.out = Path(out).expanduser()
-        self.fields = tuple(fields)
-        self.examples_per_shard = examples_per_shard
-        self.records = 0  # written so far, in all splits
-        self._files: dict[str, list[ShardFile]] = {split: [] for split in splits}
-        self._open: dict[str, tuple[Path, ArrayRecordWriter, int]] = {}
-        check_vacant(self.out)
-        self.folder = self.out.with_name(f"{self.out.name}.incomplete-{secrets.token_hex(4)}")
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"Cannot make the folder {self.folder}: {error.strerror}.") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for _, writer, _ in self._open.values():
-            with contextlib.suppress(OSError, RuntimeError):  # a failed writer fails again, and would hide the cause
-                writer.close()
-        shutil.rmtree(self.folder, ignore_errors=True)  # no such folder after `publish`
-
-    def write(self, split: str, record: Record) -> None:
-        """Appends a record to a split.
-
-        Raises:
-            UserError: the disk is full, or another failure of writing.
-        """
-        if split not in self._open:
-            path = self.folder / f"{split}-{len(self._files[split]):05d}"
-            self._open[split] = (path, self._attempt(ArrayRecordWriter, str(path), WRITER_OPTIONS), 0)
-        path, writer, count = self._open[split]
-        self._attempt(writer.write, pack_record(record, self.fields))
-        self._open[split] = (path, writer, count + 1)
-        self.records += 1
-        if count + 1 == self.examples_per_shard:
-            self._close(split)
-
-    def publish(self, manifest: Manifest) -> Manifest:
-        """Closes all files, writes the manifest, and gives the folder its name.
-
-        Args:
-            manifest: without `splits`.
-
-        Returns:
-            The manifest with `splits`, as written.
-
-        Raises:
-            UserError: the disk is full, or `out` has been made by someone else meanwhile.
-        """
-        for split in list(self._open):
-            self._close(split)
-        splits = {split: self._number(split, files) for split, files in self._files.items()}
-        manifest = dataclasses.replace(manifest, splits=splits)
-        self._attempt((self.folder / MANIFEST).write_text, manifest.to_json())
-        check_vacant(self.out)
-        self._attempt(self.folder.rename, self.out)
-        return manifest
-
-    def _close(self, split: str) -> None:
-        path, writer, count = self._open[split]
-        self._attempt(writer.close)
-        del self._open[split]
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        self._files[split].append(ShardFile(path.name, count, path.stat().st_size, sha256))
-
-    def _number(self, split: str, files: list[ShardFile]) -> tuple[ShardFile, ...]:
-        """Gives a split's files their last names, which tell how many there are."""
-        numbered = []
-        for file in files:
-            name = f"{file.name}-of-{len(files):05d}.array_record"
-            self._attempt((self.folder / file.name).rename, self.folder / name)
-            numbered.append(dataclasses.replace(file, name=name))
-        return tuple(numbered)
-
-    def _attempt(self, action: Any, *arguments: Any) -> Any:
-        """Calls what touches the disk; ArrayRecord reports errors of the file system as RuntimeErrors."""
-        try:
-            return action(*arguments)
-        except (OSError, RuntimeError) as error:
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-                message in str(error) for message in ("No space left", "quota exceeded")
-            )
-            if full:
-                raise UserError(f"The disk is full at {self.out.parent}: free space there, and run again.") from error
-            raise UserError(f"Cannot write the shards {self.out}: {error}.") from error
-
-
-def check_vacant(out: str | Path) -> None:
-    """Raises UserError if a folder to be made exists already and is not empty."""
-    out = Path(out).expanduser()
-    if (out / MANIFEST).exists():
-        raise UserError(f"{out} holds finished shards already: delete that folder or choose another.")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder: delete it or choose another.")
+    if "://" in str(shards):
+        raise UserError(
+            f"{shards} is in an object store, and shards are read from a folder: mount the bucket (with gcsfuse, for "
+            "example) or copy the shards to a disk, and give that folder."
+        )
+    return Path(shards).expanduser()
 
 
 def read_manifest(shards: str | Path) -> Manifest:
@@ -364,7 +308,7 @@ def read_manifest(shards: str | Path) -> Manifest:
     Raises:
         UserError: there is none, it is damaged, or it is of another format version.
     """
-    path = Path(shards).expanduser() / MANIFEST
+    path = shards_folder(shards) / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -387,9 +331,12 @@ def check_shards(
     *,
     resolution: int | None = None,
     channels: int | None = None,
+    vae: str | None = None,
     vae_fingerprint: str | None = None,
+    sigma_data: float | None = None,
     caption_tokens: int | None = None,
     caption_channels: int | None = None,
+    text_encoder: str | None = None,
     text_fingerprint: str | None = None,
     checksums: bool = False,
 ) -> None:
@@ -400,9 +347,12 @@ def check_shards(
         shards: the folder.
         resolution: side in pixels that must be among the manifest's.
         channels: latent channels C.
+        vae: name of the image encoder; looked at where fingerprints are not known.
         vae_fingerprint: fingerprint of the image encoder.
+        sigma_data: standard deviation that the latents at `resolution` should have, within a factor of two.
         caption_tokens: caption tokens L.
         caption_channels: caption channels Y.
+        text_encoder: name of the text encoder; looked at where fingerprints are not known.
         text_fingerprint: fingerprint of the text encoder.
         checksums: read every file and compare its sha256; the sizes and record counts are always compared.
 
@@ -412,18 +362,35 @@ def check_shards(
     if resolution is not None and resolution not in manifest.resolutions:
         sides = ", ".join(map(str, manifest.resolutions))
         raise UserError(f"{shards} holds latents for {sides} px, not {resolution} px: prepare those, or use {sides}.")
-    comparisons: tuple[tuple[str, int | str | None, int | str], ...] = (
+    comparisons: list[tuple[str, int | str | None, int | str]] = [
         ("latent channels", channels, manifest.vae.channels),
         ("caption tokens", caption_tokens, manifest.text_encoder.tokens),
         ("caption channels", caption_channels, manifest.text_encoder.channels),
-        ("image encoder fingerprint", vae_fingerprint, manifest.vae.fingerprint),
-        ("text encoder fingerprint", text_fingerprint, manifest.text_encoder.fingerprint),
+    ]
+    encoders: tuple[tuple[str, str | None, str | None, Encoder], ...] = (
+        ("image encoder", vae, vae_fingerprint, manifest.vae),
+        ("text encoder", text_encoder, text_fingerprint, manifest.text_encoder),
     )
+    for kind, name, fingerprint, encoder in encoders:
+        if fingerprint is None or UNVERIFIED in (fingerprint, encoder.fingerprint):
+            comparisons.append((kind, name, encoder.name))
+        else:
+            comparisons.append((f"{kind} fingerprint", fingerprint, encoder.fingerprint))
     for what, asked, held in comparisons:
         if asked is not None and asked != held:
             raise UserError(f"{shards} was made with {what} {held}, not {asked}: use {held}, or make the shards again.")
-    for file in itertools.chain.from_iterable(manifest.splits.values()):
-        _check_file(Path(shards).expanduser() / file.name, file, checksums)
+    if sigma_data is not None and resolution is not None:
+        std = manifest.latent_std(resolution)
+        if not sigma_data / STD_FACTOR <= std <= sigma_data * STD_FACTOR:
+            raise UserError(
+                f"{shards} holds latents of standard deviation {std:.2g} at {resolution} px, but sigma_data is "
+                f"{sigma_data:.2g}: set sigma_data to about theirs, or make the shards again with other scaling."
+            )
+    folder = shards_folder(shards)
+    files = itertools.chain.from_iterable(manifest.splits.values())
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # a set of millions has thousands of files, perhaps far away
+        for _ in pool.map(lambda file: _check_file(folder / file.name, file, checksums), files):
+            pass
 
 
 def _check_file(path: Path, file: ShardFile, checksums: bool) -> None:
@@ -464,9 +431,12 @@ class SplitReader:
         if not manifest.splits.get(split):
             held = ", ".join(name for name in manifest.splits if manifest.records(name)) or "none"
             raise UserError(f"{shards} has no examples in split '{split}': choose one of {held}.")
-        self._paths = [str(Path(shards).expanduser() / file.name) for file in manifest.splits[split]]
-        self._ends = list(itertools.accumulate(file.records for file in manifest.splits[split]))
-        self._data = ArrayRecordDataSource(self._paths)
+        files = manifest.splits[split]
+        self._paths = [str(shards_folder(shards) / file.name) for file in files]
+        self._ends = list(itertools.accumulate(file.records for file in files))
+        # With their numbers of records the files need not be opened before they are read.
+        whole = [f"{path}[0:{file.records}]" for path, file in zip(self._paths, files, strict=True)]
+        self._data = ArrayRecordDataSource(whole)
         self._fields, self._names = manifest.fields, names
 
     def __len__(self) -> int:

@@ -59,15 +59,14 @@ def test_the_list_of_identical_pictures_is_right():
 
 
 def test_examples_are_drawn_on_white_with_their_captions():
-    examples = OpenMoji(("smileys-emotion",), px=64).examples("train")
+    (examples,) = OpenMoji(("smileys-emotion",), px=64).parts("train")
     grinning = next(example for example in examples if example.id == "1F600")
     assert isinstance(grinning, Example)
-    assert grinning.caption == "grinning face"
+    assert grinning.captions == ("grinning face",)
     image = decode_image(grinning.image)
     assert image.shape == (64, 64, 3)
     assert (image[0, 0] == 255).all()
     np.testing.assert_allclose(image[20, 32], [252, 234, 43], atol=2)  # OpenMoji's yellow
-    assert [example.id for example in examples[1:3]] == [examples[1].id, examples[2].id]
     assert examples[-1].id == examples[len(examples) - 1].id
 
 
@@ -82,7 +81,7 @@ def test_pixels_are_the_examples_in_order_with_one_process_or_two():
     source = OpenMoji(("component",), px=32)
     pixels = source.pixels("train", workers=1)
     assert pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, [decode_image(example.image) for example in source.examples("train")])
+    np.testing.assert_array_equal(pixels, [decode_image(example.image) for example in source.parts("train")[0]])
     np.testing.assert_array_equal(pixels, source.pixels("train", workers=2))
 
 
@@ -91,7 +90,7 @@ def test_open_source_passes_groups_and_size_on():
     assert isinstance(source, OpenMoji)
     assert source.px == 48
     assert {emoji.group for emoji in source._emojis("train")} == {"flags", "component"}
-    assert len(open_source("openmoji", px=48).examples("train")) == 4250
+    assert [len(part) for part in open_source("openmoji", px=48).parts("train")] == [4096, 154]
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
@@ -100,7 +99,7 @@ def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(UserError, match=r"no group 'smiley'.*smileys-emotion"):
         open_source("openmoji:smiley", px=64)
     with pytest.raises(UserError, match=r"no split 'test'.*compositions"):
-        OpenMoji().examples("test")
+        OpenMoji().parts("test")
 
 
 def test_a_file_that_cannot_be_drawn_is_named(tmp_path):

@@ -1,13 +1,18 @@
+import dataclasses
 import itertools
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
+from micro_dit.data.mix import deal, parse_mix, read_mix
 from micro_dit.data.pipeline import load_split, make_train_iterator
-from micro_dit.data.shards import ImageEncoderInfo, Manifest, Record, ShardWriter, TextEncoderInfo, record_fields
+from micro_dit.data.shards import ImageEncoderInfo, Record, TextEncoderInfo, read_manifest
 from micro_dit.errors import UserError
 
 VAE = ImageEncoderInfo("tiny", "0123", channels=8, downsample=8)
@@ -15,26 +20,41 @@ TEXT = TextEncoderInfo("letters", "4567", tokens=4, channels=6)
 EXAMPLES = 23
 
 
-def write_numbers(out: Path, posterior: str) -> Path:
-    """Shards whose record number n is filled with n."""
-    fields = record_fields((16, 32), posterior, VAE, TEXT)
-    with ShardWriter(out, ("train", "validation"), fields, examples_per_shard=10) as writer:
-        for split, count in (("train", EXAMPLES), ("validation", 3)):
-            for number in range(count):
-                arrays = {field.name: np.full(field.shape, number) for field in fields}
-                writer.write(split, Record(f"{split}-{number}", f"number {number}", arrays))
-        writer.publish(Manifest("numbers", "nobody", (16, 32), posterior, VAE, TEXT, fields, {}, {}))
-    return out
+def write_numbers(
+    out: Path, first: int = 0, counts: dict[str, int] | None = None, captions: int = 1, **others: Any
+) -> Path:
+    """Shards whose record number n is filled with first + n, and its k-th caption with n + k / 10."""
+    manifest = tiny.make_manifest((16, 32), **dict(vae=VAE, text=TEXT) | others)
+
+    def record(split: str, number: int) -> Record:
+        arrays = {field.name: np.full(field.shape_in(captions), first + number) for field in manifest.fields}
+        arrays["caption_embedding"] = arrays["caption_embedding"] + np.arange(captions)[:, None, None] / 10
+        texts = tuple(f"number {first + number}" + "!" * k for k in range(captions))
+        return Record(f"{split}-{first + number}", texts, arrays)
+
+    counts = counts or {"train": EXAMPLES, "validation": 3}
+    splits = {split: [record(split, number) for number in range(count)] for split, count in counts.items()}
+    return tiny.write_folder(out, manifest, splits, records_per_file=10)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_numbers(tmp_path_factory.mktemp("mean_std") / "shards", "mean_std")
+    return write_numbers(tmp_path_factory.mktemp("mean_std") / "shards")
 
 
-def numbers(iterator, batches: int) -> list[int]:
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """23 examples from 0 on, and 9 from 100 on; the first three, and two from 100 on, to validate."""
+    folder = tmp_path_factory.mktemp("two")
+    return write_numbers(folder / "large"), write_numbers(folder / "small", 100, {"train": 9, "validation": 2})
+
+
+def numbers(iterator: Any, batches: int) -> list[int]:
     """Numbers of the examples in the next batches."""
     return np.concatenate([next(iterator)["latent_mean"][:, 0, 0, 0] for _ in range(batches)]).astype(int).tolist()
+
+
+# ---- One folder ------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_has_float16_arrays_of_the_asked_resolution(shards: Path):
@@ -50,7 +70,7 @@ def test_a_batch_has_float16_arrays_of_the_asked_resolution(shards: Path):
 
 
 def test_samples_are_the_mean_and_have_no_std(tmp_path: Path):
-    folder = write_numbers(tmp_path / "shards", "sample")
+    folder = write_numbers(tmp_path / "shards", posterior="sample")
     batch = next(make_train_iterator(folder, "train", 32, batch_size=5, seed=0))
     assert {name: array.shape for name, array in batch.items()} == {"latent_mean": (5, 4, 4, 8), "caption": (5, 4, 6)}
     assert set(load_split(folder, "validation", 16)) == {"latent_mean", "caption", "text", "id"}
@@ -73,6 +93,12 @@ def test_the_seed_decides_the_order(shards: Path):
     assert order(1) != order(2)
 
 
+def test_the_batch_size_does_not_change_the_order(shards: Path):
+    assert numbers(make_train_iterator(shards, "train", 16, 4, 0), 15) == numbers(
+        make_train_iterator(shards, "train", 16, 10, 0), 6
+    )
+
+
 def test_a_batch_may_be_larger_than_the_split(shards: Path):
     seen = numbers(make_train_iterator(shards, "train", 16, batch_size=50, seed=0), 1)
     assert sorted(seen[:EXAMPLES]) == sorted(seen[EXAMPLES : 2 * EXAMPLES]) == list(range(EXAMPLES))
@@ -91,14 +117,187 @@ def test_the_state_continues_exactly(shards: Path, batches: int):
     assert numbers(iterator, 8) == expected
 
 
-def test_processes_share_an_epoch(shards: Path):
-    count = 3
-    iterators = [make_train_iterator(shards, "train", 16, 1, 0, index, count) for index in range(count)]
-    sizes = [len(range(index, EXAMPLES, count)) for index in range(count)]
-    epochs = [[numbers(iterator, size) for iterator, size in zip(iterators, sizes, strict=True)] for _ in range(2)]
-    for epoch in epochs:
-        assert sorted(itertools.chain(*epoch)) == list(range(EXAMPLES))
-    assert sorted(epochs[0][0]) != sorted(epochs[1][0])  # the shares are dealt anew
+def test_each_epoch_takes_the_next_caption(tmp_path: Path):
+    folder = write_numbers(tmp_path / "shards", counts={"train": 8}, captions=3)
+
+    def captions(seed: int, epochs: int) -> list[set[tuple[int, int]]]:
+        """The number of an example and that of its caption, for each epoch."""
+        iterator = make_train_iterator(folder, "train", 16, batch_size=8, seed=seed)
+        batches = [next(iterator) for _ in range(epochs)]
+        pairs = [zip(b["latent_mean"][:, 0, 0, 0], b["caption"][:, 0, 0], strict=True) for b in batches]
+        return [{(int(number), round(10 * (float(caption) - number))) for number, caption in of} for of in pairs]
+
+    epochs = captions(0, 6)
+    assert epochs == captions(0, 6)
+    assert all(len(epoch) == 8 for epoch in epochs)
+    everything = set(itertools.product(range(8), range(3)))
+    assert set.union(*epochs[:3]) == set.union(*epochs[3:]) == everything  # each caption once in three epochs
+    assert all(len({caption for _, caption in epoch}) == 3 for epoch in epochs)  # not the first of all, then the second
+    assert captions(1, 1) != captions(0, 1)
+    assert load_split(folder, "train", 16, 2)["text"] == ["number 0", "number 1"]
+
+
+# ---- Processes -------------------------------------------------------------------------------------------------------
+
+
+def global_batches(mix: str, count: int, batches: int, state: Any = None) -> tuple[list[dict[str, np.ndarray]], Any]:
+    """What `count` processes get, put together again, and the state at the end."""
+    iterators = [make_train_iterator(mix, "train", 16, 8, 5, index, count) for index in range(count)]
+    for iterator in iterators:
+        if state is not None:
+            iterator.set_state(state)
+    made = []
+    for _ in range(batches):
+        rows = [next(iterator) for iterator in iterators]
+        made.append({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+    (state,) = {str(iterator.get_state()): iterator.get_state() for iterator in iterators}.values()
+    return made, state
+
+
+def assert_equal(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray]]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_order_and_the_position_do_not_depend_on_the_number_of_processes(two: tuple[Path, Path], mixed: bool):
+    mix = f"{two[0]}=0.7,{two[1]}=0.3" if mixed else str(two[0])
+    expected, _ = global_batches(mix, 1, 12)
+    begun, state = global_batches(mix, 1, 5)
+    assert_equal(begun, expected[:5])
+    for count in (2, 4):
+        continued, later = global_batches(mix, count, 3, state)
+        assert_equal(continued, expected[5:8])
+        again, _ = global_batches(mix, 8 // count, 4, later)
+        assert_equal(again, expected[8:])
+
+
+# ---- Mixes -----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_kept_exactly_and_folders_are_covered_once_an_epoch(two: tuple[Path, Path]):
+    iterator = make_train_iterator(f"{two[0]}=0.7,{two[1]}=0.3", "train", 16, batch_size=10, seed=0)
+    seen = [numbers(iterator, 1) for _ in range(30)]
+    assert [sum(number >= 100 for number in batch) for batch in seen] == [3] * 30  # in each batch of ten
+    for first, count in ((0, EXAMPLES), (100, 9)):
+        of_folder = [number for batch in seen for number in batch if first <= number < first + 100]
+        epochs = [of_folder[start : start + count] for start in range(0, len(of_folder) - count + 1, count)]
+        assert len(epochs) == 9 if first == 0 else 10
+        assert all(sorted(epoch) == list(range(first, first + count)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_without_weights_every_record_is_equally_likely(two: tuple[Path, Path]):
+    iterator = make_train_iterator(f"{two[0]}, {two[1]}", "train", 16, batch_size=32, seed=0)
+    epochs = [numbers(iterator, 1) for _ in range(3)]
+    everything = [*range(EXAMPLES), *range(100, 109)]
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_folders_of_a_mix_are_shuffled_differently(tmp_path: Path):
+    one, other = (write_numbers(tmp_path / name, first, {"train": 20}) for name, first in (("a", 0), ("b", 100)))
+    seen = numbers(make_train_iterator(f"{one},{other}", "train", 16, 40, 0), 1)
+    assert [n for n in seen if n < 100] != [n - 100 for n in seen if n >= 100]
+
+
+@pytest.mark.parametrize("weights", [(1,), (7, 3), (1, 1, 1), (1, 1_000_003), (5, 0, 2), (3, 10, 2, 999)])
+def test_dealing_is_exact_even_and_gapless(weights: tuple[int, ...]):
+    total = sum(weights)
+    counts = [0] * len(weights)
+    for position in range(min(3 * total, 5000)):
+        folder, before = deal(weights, position)
+        assert before == counts[folder]  # consecutive numbers
+        counts[folder] += 1
+        for count, weight in zip(counts, weights, strict=True):
+            assert abs(count - (position + 1) * weight / total) < len(weights)
+        if (position + 1) % total == 0:
+            assert counts == [weight * (position + 1) // total for weight in weights]
+    if total <= 5000:  # also as far on as any run gets
+        far = Counter(deal(weights, 10**15 * total + position)[0] for position in range(total))
+        assert [far[folder] for folder in range(len(weights))] == list(weights)
+
+
+def test_weights_need_not_add_up_to_one(two: tuple[Path, Path]):
+    mix = read_mix(f"{two[0]}=1.4,{two[1]}=0.6")
+    assert mix.weights("train") == [7, 3]
+    assert read_mix(f"{two[0]}=1e-9,{two[1]}=1").weights("train") == [1, 10**9]
+    assert read_mix(f"{two[0]},{two[1]}").weights("train") == [23, 9]
+
+
+def test_a_mix_is_parsed():
+    assert parse_mix("data/a") == [("data/a", None)]
+    assert parse_mix("data/a, data/b") == [("data/a", None), ("data/b", None)]
+    assert parse_mix("a=0.7,b=3e-1") == [("a", 0.7), ("b", 0.3)]
+    assert parse_mix("run=1/a=2") == [("run=1/a", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ("", "names no folder"),
+        ("a,", "names no folder"),
+        ("=0.5", "names no folder"),
+        ("a,a", "or one twice"),
+        ("a=0.5,b", "weights for some folders only"),
+        ("a=x,b=1", "gives a the weight 'x': give a number"),
+        ("a=0,b=1", "a weight that is not positive"),
+        ("a=-1,b=1", "a weight that is not positive"),
+        ("a=nan,b=1", "a weight that is not positive"),
+    ],
+)
+def test_a_wrong_mix_is_refused(mix: str, message: str):
+    with pytest.raises(UserError, match=message) as error:
+        read_mix(mix)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("others", "what"),
+    [
+        (dict(vae=dataclasses.replace(VAE, fingerprint="89ab")), r"image encoders differ \(tiny 0123 and tiny 89ab\)"),
+        (
+            dict(vae=dataclasses.replace(VAE, name="big", fingerprint="unverified")),
+            r"image encoders differ \(tiny 0123 and big unverified\)",
+        ),
+        (dict(vae=dataclasses.replace(VAE, channels=4)), r"latent channels differ \(8 and 4\)"),
+        (dict(text=dataclasses.replace(TEXT, fingerprint="89ab")), r"text encoders differ \(letters 4567 and .*89ab\)"),
+        (dict(text=dataclasses.replace(TEXT, tokens=5)), r"caption tokens differ \(4 and 5\)"),
+        (dict(text=dataclasses.replace(TEXT, channels=7)), r"caption channels differ \(6 and 7\)"),
+        (dict(posterior="sample"), r"posteriors differ \(mean_std and sample\)"),
+        (dict(caption_cleaning="deepfloyd-2"), r"caption cleanings differ \(none and deepfloyd-2\)"),
+    ],
+)
+def test_folders_that_do_not_fit_are_refused_by_name(shards: Path, tmp_path: Path, others: dict, what: str):
+    other = write_numbers(tmp_path / "other", **others)
+    with pytest.raises(UserError, match=f"^{shards} and {other} cannot be used together, because their {what}: "):
+        make_train_iterator(f"{shards},{other}", "train", 16, 4, 0)
+
+
+def test_where_no_fingerprint_is_known_the_name_is_enough(shards: Path, tmp_path: Path):
+    other = write_numbers(tmp_path / "other", 100, vae=dataclasses.replace(VAE, fingerprint="unverified"))
+    next(make_train_iterator(f"{shards},{other}", "train", 16, 4, 0))
+
+
+def test_a_mix_has_one_manifest(two: tuple[Path, Path], tmp_path: Path):
+    manifest = read_mix(f"{two[0]}=0.7,{two[1]}=0.3").manifest()
+    assert (manifest.records("train"), manifest.records("validation")) == (32, 5)
+    assert manifest.bytes == sum(read_manifest(folder).bytes for folder in two)
+    assert manifest.fingerprint not in {read_manifest(folder).fingerprint for folder in two}
+    # Constant latents n with standard deviation n: E[x²] = 2 n².
+    shares = np.concatenate([np.full(23, 0.7 / 23), np.full(9, 0.3 / 9)])
+    n = np.concatenate([np.arange(23), np.arange(100, 109)]).astype(np.float64)
+    train_only = [write_numbers(tmp_path / str(first), first, {"train": k}) for first, k in ((0, 23), (100, 9))]
+    manifest = read_mix(f"{train_only[0]}=0.7,{train_only[1]}=0.3").manifest()
+    assert manifest.latent_std(16) == pytest.approx(np.sqrt(np.sum(shares * 2 * n**2)))
+    assert manifest.statistics["16"]["mean"][0] == pytest.approx(np.sum(shares * n))
+    # One folder is itself.
+    assert read_mix(str(two[0])).manifest() == read_manifest(two[0])
+
+
+# ---- Splits in memory ------------------------------------------------------------------------------------------------
 
 
 def test_a_split_is_loaded_in_order(shards: Path):
@@ -112,13 +311,29 @@ def test_a_split_is_loaded_in_order(shards: Path):
     assert len(load_split(shards, "validation", 32, limit=9)["id"]) == 3
 
 
+def test_a_split_of_a_mix_alternates_and_is_loaded_whole(two: tuple[Path, Path], tmp_path: Path):
+    loaded = load_split(f"{two[0]}=0.5,{two[1]}=0.5", "validation", 32)
+    assert sorted(loaded["id"]) == [f"validation-{number}" for number in (0, 1, 100, 101, 2)]
+    first = load_split(f"{two[0]}=0.5,{two[1]}=0.5", "validation", 32, limit=4)["id"]
+    assert first == loaded["id"][:4]
+    assert sorted(first) == [f"validation-{number}" for number in (0, 1, 100, 101)]
+    # A folder without the split takes no part.
+    third = write_numbers(tmp_path / "third", 200, {"train": 5})
+    assert load_split(f"{two[0]},{third}", "validation", 32)["id"] == ["validation-0", "validation-1", "validation-2"]
+    with pytest.raises(UserError, match="no examples in split 'test'"):
+        load_split(f"{two[0]},{third}", "test", 32)
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("nowhere", "train", 16, 4, 0), "No shards at nowhere"),
         ((None, "test", 16, 4, 0), "no examples in split 'test'"),
         ((None, "train", 64, 4, 0), "not 64 px"),
-        ((None, "validation", 16, 4, 0, 0, 8), "3 examples in 'validation' for 8 processes"),
+        ((None, "train", 16, 10, 0, 0, 4), "4 processes cannot share a batch of 10 images: use a multiple"),
         ((None, "train", 16, 0, 0), "at least 1"),
         ((None, "train", 16, 4, -1), "at least 0"),
     ],
@@ -129,7 +344,7 @@ def test_wrong_arguments_are_refused(shards: Path, arguments: tuple, message: st
 
 
 def test_a_damaged_record_stops_the_iterator_with_its_name(tmp_path: Path):
-    folder = write_numbers(tmp_path / "shards", "mean_std")
+    folder = write_numbers(tmp_path / "shards")
     path = folder / "validation-00000-of-00001.array_record"
     data = bytearray(path.read_bytes())
     data[data.index(b"number 1")] ^= 1
@@ -145,4 +360,4 @@ def test_reading_needs_neither_torch_nor_tensorflow(shards: Path):
         f"next(make_train_iterator({str(shards)!r}, 'train', 16, 4, 0));"
         "assert not {'torch', 'transformers', 'diffusers', 'tensorflow'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent.parent)

@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import io
 import os
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from micro_dit.data.sources import Example
+from micro_dit.data.sources import Example, Item, Part, check_split, slices
 from micro_dit.errors import UserError
 
 ASSETS = Path(__file__).parents[2] / "assets" / "openmoji"
@@ -72,9 +71,9 @@ class OpenMoji:
             if groups is None or emoji.group in groups:
                 self._splits[split].append(emoji)
 
-    def examples(self, split: str) -> Sequence[Example]:
-        """Returns the examples of a split, PNG images of (px, px), drawn when they are indexed."""
-        return _Drawings(self._emojis(split), self.folder, self.px)
+    def parts(self, split: str) -> list[Part]:
+        """Returns slices of a split: PNG images of (px, px), drawn when they are read."""
+        return [*slices(_Drawings(self._emojis(split), self.folder, self.px))]
 
     def pixels(self, split: str, workers: int | None = None) -> np.ndarray:
         """Draws a whole split at once.
@@ -85,7 +84,7 @@ class OpenMoji:
                 nothing.)
 
         Returns:
-            uint8 array (n, px, px, 3), in the order of `examples(split)`.
+            uint8 array (n, px, px, 3), in the order of `parts(split)`.
         """
         files = [self.folder / f"{emoji.hexcode}.svg" for emoji in self._emojis(split)]
         draw = functools.partial(rasterize, px=self.px)
@@ -101,12 +100,11 @@ class OpenMoji:
         return images
 
     def _emojis(self, split: str) -> list[Emoji]:
-        if split not in SPLITS:
-            raise UserError(f"OpenMoji has no split '{split}'; known ones: {', '.join(SPLITS)}.")
+        check_split(self, split)
         return self._splits[split]
 
 
-class _Drawings(Sequence[Example]):
+class _Drawings:
     """Examples that are drawn one by one, on demand."""
 
     def __init__(self, emojis: list[Emoji], folder: Path, px: int):
@@ -116,14 +114,14 @@ class _Drawings(Sequence[Example]):
         return len(self._emojis)
 
     @overload
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
     def __getitem__(self, index: slice) -> "_Drawings": ...
-    def __getitem__(self, index: int | slice) -> "Example | _Drawings":
+    def __getitem__(self, index: int | slice) -> "Item | _Drawings":
         if isinstance(index, slice):
             return _Drawings(self._emojis[index], self._folder, self._px)
         emoji = self._emojis[index]
-        return Example(emoji.hexcode, rasterize(self._folder / f"{emoji.hexcode}.svg", self._px), emoji.caption)
+        return Example(emoji.hexcode, rasterize(self._folder / f"{emoji.hexcode}.svg", self._px), (emoji.caption,))
 
 
 def read_emojis() -> list[Emoji]:

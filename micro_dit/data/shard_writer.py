@@ -1,0 +1,172 @@
+"""Writes the format of `shards.py`: each file whole or not at all, and the manifest last."""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from micro_dit.data.shards import MANIFEST, Field, Manifest, Record, ShardFile, pack_record
+from micro_dit.errors import UserError
+
+WRITER_OPTIONS = "group_size:1,uncompressed"  # latents do not compress, and a record of its own is found by one seek
+
+LatentSums = dict[str, list[list[float]]]  # by resolution: count, sum and sum of squares, each of C channels
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    """Name of a split's file, as in 'train-00000-of-00002.array_record'."""
+    return f"{split}-{index:05d}-of-{count:05d}.array_record"
+
+
+class ShardFileWriter:
+    """Writes one file of records, which appears under its name when it is whole.
+
+    Use as a context manager. Leaving it cleanly puts the file in place; leaving it by an exception removes what was
+    written, and a killed process leaves `<name>.partial`, which nothing reads and the next attempt overwrites. A file
+    without records is not made.
+
+    Attributes:
+        records: written so far.
+        info: name, records, size and checksum of the finished file; set on a clean exit.
+        latent_sums: count, sum and sum of squares of the latents by channel, plain lists for `latent_statistics`.
+    """
+
+    info: ShardFile
+
+    def __init__(self, path: str | Path, fields: Sequence[Field]):
+        """Prepares for writing; the file is begun with its first record.
+
+        Args:
+            path: the file to make, in a folder that exists.
+            fields: the arrays of a record.
+        """
+        self.path, self.fields = Path(path), tuple(fields)
+        self.records = 0
+        self._sums: dict[str, np.ndarray] = {}
+        self._partial = self.path.with_name(f"{self.path.name}.partial")
+        self._writer: ArrayRecordWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def write(self, record: Record) -> None:
+        """Appends a record.
+
+        Raises:
+            UserError: the disk is full, or another failure of writing.
+            ValueError: an array has not its field's shape.
+        """
+        data = pack_record(record, self.fields)
+        with disk_errors(self.path):
+            if self._writer is None:
+                self._partial.unlink(missing_ok=True)
+                self._writer = ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
+            self._writer.write(data)
+        self.records += 1
+        _add_latents(self._sums, record.arrays)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            try:
+                self._finish()
+            except BaseException:
+                self._discard()
+                raise
+        else:
+            self._discard()
+
+    @property
+    def latent_sums(self) -> LatentSums:
+        return {resolution: sums.tolist() for resolution, sums in self._sums.items()}
+
+    def _finish(self) -> None:
+        if self._writer is None:
+            self.info = ShardFile(self.path.name, 0, 0, hashlib.sha256().hexdigest())
+            return
+        with disk_errors(self.path):
+            self._writer.close()
+            with self._partial.open("rb") as file:
+                os.fsync(file.fileno())
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self.info = ShardFile(self.path.name, self.records, self._partial.stat().st_size, sha256)
+            self._partial.replace(self.path)
+
+    def _discard(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError, RuntimeError):  # a failed writer fails again, and would hide the cause
+                self._writer.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`, at once; files of the manifest that have no records are left out.
+
+    Raises:
+        UserError: the disk is full, or another failure of writing.
+    """
+    splits = {split: tuple(file for file in files if file.records) for split, files in manifest.splits.items()}
+    write_atomically(Path(folder) / MANIFEST, dataclasses.replace(manifest, splits=splits).to_json())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8 that is seen whole or not at all, also after a power cut.
+
+    Raises:
+        UserError: the disk is full, or another failure of writing.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with disk_errors(path):
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a failure to write `path` into a UserError; ArrayRecord reports those as RuntimeErrors."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+            message in str(error) for message in ("No space left", "quota exceeded")
+        )
+        if full:
+            raise UserError(f"The disk is full at {path.parent}: free space there, and run again.") from error
+        raise UserError(f"Cannot write {path} ({error}): correct that, and run again.") from error
+
+
+def latent_statistics(sums: Iterable[LatentSums]) -> dict[str, dict[str, list[float]]]:
+    """A manifest's `statistics`, from the `latent_sums` of all files."""
+    totals: dict[str, np.ndarray] = {}
+    for of_file in sums:
+        for resolution, values in of_file.items():
+            totals[resolution] = totals.get(resolution, 0) + np.array(values, np.float64)
+    statistics = {}
+    for resolution, (count, total, squares) in totals.items():
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        statistics[resolution] = {"mean": mean.tolist(), "std": std.tolist()}
+    return statistics
+
+
+def _add_latents(sums: dict[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
+    """Adds a record's latents; E[x²] of a drawn latent is mean² + std², so a stored std counts in the squares alone."""
+    for name, array in arrays.items():
+        if name.startswith("latent_"):
+            _, kind, resolution = name.split("_")
+            x = np.asarray(array, np.float16).reshape(-1, array.shape[-1]).astype(np.float64)  # as stored
+            drawn = 0.0 if kind == "std" else 1.0
+            update = np.stack([np.full(x.shape[1], drawn * len(x)), drawn * x.sum(0), np.square(x).sum(0)])
+            sums[resolution] = sums.get(resolution, 0) + update

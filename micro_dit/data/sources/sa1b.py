@@ -1,0 +1,135 @@
+"""Segment Anything 1B: its tars of images, joined with captions that were written for them by LLaVA (PixArt-α).
+
+    sa1b:FOLDER,captions=FILE_OR_FOLDER           tars as in `webdataset:`; captions as below
+    sa1b:FOLDER,captions=...,caption=KEY,key=KEY  names of the captions' columns, if they are not among the known ones
+    sa1b:FOLDER,captions=...,index=FILE           where to keep the index of captions, if not beside them
+
+Captions are Parquet, JSONL or JSON rows of (image, caption), a JSON object {image: caption}, or a text file for each
+image, in tars or in a folder. The image may be given as a number, a file name or a path: 123, sa_123.jpg, x/y/sa_123.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from micro_dit.data.sources import Part, check_split, existing_path
+from micro_dit.data.sources.caption_index import CaptionIndex
+from micro_dit.data.sources.folder import relative_files
+from micro_dit.data.sources.tables import pick_column, read_rows
+from micro_dit.data.sources.webdataset import Sample, TarPart, find_tars, index_tar
+from micro_dit.errors import UserError
+
+CAPTION_KEYS = ("caption_syn_pixart_llava15", "txt", "caption", "text")  # PixArt's first
+IMAGE_KEYS = ("__key__", "key", "image_id", "id", "file_name", "filename", "image", "image_path", "img_path", "path")
+CAPTION_FILES = (".parquet", ".jsonl", ".json", ".tar", ".txt")
+
+
+class SA1B:
+    """SA-1B with captions; see `micro_dit.data.sources.Source`. Ids are 'TAR/sa_NUMBER'."""
+
+    name = "sa1b"
+    attribution = (
+        "SA-1B (https://ai.meta.com/datasets/segment-anything), SA-1B Dataset Research License; "
+        "captions: PixArt-alpha/SAM-LLaVA-Captions10M"
+    )
+    splits: tuple[str, ...] = ("train",)
+
+    def __init__(self, path: str, *, captions: str = "", caption: str = "", key: str = "", index: str = ""):
+        """Lists the archives; opens none.
+
+        Args:
+            path: The tars: a folder or a pattern.
+            captions: A file or a folder of captions.
+            caption: Name of the captions' column; by default the first of `CAPTION_KEYS` that is there.
+            key: Name of the images' column; by default the first of `IMAGE_KEYS` that is there.
+            index: Where to keep the index of the captions; by default beside them.
+
+        Raises:
+            UserError: There are no tars or no captions.
+        """
+        if not captions:
+            raise UserError("SA-1B has no captions of its own: say where they are, as in sa1b:TARS,captions=FOLDER.")
+        self.tars = find_tars(path)
+        self.captions = existing_path(captions, "file or folder of captions")
+        self.caption_keys = (caption,) if caption else CAPTION_KEYS
+        self.image_keys = (key,) if key else IMAGE_KEYS
+        self.index = CaptionIndex.beside(self.captions, index)
+
+    def parts(self, split: str) -> list[Part]:
+        """Returns a part for each tar, and makes the index of captions if it is not there.
+
+        Raises:
+            UserError: The captions cannot be read, or the index cannot be written.
+        """
+        check_split(self, split)
+        files = find_caption_files(self.captions)
+        columns = f"columns {' '.join(self.image_keys)} / {' '.join(self.caption_keys)}"
+        self.index.ensure(files, columns, lambda: self._read_captions(files))
+        return [JoinedTarPart(name, tar, self.index) for name, tar in self.tars.items()]
+
+    def _read_captions(self, files: Iterable[Path]) -> Iterator[tuple[str, str]]:
+        for file in files:
+            if file.suffix == ".txt":
+                yield image_key(file.name), file.read_bytes().decode("utf-8", "surrogateescape").strip()
+            elif file.suffix == ".tar":
+                yield from read_text_tar(file)
+            else:
+                yield from self._read_table(file)
+
+    def _read_table(self, file: Path) -> Iterator[tuple[str, str]]:
+        names: tuple[str, str] | None = None
+        for row in read_rows(file):
+            # The names are looked up once: a later row without them is an image without a caption.
+            names = names or (pick_column(file, row, self.image_keys), pick_column(file, row, self.caption_keys))
+            key, captions = (row.get(name) for name in names)
+            for caption in captions if isinstance(captions, list) else [captions]:
+                if isinstance(key, str | int) and isinstance(caption, str):
+                    yield image_key(key), caption
+
+
+class JoinedTarPart(TarPart):
+    """The images of a tar with captions from the index."""
+
+    def __init__(self, name: str, path: str, index: CaptionIndex):
+        super().__init__(name, path)
+        self.index = index
+
+    def captions(self, tar: BinaryIO, sample: Sample) -> object:
+        """The captions of the image; what else is in the tar (the masks) is not read."""
+        return self.index.captions(image_key(sample.key))
+
+
+def image_key(image: str | int) -> str:
+    """The name that a number, file name or path of an image has in the index: 'sa_123'."""
+    stem = str(image).rpartition("/")[2].partition(".")[0]
+    return f"sa_{stem}" if stem.isdecimal() else stem
+
+
+def find_caption_files(path: Path) -> list[Path]:
+    """The files of captions in a folder, or the one that was named, in the order of their names.
+
+    Raises:
+        UserError: There are none.
+    """
+    files = [path / name for name in sorted(relative_files(path))] if path.is_dir() else [path]
+    files = [file for file in files if file.suffix in CAPTION_FILES]
+    if not files:
+        raise UserError(f"There are no captions at {path}: give files of the kinds {', '.join(CAPTION_FILES)}.")
+    return files
+
+
+def read_text_tar(file: Path) -> Iterator[tuple[str, str]]:
+    """Yields (image, caption) of a tar with a text file for each image.
+
+    Raises:
+        UserError: The tar is damaged.
+    """
+    samples, rejects = index_tar(os.fspath(file))
+    if rejects:
+        raise UserError(f"{file}: {rejects[-1].reason}; download it again.")
+    with open(file, "rb") as tar:
+        for sample in samples:
+            if "txt" in sample.members:
+                text = sample.members["txt"].read(tar).decode("utf-8", "surrogateescape")
+                yield image_key(sample.key), text.strip()

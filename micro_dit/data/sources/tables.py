@@ -1,0 +1,134 @@
+"""Reads rows of CSV, TSV, JSON, JSONL and Parquet files, whatever bytes their strings hold.
+
+One caption that is not UTF-8 must not lose the millions of others: its bytes are kept as surrogates (Python's
+'surrogateescape'), and the item is rejected later, by its own id.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from micro_dit.errors import UserError
+
+
+def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a table, JSON objects as they are.
+
+    Args:
+        file: The table. A JSON file, read into memory whole, holds a list of objects, or one object {key: value}, whose
+            values are captions or objects: its rows get the key as 'key', and a caption as 'caption'.
+        columns: Of Parquet, read these columns only.
+
+    Raises:
+        UserError: The file is damaged, of another kind, or lacks a column.
+    """
+    match file.suffix:
+        case ".csv" | ".tsv":
+            yield from _read_csv(file)
+        case ".jsonl":
+            yield from _read_json_lines(file)
+        case ".parquet":
+            yield from _read_parquet(file, columns)
+        case _:
+            yield from _read_json_rows(file)
+
+
+def read_json(file: Path) -> Any:
+    """Reads a JSON file of annotations.
+
+    Raises:
+        UserError: It is missing or is not valid JSON.
+    """
+    try:
+        return json.loads(file.read_bytes().decode("utf-8-sig", "surrogateescape"))
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {file}: correct the path.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}): correct it or download it again.") from error
+
+
+def pick_column(file: Path, row: dict[str, Any], names: Sequence[str]) -> str:
+    """Returns the first of the names that is a column of the row.
+
+    Raises:
+        UserError: None is.
+    """
+    for name in names:
+        if name in row:
+            return name
+    raise UserError(f"{file} has no column {' or '.join(names)}, only {', '.join(map(str, row))}: name the right one.")
+
+
+def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        rows = csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+        try:
+            yield from rows
+        except csv.Error as error:
+            raise UserError(f"{file} cannot be read at line {rows.line_num} ({error}): correct the line.") from error
+
+
+def _read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"Line {number} of {file}"
+                try:
+                    yield _object(json.loads(line), where)
+                except ValueError as error:
+                    raise UserError(f"{where} is not valid JSON ({error}): correct it or download it again.") from error
+
+
+def _read_json_rows(file: Path) -> Iterator[dict[str, Any]]:
+    content = read_json(file)
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield {"key": key} | (value if isinstance(value, dict) else {"caption": value})
+    elif isinstance(content, list):
+        for number, row in enumerate(content, 1):
+            yield _object(row, f"Entry {number} of {file}")
+    else:
+        raise UserError(f"{file} is neither a list nor an object: correct it or download it again.")
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object: correct it or download it again.")
+    return row
+
+
+def _read_parquet(file: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise UserError(f"{file} cannot be read without a package: run `pip install pyarrow`.") from error
+    try:
+        with parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            for column in columns or ():
+                pick_column(file, dict.fromkeys(names), [column])
+            for batch in table.iter_batches(batch_size=4096, columns=list(columns or names)):
+                values = [_values(column) for column in batch.columns]
+                yield from (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*values, strict=True))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}): download or write it again.") from error
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of an Arrow column; strings, and lists of them, are read as bytes and decoded here."""
+    import pyarrow
+
+    types = pyarrow.types
+    if types.is_string(column.type) or types.is_large_string(column.type):
+        return [_text(value) for value in column.cast(pyarrow.large_binary()).to_pylist()]
+    if types.is_list(column.type) and types.is_string(column.type.value_type):
+        lists = column.cast(pyarrow.list_(pyarrow.binary())).to_pylist()
+        return [None if values is None else [_text(value) for value in values] for values in lists]
+    return column.to_pylist()
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("utf-8", "surrogateescape")

@@ -1,0 +1,364 @@
+"""The downloader against a server on this machine that drops connections, forgets what a range is, and refuses."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from micro_dit.data import download, fetch
+from micro_dit.data.download import RemoteFile
+from micro_dit.data.fetch import DATASETS, list_files, subset
+from micro_dit.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CONTENT = random.Random(0).randbytes(300_000)
+
+
+class Server:
+    """Serves `files` by path; `faults` are used up, one a request: a status, or what to do to the answer."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, list] = defaultdict(list)
+        self.requests: list[tuple[str, Message]] = []
+        self.delay = 0.0  # seconds before each 10 kB
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.answer(self)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, request):
+        path = request.path.partition("?")[0]
+        self.requests.append((path, request.headers))
+        fault = self.faults[path].pop(0) if self.faults[path] else None
+        if isinstance(fault, int) or path not in self.files:
+            request.send_response(fault or 404)
+            request.send_header("Location", f"http://localhost:{self.http.server_port}{path}")
+            request.send_header("Retry-After", "0")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        content = self.files[path]
+        asked = request.headers.get("Range")
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and fault != "ignore range" else 0
+        if start >= len(content) > 0:
+            request.send_response(416)
+            request.send_header("Content-Range", f"bytes */{len(content)}")
+            request.send_header("Content-Length", "0")
+        else:
+            request.send_response(206 if start else 200)
+            if start:
+                request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            request.send_header("Content-Length", str(len(content) - start))
+        request.send_header("ETag", hashlib.sha256(content).hexdigest()[:8])
+        request.end_headers()
+        body = content[start:]
+        if fault == "drop":
+            body = body[: len(body) // 2]
+            request.close_connection = True
+        for position in range(0, len(body), 10_000):
+            time.sleep(self.delay)
+            with contextlib.suppress(ConnectionError):  # whoever asked is gone
+                request.wfile.write(body[position : position + 10_000])
+
+    def ranges(self, path: str) -> list[str | None]:
+        return [headers.get("Range") for asked, headers in self.requests if asked == path]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(download, "CHUNK_BYTES", 10_000)
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def write_links(server: Server, folder: Path, count: int) -> str:
+    """Puts files on the server, and writes the list that SA-1B's page would give."""
+    lines = ["file_name\tcdn_link"]
+    for index in range(count):
+        server.files[f"/{index}.tar"] = CONTENT[index:]
+        lines.append(f"{index}.tar\t{server.url}/{index}.tar?token=1")
+    path = folder / "links.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def run(server: Server, tmp_path: Path, count: int = 1, **arguments) -> Path:
+    """Fetches such files."""
+    links = write_links(server, tmp_path, count)
+    out = tmp_path / "out"
+    fetch.fetch("sa1b", str(out), links=links, report=lambda line: None, **arguments)
+    return out
+
+
+def assert_whole(out: Path, count: int) -> None:
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        f"{index}.tar": CONTENT[index:] for index in range(count)
+    }
+
+
+def test_dropped_connections_are_continued(server, tmp_path):
+    server.faults["/0.tar"] = ["drop", 503, "drop", 429, "drop"]
+    assert_whole(run(server, tmp_path, count=3), 3)
+    asked = server.ranges("/0.tar")
+    assert asked[:3] == [None, "bytes=150000-", "bytes=150000-"]  # the second answer was 503
+    assert asked[3] == asked[4] == "bytes=220000-"  # in whole chunks
+    assert len(asked) == 6
+    assert len(server.ranges("/1.tar")) == 1
+
+
+def test_a_server_that_ignores_the_range_starts_over(server, tmp_path):
+    server.faults["/0.tar"] = ["drop", "ignore range"]
+    assert_whole(run(server, tmp_path), 1)
+
+
+def test_another_version_starts_over(server, tmp_path):
+    server.faults["/0.tar"] = ["drop"]
+    real = server.answer
+
+    def answer(request):
+        real(request)
+        server.files["/0.tar"] = CONTENT[::-1]
+
+    server.answer = answer
+    assert (run(server, tmp_path) / "0.tar").read_bytes() == CONTENT[::-1]
+
+
+def test_what_is_there_is_not_asked_for_again(server, tmp_path):
+    out = run(server, tmp_path, count=2)
+    server.requests.clear()
+    run(server, tmp_path, count=2)
+    assert server.requests == []
+    (out / "1.tar").rename(out / "1.tar.partial")  # killed between the last byte and the last name
+    (out / "1.tar.partial.etag").write_text(hashlib.sha256(CONTENT[1:]).hexdigest()[:8])
+    run(server, tmp_path, count=2)
+    assert server.ranges("/1.tar") == [f"bytes={len(CONTENT) - 1}-"]
+    assert_whole(out, 2)
+
+
+def test_one_missing_file_does_not_stop_the_others(server, tmp_path):
+    server.faults["/1.tar"] = [404]
+    with pytest.raises(UserError, match=r"1 of 3 files could not be downloaded: 1\.tar \(HTTP 404\)"):
+        run(server, tmp_path, count=3)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.tar", "2.tar"]
+    assert_whole(run(server, tmp_path, count=3), 3)
+
+
+def test_a_refusal_names_the_page_of_the_terms(server, tmp_path):
+    server.faults["/0.tar"] = [403]
+    with pytest.raises(UserError, match=r"accept the terms on https://ai\.meta\.com/.* new list of links"):
+        run(server, tmp_path, workers=1, count=30)
+    assert len(server.requests) < 30  # it stopped
+
+
+def test_it_gives_up_on_a_server_that_is_down(server, tmp_path, capfd):
+    server.faults["/0.tar"] = [503] * download.ATTEMPTS
+    with pytest.raises(UserError, match="HTTP 503"):
+        run(server, tmp_path)
+    assert len(server.requests) == download.ATTEMPTS
+    assert "0.tar: HTTP 503; 5 attempts are left" in capfd.readouterr().err
+
+
+def test_a_dead_server_is_an_error_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "FIRST_PAUSE", 0.001)
+    (tmp_path / "links").write_text("a.tar\thttp://127.0.0.1:9/a.tar\n")
+    with pytest.raises(UserError, match=r"1 of 1 files could not be downloaded: a\.tar"):
+        fetch.fetch("sa1b", str(tmp_path / "out"), links=str(tmp_path / "links"), report=lambda line: None)
+
+
+# The hub.
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """A small copy of the hub with the files of a repository, one of them large enough for a checksum."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    repository = DATASETS["cc12m"].repository
+    entries = []
+    names = ["_info.json", "README.md", *(f"cc12m-train-{index:04d}.tar" for index in range(100))]
+    for index, name in enumerate(names):
+        content = CONTENT[index : index + 1000]
+        server.files[f"/datasets/{repository}/resolve/main/{name}"] = content
+        entry = {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+        if name.endswith(".tar"):
+            entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        entries.append(entry)
+    server.files[f"/api/datasets/{repository}/tree/main"] = json.dumps(entries).encode()
+    return server
+
+
+def fetch_from_hub(hub: Server, out: Path, **arguments) -> list[str]:
+    return fetch.fetch("cc12m", str(out), endpoint=hub.url, report=lambda line: None, **arguments)
+
+
+def test_a_fraction_of_a_repository(hub, tmp_path):
+    names = fetch_from_hub(hub, tmp_path, fraction=0.05)
+    assert names[0] == "_info.json"
+    assert len(names) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert all(headers["Authorization"] == "Bearer hf_secret" for _, headers in hub.requests)
+    hub.requests.clear()
+    more = fetch_from_hub(hub, tmp_path, fraction=0.1)
+    assert len(more) == 11
+    assert set(names) < set(more)
+    assert len(hub.requests) == 1 + 5  # the listing and what was not there
+
+
+def test_the_token_stays_with_the_hub(hub, tmp_path):
+    """Files lie on other hosts, which the hub's answer leads to."""
+    path = f"/datasets/{DATASETS['cc12m'].repository}/resolve/main/_info.json"
+    hub.faults[path] = [302]
+    fetch_from_hub(hub, tmp_path, fraction=0.01)
+    first, second = [headers for asked, headers in hub.requests if asked == path]
+    assert first["Authorization"] == "Bearer hf_secret"
+    assert second["Authorization"] is None
+    assert (tmp_path / "_info.json").read_bytes() == hub.files[path]
+
+
+def test_a_checksum_that_differs_is_tried_again(hub, tmp_path):
+    path = f"/datasets/{DATASETS['cc12m'].repository}/resolve/main/cc12m-train-0007.tar"
+    right = hub.files[path]
+    hub.files[path] = bytes(1000)
+    real = hub.answer
+
+    def answer(request):
+        real(request)
+        if request.path == path:
+            hub.files[path] = right
+
+    hub.answer = answer
+    fetch_from_hub(hub, tmp_path)
+    assert (tmp_path / "cc12m-train-0007.tar").read_bytes() == right
+    assert hub.ranges(path) == [None, None]
+
+
+def test_a_gated_repository(hub, tmp_path):
+    hub.faults[f"/datasets/{DATASETS['cc12m'].repository}/resolve/main/_info.json"] = [403]
+    with pytest.raises(UserError, match=r"accept the terms on https://huggingface\.co/datasets/pixparse/cc12m-wds"):
+        fetch_from_hub(hub, tmp_path, fraction=0.01)
+
+
+def test_a_repository_that_is_not_listed(hub, tmp_path):
+    hub.faults[f"/api/datasets/{DATASETS['cc12m'].repository}/tree/main"] = [404]
+    with pytest.raises(UserError, match=r"hub does not list pixparse/cc12m-wds"):
+        fetch_from_hub(hub, tmp_path)
+
+
+def test_the_hub_is_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub tries again, too
+    with pytest.raises(UserError, match=r"hub does not list pixparse/cc12m-wds .*refused"):
+        fetch.fetch("cc12m", str(tmp_path), endpoint="http://127.0.0.1:9")
+
+
+def test_a_repository_that_has_changed(hub, tmp_path):
+    hub.files[f"/api/datasets/{DATASETS['cc12m'].repository}/tree/main"] = b"[]"
+    with pytest.raises(UserError, match="None of the expected files"):
+        fetch_from_hub(hub, tmp_path)
+
+
+# What is asked for.
+
+
+def test_subsets_are_nested_and_whole_at_one():
+    files = [RemoteFile(f"{index}.tar", "") for index in range(1000)]
+    sets = [{file.name for file in subset(files, fraction)} for fraction in (1e-6, 0.01, 0.1, 0.5, 1.0)]
+    assert [len(names) for names in sets] == [1, 10, 100, 500, 1000]
+    assert all(small < large for small, large in itertools.pairwise(sets))
+    assert subset(files, 1.0) == files
+
+
+def test_fixed_addresses_have_plain_names():
+    for dataset in DATASETS.values():
+        if not dataset.repository and not dataset.linked:
+            names = [file.name for file in list_files(dataset, 0.01, None, None)]
+            assert len(names) == len(dataset.needed) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("../a.tar\thttp://h/a", "no path below a folder"),
+        ("/etc/passwd\thttp://h/a", "no path below a folder"),
+        ("a.tar http://h/a", "no list of 'name TAB URL'"),
+        ("", "no list of 'name TAB URL'"),
+        ("name\turl\n", "no list of 'name TAB URL'"),
+        ("photo.jpg\thttp://h/a", "None of the expected files"),
+    ],
+)
+def test_bad_links(tmp_path, text, message):
+    (tmp_path / "links").write_text(text)
+    with pytest.raises(UserError, match=message):
+        fetch.fetch("sa1b", str(tmp_path / "out"), links=str(tmp_path / "links"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset": "laion"}, "no data set 'laion'.*cc12m"),
+        ({"fraction": 0.0}, "fraction"),
+        ({"fraction": 1.5}, "fraction"),
+        ({"workers": 0}, "worker"),
+        ({}, "needs --links=FILE.*ai.meta.com"),
+        ({"links": "nowhere.txt"}, "cannot be read"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        fetch.fetch(**{"dataset": "sa1b", "out": str(tmp_path)} | arguments)
+
+
+def test_sizes_that_are_not_known_are_estimated(tmp_path):
+    files = [RemoteFile("a", "", 100), RemoteFile("b", ""), RemoteFile("c", "", 300)]
+    with download.Progress(files, tmp_path) as progress:
+        assert progress._bar.total == 600
+        progress.learn_size("b", 50)
+        assert progress._bar.total == 450
+
+
+def test_killed_and_started_again(server, tmp_path):
+    server.files["/large.tar"] = CONTENT * 5
+    server.delay = 0.01  # 1 MB a second
+    (tmp_path / "links").write_text(f"large.tar\t{server.url}/large.tar\n")
+    flags = ["--dataset=sa1b", f"--links={tmp_path / 'links'}", f"--out={tmp_path / 'out'}"]
+    command = [sys.executable, "-m", "micro_dit.data.fetch", *flags]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    partial = tmp_path / "out" / "large.tar.partial"
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not (partial.exists() and partial.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    size = partial.stat().st_size
+    assert 0 < size < len(CONTENT) * 5
+    server.delay = 0.0
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert server.ranges("/large.tar") == [None, f"bytes={size}-"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["large.tar"]
+    assert (tmp_path / "out" / "large.tar").read_bytes() == CONTENT * 5

@@ -1,0 +1,115 @@
+"""The command, killed at any moment and started again, makes byte for byte what it makes undisturbed."""
+
+import io
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import encoded
+from PIL import Image
+from test_precompute import contents
+
+TESTS = Path(__file__).parent
+PARTS, IMAGES = 24, 6
+SECONDS_PER_BATCH = 0.04  # so that there is time to kill
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Webdataset tars, with a bad image in each."""
+    folder = tmp_path_factory.mktemp("archives")
+    generator = np.random.default_rng(0)
+    for part in range(PARTS):
+        with tarfile.open(folder / f"{part:03}.tar", "w") as archive:
+            for number in range(IMAGES):
+                pixels = generator.integers(0, 256, (24, 20, 3), np.uint8)
+                image = encoded(Image.fromarray(pixels)) if number != part % IMAGES else b"broken"
+                for name, data in ((f"{part}-{number}.png", image), (f"{part}-{number}.txt", b"noise")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def start(archives: Path, out: Path, *more: str) -> subprocess.Popen:
+    """The command, with stub encoders."""
+    flags = [
+        f"--source=webdataset:{archives}", f"--out={out}", f"--vae={SECONDS_PER_BATCH}", "--resolutions=16",
+        "--batch_size=4", "--workers=1", "--posterior=sample",
+    ]  # fmt: skip
+    command = [sys.executable, "stub_encoders.py", *flags, *more]
+    return subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def descendants(pid: int) -> list[int]:
+    """Ids of all processes that a process has started; none where there is no /proc."""
+    found = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and is more than an entry that nobody has cleared away."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def parts_done(out: Path) -> int:
+    return len(list((out / "parts").glob("*-*.json"))) if out.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one run makes."""
+    out = tmp_path_factory.mktemp("undisturbed") / "shards"
+    output = finish(start(archives, out))
+    good = PARTS * (IMAGES - 1)
+    assert f"train {good} of {PARTS * IMAGES} examples, {PARTS} dropped" in output
+    return contents(out)
+
+
+def test_killed_three_times(archives: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+    out, chance, done = tmp_path / "shards", random.Random(), 0
+    for _ in range(3):
+        process = start(archives, out)
+        deadline = time.monotonic() + 60
+        while parts_done(out) < done + 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 0.2))
+        workers = descendants(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (out / "manifest.json").exists(), "killed too late"
+        before, done = done, parts_done(out)
+        assert before < done < PARTS
+        deadline = time.monotonic() + 20
+        while any(map(runs, workers)):
+            assert time.monotonic() < deadline, "a worker outlives the killed process"
+            time.sleep(0.05)
+    output = finish(start(archives, out))
+    assert f"{done} of {PARTS} parts are done already" in output
+    assert contents(out) == undisturbed
+
+
+def test_two_hosts_at_once(archives: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+    out = tmp_path / "shards"
+    hosts = [start(archives, out, f"--process_index={index}", "--process_count=2") for index in range(2)]
+    outputs = [finish(host) for host in hosts]
+    assert any("examples" in output for output in outputs)
+    assert contents(out) == undisturbed

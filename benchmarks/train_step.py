@@ -27,7 +27,8 @@ import jax
 import numpy as np
 
 from micro_dit import budget
-from micro_dit.models.dit import make_config
+from micro_dit.models.dit import REMAT, make_config
+from micro_dit.parallel.compilation import compiler_options
 from micro_dit.train import Recipe, make_train_step
 from micro_dit.training.phases import Phase
 from micro_dit.training.state import init_state
@@ -36,18 +37,19 @@ RESOLUTION, LATENT_SIDE, CAPTION_TOKENS = 256, 32, 77
 MASK_RATIOS = (0.75, 0.0)
 
 
-def measure(size: str, dtype: str, batch_size: int, repeats: int, steps: int) -> list[dict[str, Any]]:
+def measure(size: str, dtype: str, remat: str, batch_size: int, repeats: int, steps: int) -> list[dict[str, Any]]:
     """One row of figures for each mask ratio.
 
     Args:
         size: a row of the table of network sizes.
         dtype: of the matrix products.
+        remat: what the backward pass computes again.
         batch_size: images per step.
         repeats: how many times each is timed.
         steps: that one timing comprises.
     """
     network = make_config(size, input_size=LATENT_SIDE)
-    recipe = Recipe(sigma_data=0.9, caption_drop=0.1, dtype=dtype, adam={})
+    recipe = Recipe(sigma_data=0.9, caption_drop=0.1, dtype=dtype, remat=remat, adam={})
     phases = [
         Phase(f"mask {ratio:.0%}", RESOLUTION, 1000, batch_size, learning_rate=2.4e-4, mask_ratio=ratio)
         for ratio in MASK_RATIOS
@@ -66,7 +68,9 @@ def measure(size: str, dtype: str, batch_size: int, repeats: int, steps: int) ->
     rows, compiled = [], []
     for phase in phases:  # the masked one first: peak memory only ever grows
         started, cpu = time.monotonic(), time.process_time()
-        step = jax.jit(make_train_step(network, phase, 0, recipe), donate_argnums=0).lower(state, batch, key).compile()
+        function = make_train_step(network, phase, 0, recipe)
+        jitted = jax.jit(function, donate_argnums=0, compiler_options=compiler_options())
+        step = jitted.lower(state, batch, key).compile()
         row: dict[str, Any] = {
             "size": size, "dtype": dtype, "batch": batch_size, "mask": phase.mask_ratio,
             "compile_s": time.monotonic() - started, "compile_cpu_s": time.process_time() - cpu,
@@ -155,6 +159,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Times the training step.")
     parser.add_argument("--gpu", action="store_true", help="XL/2 in bfloat16 on the first GPU")
     parser.add_argument("--batch", type=int, nargs="+", help="batch sizes; default: 16, on a GPU 32 64 128")
+    parser.add_argument("--remat", choices=REMAT, default="dots", help="what the backward pass computes again")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each; the median is kept")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads, without --gpu")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -177,7 +182,7 @@ def main() -> int:
     print(f"{machine['device']} ({cpu})")
     rows: list[dict[str, Any]] = []
     for batch_size in arguments.batch or ([32, 64, 128] if arguments.gpu else [16]):
-        rows += measure(size, dtype, batch_size, arguments.repeats, steps)
+        rows += measure(size, dtype, arguments.remat, batch_size, arguments.repeats, steps)
     print(table(rows, arguments.gpu))
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")

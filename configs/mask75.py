@@ -6,8 +6,8 @@
     python -m micro_dit.main --config=configs/mask75.py:xl           MicroDiT-XL/2, the paper's four phases
 
 The first two make their data themselves. `tiny` and `xl` need latent shards of real images with CLIP captions, in the
-folders that they name; `python -m micro_dit.precompute --help` tells how shards are made. Expected of `xl`, from the
-paper: 2.6 days on 8 H100, FID-30K 12.7 on COCO.
+folders that they name; docs/data.md gives the commands that make them. Expected of `xl`, from the paper: 2.6 days on
+8 H100, FID-30K 12.7 on COCO.
 """
 
 from typing import Any
@@ -38,10 +38,11 @@ def base(**fields: Any) -> ConfigDict:
                 qkv_multipliers=placeholder(tuple), ffn_multipliers=placeholder(tuple),
             ),
             dtype="float32",  # of the matrix products
+            remat="dots",  # what the backward pass computes again to save memory: "none", "dots" or "full"
             diffusion=dict(sigma_data=0.9, caption_drop=0.1),
             adam=dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1),
             data=dict(
-                shards="",
+                shards="",  # a folder, or a mix of folders: 'a,b' or 'a=0.7,b=0.3'
                 source="",  # if set, missing shards are made from it: the embedded data
                 resolutions=(128,),
                 vae="openmoji_vae",
@@ -115,7 +116,7 @@ def tiny() -> ConfigDict:
     """The paper's ablation: 60k steps of 256 images, then 5k unmasked ones. Shards: 256 px latents."""
     config = base(name="mask75-tiny", dtype="bfloat16")
     config.model.size = "MicroDiT_Tiny_2"
-    config.data.update(shards="data/cc12m_256", resolutions=(256,), **CLIP_CAPTIONS)
+    config.data.update(shards="shards/cc12m", resolutions=(256,), **CLIP_CAPTIONS)
     shared = dict(resolution=256, batch_size=256, ema_decay=0.9999)
     config.phases = (
         dict(name="masked", mask_ratio=0.75, steps=60_000, learning_rate=2.4e-4, warmup_steps=2_500,
@@ -132,11 +133,14 @@ def xl() -> ConfigDict:
     DiffusionDB and without CC12M's smaller images."""
     config = base(name="mask75-xl", dtype="bfloat16")
     config.model.size = "MicroDiT_XL_2"
-    config.data.update(shards="data/paper_256", resolutions=(256,), **CLIP_CAPTIONS)
+    at_both = "shards/sa1b,shards/textcaps,shards/journeydb"
+    everything = f"shards/cc12m,{at_both},shards/diffusiondb"
+    config.data.update(shards=everything, resolutions=(256,), **CLIP_CAPTIONS)
     at_256 = dict(resolution=256, batch_size=2048, clip=0.25, P_mean=-0.6, P_std=1.2)
     at_512 = dict(
-        resolution=512, batch_size=2048, clip=0.5, P_mean=0.0, P_std=0.6, pos_interp_scale=2.0, shards="data/paper_512"
-    )
+        resolution=512, batch_size=2048, clip=0.5, P_mean=0.0, P_std=0.6, pos_interp_scale=2.0,
+        shards=f"shards/cc12m-512,{at_both}",
+    )  # fmt: skip
     config.phases = (
         dict(name="masked-256", mask_ratio=0.75, steps=250_000, learning_rate=2.4e-4, warmup_steps=2_500,
              final_lr_ratio=0.33, **at_256),

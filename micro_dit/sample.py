@@ -13,6 +13,7 @@ import numpy as np
 from absl import app, flags
 
 from micro_dit.command import run_command
+from micro_dit.data.captions import clean_captions
 from micro_dit.diffusion import edm
 from micro_dit.diffusion.guidance import guide
 from micro_dit.diffusion.samplers import heun, noise_levels
@@ -103,7 +104,8 @@ def main(argv: Sequence[str]) -> None:
     encoder = load_text_encoder(data["text_encoder"], run["shards"]["caption_tokens"])
     prompts = [prompt for prompt in FLAGS.prompt for _ in range(FLAGS.num)]
     seeds = [FLAGS.seed + i for _ in FLAGS.prompt for i in range(FLAGS.num)]
-    embeddings = np.repeat(encoder.encode(FLAGS.prompt), FLAGS.num, axis=0)
+    captions = clean_captions(FLAGS.prompt, run["shards"].get("caption_cleaning", "none"))  # as those of the shards
+    embeddings = np.repeat(encoder.encode(captions), FLAGS.num, axis=0)
     images = generator({name: jnp.asarray(value) for name, value in params.items()}, embeddings, seeds)
 
     about = {

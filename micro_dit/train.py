@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import optax
 
 from micro_dit import budget
+from micro_dit.data.mix import check_alike, read_mix
 from micro_dit.data.pipeline import load_split, make_train_iterator
-from micro_dit.data.shards import Manifest, check_shards, read_manifest
+from micro_dit.data.shards import MANIFEST, Manifest, shards_folder
 from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
 from micro_dit.evaluation.heldout import make_heldout_loss
-from micro_dit.models.dit import DiTConfig, abstract_params, bind, make_config
+from micro_dit.models.dit import REMAT, DiTConfig, abstract_params, bind, make_config
 from micro_dit.models.masking import random_mask
 from micro_dit.parallel import mesh as meshes
+from micro_dit.parallel.compilation import compiler_options
 from micro_dit.training import report
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.ema import update_ema
@@ -48,16 +50,26 @@ class Recipe:
         sigma_data: standard deviation of the latents.
         caption_drop: probability that a caption's embedding is zeroed in training.
         dtype: of the matrix products.
+        remat: what the backward pass computes again, see `micro_dit.models.dit.rematerialized`.
         adam: b1, b2, eps and weight_decay of `make_optimizer`.
     """
 
     sigma_data: float
     caption_drop: float
     dtype: str
+    remat: str
     adam: Mapping[str, float]
 
     def optimizer(self, phase: Phase) -> optax.GradientTransformation:
         return make_optimizer(phase.clip, **self.adam)
+
+
+def make_recipe(config: Any) -> Recipe:
+    """The recipe of a config; raises UserError for an unknown `remat`."""
+    if config.remat not in REMAT:
+        raise UserError(f"remat {config.remat!r} is unknown; use one of {', '.join(REMAT)}.")
+    diffusion = config.diffusion
+    return Recipe(diffusion.sigma_data, diffusion.caption_drop, config.dtype, config.remat, dict(config.adam))
 
 
 def make_train_step(
@@ -78,7 +90,7 @@ def make_train_step(
         noise = jax.random.normal(stream(key, "noise", step), x.shape)
         mask = random_mask(stream(key, "mask", step), B, network.tokens, phase.mask_ratio)
 
-        model = bind(network, params, jnp.dtype(recipe.dtype))
+        model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat)
         return edm.loss(
             lambda x, t, y: model(x, t, y, mask, phase.mask_position), x, y, sigma, noise,
             mask=mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,
@@ -122,10 +134,10 @@ def prepare_shards(config: Any, phases: Sequence[Phase], say: Callable[[str], No
     """The manifest of each phase's shards; those of the embedded data are made first if they are missing.
 
     Raises:
-        UserError: shards are missing, damaged, lack the phase's resolution, or have other encoders than the first ones.
+        UserError: shards are missing, damaged, lack the phase's resolution, or contradict the config or each other.
     """
     data = config.data
-    if data.source and not (Path(data.shards) / "manifest.json").exists():
+    if data.source and "," not in data.shards and not (shards_folder(data.shards) / MANIFEST).exists():
         from micro_dit.precompute import precompute  # brings torch, which training itself has no use for
 
         say(f"preparing {data.shards} from {data.source} (once)")
@@ -133,15 +145,30 @@ def prepare_shards(config: Any, phases: Sequence[Phase], say: Callable[[str], No
             source=data.source, out=data.shards, resolutions=tuple(data.resolutions), vae=data.vae,
             text_encoder=data.text_encoder, caption_tokens=data.caption_tokens, report=say,
         )  # fmt: skip
-    folders = [phase.shards or data.shards for phase in phases]
-    manifests = [read_manifest(folder) for folder in folders]
-    first = manifests[0]
-    for phase, folder, manifest in zip(phases, folders, manifests, strict=True):
-        check_shards(
-            manifest, folder, resolution=phase.resolution, caption_tokens=data.caption_tokens,
-            vae_fingerprint=first.vae.fingerprint, text_fingerprint=first.text_encoder.fingerprint,
+    names = [phase.shards or data.shards for phase in phases]
+    mixes = [read_mix(name) for name in names]
+    manifests = [mix.manifest() for mix in mixes]
+    encoders = asked_encoders(data.vae, data.text_encoder)
+    for phase, mix in zip(phases, mixes, strict=True):
+        mix.check(
+            resolution=phase.resolution, sigma_data=config.diffusion.sigma_data, caption_tokens=data.caption_tokens,
+            **encoders,
         )  # fmt: skip
+    check_alike(names, manifests)
     return manifests
+
+
+def asked_encoders(vae: str, text_encoder: str) -> dict[str, str]:
+    """What `check_shards` shall find of the config's encoders: names, and a fingerprint of what is there to be read."""
+    from micro_dit.encoders.hub import ASSETS
+    from micro_dit.encoders.image import load_image_encoder
+
+    local = Path(text_encoder).expanduser().is_dir()
+    asked = {"vae": vae, "text_encoder": Path(text_encoder).expanduser().resolve().name if local else text_encoder}
+    if Path(vae).expanduser().is_dir() or (ASSETS / vae).is_dir():
+        encoder = load_image_encoder(vae)
+        asked |= {"vae": encoder.name, "vae_fingerprint": encoder.fingerprint}
+    return asked
 
 
 def train(config: Any, workdir: str | Path) -> Path:
@@ -169,10 +196,11 @@ def train(config: Any, workdir: str | Path) -> Path:
     text = manifest.text_encoder
     about_shards = {
         "vae": manifest.vae.fingerprint, "text_encoder": text.fingerprint, "caption_tokens": text.tokens,
-        "attribution": manifest.attribution, "files": [m.fingerprint for m in manifests],
+        "caption_cleaning": manifest.caption_cleaning, "attribution": manifest.attribution,
+        "files": [m.fingerprint for m in manifests],
     }  # fmt: skip
     claim_workdir(workdir, config.to_dict(), about_shards)
-    recipe = Recipe(config.diffusion.sigma_data, config.diffusion.caption_drop, config.dtype, dict(config.adam))
+    recipe = make_recipe(config)
 
     # 2. Say what is going to happen.
     chip = budget.chip_of(jax.devices()[0].device_kind) or budget.measure_chip()
@@ -262,7 +290,7 @@ class _Run:
         """Trains one phase, from wherever `state` is in it; returns early on an interrupt, with everything saved."""
         config, last_step = self.config, first_step + phase.steps
         iterator = make_train_iterator(
-            phase.shards or config.data.shards, "train", phase.resolution, phase.batch_size // jax.process_count(),
+            phase.shards or config.data.shards, "train", phase.resolution, phase.batch_size,
             seed=config.seed + meta["phase"], process_index=jax.process_index(), process_count=jax.process_count(),
         )  # fmt: skip
         if meta["data"] is not None:
@@ -295,6 +323,7 @@ class _Run:
             make_train_step(network, phase, first_step, self.recipe),
             donate_argnums=0,
             out_shardings=meshes.replicated(self.mesh),
+            compiler_options=compiler_options(),
         )
         compile_started = time.monotonic()
         compiled = step_function.lower(state, batch, key).compile()
@@ -357,7 +386,7 @@ class _Run:
     def _heldout_loss(self, phase: Phase, network: DiTConfig) -> Callable[[Any], dict[str, float]] | None:
         split = self.config.data.heldout
         shards = phase.shards or self.config.data.shards
-        if not split or not read_manifest(shards).splits.get(split):
+        if not split or not read_mix(shards).manifest().records(split):
             return None
         data = load_split(shards, split, phase.resolution, self.config.data.heldout_images)
         place = meshes.replicated(self.mesh)

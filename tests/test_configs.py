@@ -12,9 +12,9 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from micro_dit.data.shards import ImageEncoderInfo, Manifest, TextEncoderInfo, record_fields
+from micro_dit.data.shards import ImageEncoderInfo, Manifest, TextEncoderInfo
 from micro_dit.models.dit import abstract_params
-from micro_dit.train import Recipe, make_train_step, network_of
+from micro_dit.train import make_recipe, make_train_step, network_of
 from micro_dit.training.phases import make_phases
 from micro_dit.training.state import TrainState
 
@@ -31,15 +31,14 @@ def manifest_of(config: ConfigDict) -> Manifest:
     channels = 384 if config.data.text_encoder == "minilm" else 1024
     text = TextEncoderInfo(config.data.text_encoder, "4567", config.data.caption_tokens, channels)
     resolutions = tuple(sorted({phase["resolution"] for phase in config.phases}))
-    fields = record_fields(resolutions, "mean_std", vae, text)
-    return Manifest("source", "nobody", resolutions, "mean_std", vae, text, fields, {}, {})
+    return tiny.make_manifest(resolutions, vae, text)
 
 
 @pytest.mark.parametrize(("path", "variant"), VARIANTS, ids=[f"{path.stem}:{variant}" for path, variant in VARIANTS])
 def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str | None):
     config = tiny.load_config_file(path, variant)
     manifest, phases = manifest_of(config), make_phases(config.phases)
-    recipe = Recipe(config.diffusion.sigma_data, config.diffusion.caption_drop, config.dtype, dict(config.adam))
+    recipe = make_recipe(config)
     assert {resolution for resolution in config.data.resolutions} <= set(manifest.resolutions)
     networks = [network_of(phase, config, manifest) for phase in phases]  # checks them
     # Every phase can take over the parameters of the one before.

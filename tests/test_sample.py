@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +76,7 @@ def command(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The command's flags, with small encoders; `.params` is what the generator was called with."""
     flags = SimpleNamespace(
         workdir=str(finished_run), prompt=["one", "two"], out=str(tmp_path / "out.png"), num=2, guidance=None,
-        steps=None, seed=3, step=None, params=None, seeds=None, made=None,
+        steps=None, seed=3, step=None, params=None, seeds=None, made=None, encoded=None,
     )  # fmt: skip
 
     class Fake:
@@ -87,7 +88,11 @@ def command(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             flags.params, flags.seeds = params, seeds
             return np.zeros((len(seeds), 64, 64, 3), np.uint8)
 
-    encoder = SimpleNamespace(encode=lambda prompts: np.zeros((len(prompts), 4, 12), np.float32))
+    def encode(prompts: list[str]) -> np.ndarray:
+        flags.encoded = prompts
+        return np.zeros((len(prompts), 4, 12), np.float32)
+
+    encoder = SimpleNamespace(encode=encode)
     monkeypatch.setattr(sample, "FLAGS", flags)
     monkeypatch.setattr(sample, "Generator", Fake)
     monkeypatch.setattr(image, "load_image_encoder", lambda name: Pixels())
@@ -116,6 +121,22 @@ def test_an_earlier_checkpoint_and_other_settings(command: SimpleNamespace, fini
     assert (command.made["guidance"], command.made["steps"]) == (0.0, 1)
     with Image.open(command.out) as picture:
         assert picture.size == (64, 64)
+
+
+def test_prompts_are_cleaned_as_the_shards_captions_were(command: SimpleNamespace, finished_run: Path, tmp_path: Path):
+    command.prompt = ["A <b>Red</b> Heart #12", "plain"]
+    sample.main(["sample"])
+    assert command.encoded == command.prompt
+    run = json.loads((finished_run / "config.json").read_text())
+    assert run["shards"]["caption_cleaning"] == "none"
+    run["shards"]["caption_cleaning"] = "deepfloyd-2"
+    workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    (workdir / "config.json").write_text(json.dumps(run))
+    command.workdir = str(workdir)
+    sample.main(["sample"])
+    assert command.encoded == ["a red heart", "plain"]
+    with Image.open(command.out) as picture:
+        assert picture.text["prompt"] == "A <b>Red</b> Heart #12 | plain"  # in the user's words
 
 
 def test_what_is_missing_is_named(command: SimpleNamespace, tmp_path: Path):

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from micro_dit.training.metrics import read_metrics
 from micro_dit.training.phases import Phase
 from micro_dit.training.state import TrainState
 
-RECIPE = Recipe(sigma_data=0.9, caption_drop=0.1, dtype="float32", adam={})
+RECIPE = Recipe(sigma_data=0.9, caption_drop=0.1, dtype="float32", remat="dots", adam={})
 NETWORK = tiny.network()
 B = 1024
 
@@ -303,17 +304,57 @@ def test_bad_input_is_one_line_that_says_what_to_do(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("which", ["image", "text"])
-def test_shards_of_other_encoders_do_not_mix(config: ConfigDict, tmp_path: Path, which: str):
-    other = {
-        "image": dict(vae=dataclasses.replace(tiny.VAE, fingerprint="89ab")),
-        "text": dict(text=dataclasses.replace(tiny.TEXT, fingerprint="89ab")),
-    }[which]
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (dict(vae=dataclasses.replace(tiny.VAE, fingerprint="89ab")), "image encoders differ"),
+        (dict(text=dataclasses.replace(tiny.TEXT, fingerprint="89ab")), "text encoders differ"),
+        (dict(caption_cleaning="deepfloyd-2"), "caption cleanings differ"),
+    ],
+)
+def test_the_phases_shards_must_be_of_one_kind(config: ConfigDict, tmp_path: Path, other: dict, what: str):
     shards = tiny.write_shards(tmp_path / "other", **other)
     config.phases = (config.phases[0], config.phases[1] | dict(shards=str(shards)))
-    with pytest.raises(UserError, match=f"other was made with {which} encoder fingerprint 89ab, not") as error:
+    message = f"{config.data.shards} and {shards} cannot be used together, because their {what}"
+    with pytest.raises(UserError, match=message) as error:
         train(config, tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "written", "message"),
+    [
+        (set_field("data.vae", "sdxl"), {}, "was made with image encoder noise, not sdxl: use noise"),
+        (set_field("data.vae", "openmoji_vae"), {}, "was made with image encoder fingerprint 0123, not [0-9a-f]{12}"),
+        (set_field("data.text_encoder", "t5"), {}, "was made with text encoder noise, not t5"),
+        (lambda config: None, dict(scale=3.0), "holds latents of standard deviation 3 at 64 px, but sigma_data is 0.9"),
+        (lambda config: None, dict(scale=0.3), "holds latents of standard deviation 0.3 at 64 px, but sigma_data is"),
+    ],
+)
+def test_shards_that_contradict_the_config_are_refused(
+    config: ConfigDict, tmp_path: Path, change: Callable[[ConfigDict], None], written: dict, message: str
+):
+    config.data.shards = str(tiny.write_shards(tmp_path / "shards", **written))
+    change(config)
+    with pytest.raises(UserError, match=message) as error:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_a_mix_records_all_of_it(config: ConfigDict, tiny_shards: Path, tmp_path: Path):
+    other = tiny.write_shards(tmp_path / "other", attribution="somebody")
+    config.data.shards = f"{tiny_shards}=0.7,{other}=0.3"
+    config.phases = (config.phases[0] | dict(steps=2),)
+    config.data.update(heldout="validation", heldout_images=4)
+    workdir = train(config, tmp_path / "run")
+    about = json.loads((workdir / "config.json").read_text())["shards"]
+    assert about["attribution"] == "nobody; somebody"
+    assert about["caption_cleaning"] == "none"
+    assert about["files"] != [read_manifest(tiny_shards).fingerprint]
+    records = read_metrics(workdir / "metrics.jsonl")
+    assert [record["step"] for record in records if "loss" in record] == [1, 2]
+    assert any("heldout_loss" in record for record in records)
 
 
 def test_the_directory_of_another_run_is_refused(config: ConfigDict, finished_run: Path):

@@ -3,7 +3,9 @@
 Also a config file: `python -m micro_dit.main --config=tests/tiny.py:FOLDER_OF_SHARDS`.
 """
 
+import dataclasses
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from micro_dit.data.shards import ImageEncoderInfo, Manifest, Record, ShardWriter, TextEncoderInfo, record_fields
+from micro_dit.data.shard_writer import ShardFileWriter, latent_statistics, shard_name, write_manifest
+from micro_dit.data.shards import ImageEncoderInfo, Manifest, Record, TextEncoderInfo, record_fields
 from micro_dit.models.dit import DiTConfig, abstract_params, make_config
 from micro_dit.training.checkpoint import Checkpoints
 
@@ -56,20 +59,56 @@ def inputs(config: DiTConfig, images: int = 3, seed: int = 0) -> tuple[jax.Array
     return tuple(jnp.asarray(generator.standard_normal(shape, dtype=np.float32)) for shape in shapes)
 
 
-def write_shards(
-    out: Path, resolutions: tuple[int, ...] = (64,), text: TextEncoderInfo = TEXT, vae: ImageEncoderInfo = VAE
+def make_manifest(
+    resolutions: tuple[int, ...],
+    vae: ImageEncoderInfo = VAE,
+    text: TextEncoderInfo = TEXT,
+    posterior: str = "mean_std",
+    **others: Any,
+) -> Manifest:
+    """A manifest to be written with `write_folder`, which adds files and statistics."""
+    fields = record_fields(resolutions, posterior, vae, text)
+    fixed = dict(source="noise", attribution="nobody", dropped={}, altered={}, statistics={}, caption_cleaning="none")
+    return Manifest(
+        resolutions=resolutions, posterior=posterior, vae=vae, text_encoder=text, fields=fields, **fixed | others
+    )
+
+
+def write_folder(
+    out: Path, manifest: Manifest, splits: Mapping[str, Sequence[Record]], records_per_file: int = 16
 ) -> Path:
-    """Shards of noise: 23 examples to train on, 5 to validate."""
-    generator = np.random.default_rng(0)
-    fields = record_fields(resolutions, "mean_std", vae, text)
-    with ShardWriter(out, ("train", "validation"), fields, examples_per_shard=16) as writer:
-        for split, count in (("train", 23), ("validation", 5)):
-            for number in range(count):
-                arrays = {f.name: generator.standard_normal(f.shape, dtype=np.float32) for f in fields}
-                arrays |= {name: 0.1 * np.abs(value) for name, value in arrays.items() if "_std_" in name}
-                writer.write(split, Record(f"{split}-{number}", f"number {number}", arrays))
-        writer.publish(Manifest("noise", "nobody", resolutions, "mean_std", vae, text, fields, {}, {}))
+    """A folder of shards that holds these records."""
+    out.mkdir(parents=True)
+    files, sums = {}, []
+    for split, records in splits.items():
+        starts = range(0, len(records), records_per_file)
+        files[split] = ()
+        for index, start in enumerate(starts):
+            with ShardFileWriter(out / shard_name(split, index, len(starts)), manifest.fields) as writer:
+                for record in records[start : start + records_per_file]:
+                    writer.write(record)
+            files[split] += (writer.info,)
+            sums.append(writer.latent_sums)
+    write_manifest(out, dataclasses.replace(manifest, splits=files, statistics=latent_statistics(sums)))
     return out
+
+
+def write_shards(
+    out: Path, resolutions: tuple[int, ...] = (64,), text: TextEncoderInfo = TEXT, vae: ImageEncoderInfo = VAE,
+    scale: float = 1.0, **others: Any,
+) -> Path:  # fmt: skip
+    """Shards of noise: 23 examples to train on, 5 to validate; `scale` multiplies the latents."""
+    generator = np.random.default_rng(0)
+    manifest = make_manifest(resolutions, vae, text, **others)
+
+    def record(split: str, number: int) -> Record:
+        arrays = {f.name: generator.standard_normal(f.shape_in(1), dtype=np.float32) for f in manifest.fields}
+        arrays |= {name: 0.1 * np.abs(value) for name, value in arrays.items() if "_std_" in name}
+        arrays |= {name: scale * value for name, value in arrays.items() if name.startswith("latent_")}
+        return Record(f"{split}-{number}", (f"number {number}",), arrays)
+
+    counts = {"train": 23, "validation": 5}
+    return write_folder(out, manifest, {s: [record(s, number) for number in range(n)] for s, n in counts.items()})
 
 
 def load_config_file(path: Path, argument: str | None = None) -> ConfigDict:
@@ -89,7 +128,7 @@ def get_config(shards: str) -> ConfigDict:
     """A run of two phases, of which the second keeps a moving average; it needs no encoders."""
     config = load_module(CONFIGS / "mask75.py").base(name="tiny")
     config.model.update(SIZE)
-    config.data.update(shards=str(shards), caption_tokens=TEXT.tokens, heldout="")
+    config.data.update(shards=str(shards), vae=VAE.name, text_encoder=TEXT.name, caption_tokens=TEXT.tokens, heldout="")
     config.phases = (dict(MASKED), dict(UNMASKED))
     config.checkpoint_every, config.evaluate_every = 8, 0
     config.sampling.every = 0

@@ -9,6 +9,7 @@ L caption tokens · Y caption channels.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from micro_dit.errors import UserError
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table, unpatchify
 from micro_dit.models.layers import CrossAttention, SelfAttention, SwiGLU, layer_norm, linear, modulate, round_up
 from micro_dit.models.masking import TokenMask, drop_tokens, kept_tokens, restore_tokens
-from micro_dit.models.moe import ExpertChoiceFFN, tokens_per_expert
+from micro_dit.models.moe import EXPERT_PRODUCT, ExpertChoiceFFN, tokens_per_expert
 
 Params = dict[str, jax.Array]  # one flat dict: "blocks.3.attn.qkv.kernel" → array
 
@@ -138,6 +139,7 @@ class BlockShape:
 
 
 MASK_POSITIONS = ("after_mixer", "before_mixer")  # deferred masking; naive masking
+REMAT = ("none", "dots", "full")  # what the backward pass computes again; see `rematerialized`
 
 
 def _layer_wise(depth: int) -> dict[str, tuple[float, ...]]:
@@ -223,6 +225,24 @@ class DiTBlock(nnx.Module):
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
 
 
+def rematerialized(block: DiTBlock, remat: str) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The block, of whose activations the backward pass keeps only some and computes the others again.
+
+    Args:
+        block: a block of the network.
+        remat: "none" keeps all activations, "dots" the products with weights (so that attention's probabilities and
+            everything elementwise are computed again), "full" only the block's inputs.
+    """
+    if remat == "none":
+        return block
+    policies = jax.checkpoint_policies
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names(EXPERT_PRODUCT),  # these have one batch dimension, the expert
+    )
+    return jax.checkpoint(lambda x, y, c: block(x, y, c), policy=dots if remat == "dots" else None)
+
+
 class FinalLayer(nnx.Module):
     """Modulated LayerNorm and a Linear to pixels of a patch: (B, T, D) → (B, T, p·p·C). Starts at zero."""
 
@@ -253,7 +273,7 @@ class MicroDiT(nnx.Module):
     """The denoising network F: noisy latents, noise level and caption in, a prediction of the latents' shape out."""
 
     def __init__(self, config: DiTConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), "none"
         D, M, eps = config.dim, config.patch_mixer_dim, config.norm_eps
         args: dict[str, Any] = dict(dtype=self.dtype, rngs=rngs)
         self.patch_embedding = PatchEmbedding(config.patch_size, config.in_channels, D, **args)
@@ -310,7 +330,7 @@ class MicroDiT(nnx.Module):
         if self.project_mixer:
             x, mixer_y = self.mixer_in(x), self.mixer_caption_in(y)  # (B, N, M), (B, L, M)
         for block in self.mixer:
-            x = block(x, mixer_y, c)
+            x = rematerialized(block, self.remat)(x, mixer_y, c)
         # 7. Deferred masking.
         if mask is not None and mask_position == "after_mixer":
             x = drop_tokens(x, mask)  # (B, K, M)
@@ -319,7 +339,7 @@ class MicroDiT(nnx.Module):
             x = self.mixer_out(x)  # (B, K, D)
         # 9. Backbone, on the kept tokens.
         for block in self.blocks:
-            x = block(x, y, c)
+            x = rematerialized(block, self.remat)(x, y, c)
         # 10. Final layer.
         x = self.final_layer(x, c).astype(jnp.float32)  # (B, K, p·p·C)
         # 11. Zeros where tokens were dropped, then back to an image.
@@ -352,8 +372,10 @@ def abstract_params(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return {_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
-def bind(config: DiTConfig, params: Params, dtype: Any = jnp.float32) -> MicroDiT:
+def bind(config: DiTConfig, params: Params, dtype: Any = jnp.float32, remat: str = "none") -> MicroDiT:
     """The network with these parameters; matrix products run in `dtype`. Cheap enough to call while tracing.
+
+    `remat`, one of REMAT, saves memory in the backward pass; it changes no numbers but by rounding.
 
     Raises:
         ValueError: a parameter is missing or superfluous.
@@ -361,4 +383,6 @@ def bind(config: DiTConfig, params: Params, dtype: Any = jnp.float32) -> MicroDi
     graphdef, leaves = _skeleton(config, dtype)
     if differing := {_name(path) for path, _ in leaves} ^ set(params):
         raise ValueError(f"parameters differ from the network's: {sorted(differing)[:10]}")
-    return nnx.merge(graphdef, nnx.from_flat_state((path, leaf.replace(params[_name(path)])) for path, leaf in leaves))
+    model = nnx.merge(graphdef, nnx.from_flat_state((path, leaf.replace(params[_name(path)])) for path, leaf in leaves))
+    model.remat = remat
+    return model

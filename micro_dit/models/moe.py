@@ -8,8 +8,11 @@ B images · N tokens present · E experts · T tokens per expert · d block widt
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from micro_dit.models.layers import linear, normal_init, round_up
+
+EXPERT_PRODUCT = "expert_product"
 
 
 def tokens_per_expert(tokens: int, experts: int, capacity: float) -> int:
@@ -56,9 +59,13 @@ class ExpertChoiceFFN(nnx.Module):
         taken = jnp.take_along_axis(x, rows[:, :, None], axis=1)  # (B, E·T, d)
         # One matrix an expert, over all images: the layout in which XLA needs no transposes around the products.
         taken = taken.reshape(B, E, T, d).transpose(1, 0, 2, 3).reshape(E, B * T, d).astype(self.dtype)
-        hidden = jax.nn.gelu(jnp.einsum("end,edf->enf", taken, self.w1[...].astype(self.dtype)), approximate=False)
-        out = jnp.einsum("enf,efd->end", hidden, self.w2[...].astype(self.dtype))
+        hidden = self._product("end,edf->enf", taken, self.w1)
+        out = self._product("enf,efd->end", jax.nn.gelu(hidden, approximate=False), self.w2)
         out = out.reshape(E, B, T, d).transpose(1, 0, 2, 3)  # (B, E, T, d)
         out = out * probabilities[..., None].astype(self.dtype)
         add = jax.vmap(lambda rows, updates: jnp.zeros((N, d), updates.dtype).at[rows].add(updates))
         return add(rows, out.reshape(B, E * T, d))
+
+    def _product(self, subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
+        """Each expert's product with its weight, under a name that rematerialization can refer to."""
+        return checkpoint_name(jnp.einsum(subscripts, x, weight[...].astype(self.dtype)), EXPERT_PRODUCT)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from micro_dit.data.shards import Manifest
+from micro_dit.data.captions import clean_captions
+from micro_dit.data.shards import Manifest, same_encoder
 from micro_dit.errors import UserError
 from micro_dit.models.dit import DiTConfig, Params
 
@@ -51,7 +52,7 @@ class Previews:
         if not self.prompts:
             return
         self._image_encoder = load_image_encoder(vae)
-        if self._image_encoder.fingerprint != manifest.vae.fingerprint:
+        if not same_encoder(self._image_encoder, manifest.vae):
             raise UserError(
                 f"the shards were made with image encoder {manifest.vae.name} ({manifest.vae.fingerprint}), but {vae} "
                 f"is {self._image_encoder.fingerprint}: make the shards again, or set --config.data.vae to theirs."
@@ -59,9 +60,13 @@ class Previews:
         self._captions = self._embed(text_encoder)
 
     def _embed(self, name: str) -> np.ndarray:
-        """Embeddings of the prompts, (n, L, Y); kept in the work directory, so that a restart needs no text encoder."""
+        """Embeddings of the prompts (n, L, Y), cleaned as the shards' captions were.
+
+        They are kept in the work directory, so that a restart needs no text encoder.
+        """
         about, cache = self.manifest.text_encoder, self.workdir / "prompts.npz"
-        key = json.dumps([self.prompts, about.fingerprint])
+        prompts = clean_captions(self.prompts, self.manifest.caption_cleaning)
+        key = json.dumps([prompts, about.name, about.fingerprint])
         if cache.exists():
             with np.load(cache) as saved:
                 if str(saved["key"]) == key:
@@ -69,12 +74,12 @@ class Previews:
         from micro_dit.encoders.text import load_text_encoder
 
         encoder = load_text_encoder(name, about.tokens)
-        if encoder.fingerprint != about.fingerprint:
+        if not same_encoder(encoder, about):
             raise UserError(
                 f"the shards were made with text encoder {about.name} ({about.fingerprint}), but {name} is "
                 f"{encoder.fingerprint}: make the shards again, or set --config.data.text_encoder to theirs."
             )
-        captions = encoder.encode(self.prompts)
+        captions = encoder.encode(prompts)
         if jax.process_index() == 0:
             np.savez(cache, key=key, captions=captions)
         return captions

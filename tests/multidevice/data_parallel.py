@@ -21,7 +21,7 @@ from micro_dit.training.state import TrainState
 
 NETWORK = tiny.network()
 PHASE = Phase(**tiny.MASKED | dict(batch_size=16, warmup_steps=0, ema_decay=0.9))
-RECIPE = Recipe(sigma_data=0.9, caption_drop=0.1, dtype="float32", adam={})
+RECIPE = Recipe(sigma_data=0.9, caption_drop=0.1, dtype="float32", remat="dots", adam={})
 
 
 def batch(step: int) -> dict[str, np.ndarray]:

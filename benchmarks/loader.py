@@ -1,8 +1,10 @@
 """Times the loader of micro_dit/data/pipeline.py against mosaicml-streaming on the same records.
 
-    pip install mosaicml-streaming zstandard torch
+    pip install --no-deps mosaicml-streaming torchvision; pip install zstandard    and what its import still asks for
     python -m benchmarks.loader                    a minute, and 700 MB in a temporary folder
     python -m benchmarks.loader --json=PATH        also writes the figures to a file
+
+(mosaicml-streaming asks for older versions of numpy and transformers, hence `--no-deps`.)
 
 A record is what the paper trains on in its first phase: 4×32×32 latents and 77×1024 caption channels in float16,
 166 kB. Both formats hold the same records, uncompressed, and in the page cache, as after the first epoch on a machine

@@ -4,13 +4,16 @@ The release keeps Linear weights as (out, in) and images as NCHW; we keep (in, o
 buffers, the position table and a mask token of zeros, which our network computes.
 """
 
+import dataclasses
+import math
 import re
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
 from micro_dit.errors import UserError
-from micro_dit.models.dit import DiTConfig, abstract_params
+from micro_dit.models.dit import SIZES, DiTConfig, abstract_params, make_config
 from micro_dit.models.embeddings import position_table
 
 # Applied in order to one of our names; the order matters only where a pattern is a prefix of another.
@@ -32,6 +35,9 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"^final_layer\.norm\.", "final_layer.norm_final."),
     (r"\.(kernel|scale)$", ".weight"),
 )
+# Parts of names that PyTorch's wrappers and trainers put in.
+WRAPPERS = ("dit", "module", "_orig_mod")
+POSITION_SCALES = (1.0, 2.0, 4.0)  # at 256, 512, 1024 px
 
 
 def release_name(name: str) -> str:
@@ -70,8 +76,63 @@ def release_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def without_wrappers(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same with the network's own names: 'module.dit._orig_mod.pos_embed' becomes 'pos_embed'.
+
+    Raises:
+        UserError: two tensors would have the same name.
+    """
+    plain: dict[str, str] = {}
+    for name in state_dict:
+        short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if short in plain:
+            raise UserError(f"the state dict has both {plain[short]} and {name}; keep the one you mean.")
+        plain[short] = name
+    return {short: state_dict[name] for short, name in plain.items()}
+
+
+def recognize(state_dict: Mapping[str, np.ndarray]) -> tuple[str, DiTConfig]:
+    """Which of SIZES a state dict is of, and its configuration.
+
+    The size is told by the width; channels, patches and captions by shapes; the grid by the position table, and the
+    position scale by trying POSITION_SCALES on it.
+
+    Raises:
+        UserError: it is not of this kind of network, or of none of these sizes and scales.
+    """
+    for name, axes in (("x_embedder.proj.weight", 4), ("y_embedder.y_proj.fc1.weight", 2), ("pos_embed", 3)):
+        if name not in state_dict or state_dict[name].ndim != axes:
+            begin = ", ".join(list(state_dict)[:3])
+            raise UserError(f"these are no weights of a MicroDiT: there is no {name} of {axes} axes among {begin}, ….")
+    dim, channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
+    size = next((size for size, row in SIZES.items() if row["dim"] == dim), None)
+    if size is None:
+        known = ", ".join(f"{row['dim']} ({size})" for size, row in SIZES.items())
+        raise UserError(f"the network is {dim} wide, and the known ones are {known}: say what it is with --model.")
+    config = make_config(
+        size,
+        input_size=math.isqrt(state_dict["pos_embed"].shape[1]) * patch_size,
+        patch_size=patch_size,
+        in_channels=channels,
+        caption_channels=state_dict["y_embedder.y_proj.fc1.weight"].shape[1],
+    )
+    for scale in POSITION_SCALES:
+        if is_position_table(state_dict["pos_embed"], scaled := dataclasses.replace(config, pos_interp_scale=scale)):
+            scaled.check()
+            return size, scaled
+    tried = ", ".join(map(str, POSITION_SCALES))
+    raise UserError(f"pos_embed is the position table of none of the scales {tried}: say what it is with --model.")
+
+
+def is_position_table(stored: np.ndarray, config: DiTConfig) -> bool:
+    """Whether a stored table is the one that this configuration computes, within the rounding of its dtype."""
+    table = position_table(config.dim, config.grid, config.pos_interp_scale)[None]
+    tolerance = max(1e-5, float(jnp.finfo(stored.dtype).eps))
+    return stored.shape == table.shape and bool(np.abs(stored.astype(np.float32) - table).max(initial=0.0) <= tolerance)
+
+
 def from_state_dict(state_dict: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
-    """Our parameters from the release's state dict.
+    """Our parameters from the release's state dict, as views of it.
 
     Raises:
         UserError: tensors are missing, superfluous or misshapen (all are listed), or the position table is not the one
@@ -87,8 +148,7 @@ def from_state_dict(state_dict: Mapping[str, np.ndarray], config: DiTConfig) -> 
     ]
     if problems:
         raise UserError("the state dict does not fit this network: " + "; ".join(problems))
-    table = position_table(config.dim, config.grid, config.pos_interp_scale)
-    if not np.allclose(state_dict["pos_embed"][0], table, atol=1e-5):
+    if not is_position_table(state_dict["pos_embed"], config):
         raise UserError(
             f"the state dict's pos_embed is not the table of pos_interp_scale {config.pos_interp_scale}; set the scale "
             "that it was trained with (2.0 for the released 512 px checkpoints)."
@@ -99,12 +159,12 @@ def from_state_dict(state_dict: Mapping[str, np.ndarray], config: DiTConfig) -> 
 
 
 def to_state_dict(params: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
-    """The release's state dict, buffers included, from our parameters."""
+    """The release's state dict, buffers included, from our parameters: views of them, not all contiguous."""
     table = position_table(config.dim, config.grid, config.pos_interp_scale)
     state_dict = {
         "pos_embed": table[None],
         "mask_token": np.zeros((1, 1, config.patch_size**2 * config.in_channels), np.float32),
     }
     for name, value in params.items():
-        state_dict[release_name(name)] = np.ascontiguousarray(to_release_layout(name, np.asarray(value), config))
+        state_dict[release_name(name)] = to_release_layout(name, np.asarray(value), config)
     return state_dict

@@ -2,12 +2,21 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
 
 from micro_dit.errors import UserError
-from micro_dit.interop.torch_checkpoint import from_state_dict, release_name, release_shapes, to_state_dict
+from micro_dit.interop.torch_checkpoint import (
+    from_state_dict,
+    recognize,
+    release_name,
+    release_shapes,
+    to_state_dict,
+    without_wrappers,
+)
+from micro_dit.models.dit import make_config
 from micro_dit.models.embeddings import position_table
 
 CONFIG = tiny.network(use_bias=True)
@@ -78,3 +87,64 @@ def test_what_does_not_fit_is_named(state_dict: dict[str, np.ndarray], change: A
     change(state_dict)
     with pytest.raises(UserError, match=message):
         from_state_dict(state_dict, CONFIG)
+
+
+def published(size: str, dtype: Any = np.float32, **fields: Any) -> dict[str, np.ndarray]:
+    """What a state dict of a published size is recognized by."""
+    config = make_config(size, **fields)
+    return {
+        "x_embedder.proj.weight": np.zeros((config.dim, config.in_channels, 2, 2), dtype),
+        "y_embedder.y_proj.fc1.weight": np.zeros((config.dim, config.caption_channels), dtype),
+        "pos_embed": position_table(config.dim, config.grid, config.pos_interp_scale)[None].astype(dtype),
+    }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "fields"),
+    [
+        ("MicroDiT_XL_2", dict(input_size=64, in_channels=4, caption_channels=1024, pos_interp_scale=2.0)),
+        ("MicroDiT_XL_2", dict(input_size=64, in_channels=16, caption_channels=1024, pos_interp_scale=2.0)),
+        ("MicroDiT_XL_2", dict(input_size=32, in_channels=4, caption_channels=1024, pos_interp_scale=1.0)),
+        ("MicroDiT_Tiny_2", dict(input_size=32, in_channels=4, caption_channels=768, pos_interp_scale=1.0)),
+        ("MicroDiT_Tiny_2", dict(input_size=128, in_channels=4, caption_channels=4096, pos_interp_scale=4.0)),
+    ],
+)
+def test_published_sizes_are_recognized(size: str, fields: dict[str, Any], dtype: Any):
+    assert recognize(published(size, dtype, **fields)) == (size, make_config(size, **fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("pos_embed"), "no weights of a MicroDiT: there is no pos_embed of 3 axes among x_embedder"),
+        (lambda t: t.update({"x_embedder.proj.weight": np.zeros((1024, 16))}), "no x_embedder.proj.weight of 4 axes"),
+        (lambda t: t.update({"x_embedder.proj.weight": np.zeros((96, 4, 2, 2))}), "is 96 wide, and the known ones are"),
+        (lambda t: t.update(pos_embed=t["pos_embed"][:, :100]), "table of none of the scales 1.0, 2.0, 4.0"),
+        (lambda t: t.update(pos_embed=t["pos_embed"][:, :101]), "table of none of the scales"),
+        (lambda t: t.update(pos_embed=t["pos_embed"] + 1e-4), "table of none of the scales"),
+        (lambda t: t.update(pos_embed=t["pos_embed"][:, :0]), "keeps none of the 0 tokens"),
+    ],
+)
+def test_other_networks_are_not_recognized(change: Any, message: str):
+    tensors = published("MicroDiT_Tiny_2", input_size=32)
+    change(tensors)
+    with pytest.raises(UserError, match=message):
+        recognize(tensors)
+
+
+@pytest.mark.parametrize("prefix", ["", "dit.", "module.", "_orig_mod.", "module.dit._orig_mod.", "dit._orig_mod."])
+def test_prefixes_of_wrappers_are_taken_off(state_dict: dict[str, np.ndarray], prefix: str):
+    plain = without_wrappers({prefix + name: value for name, value in state_dict.items()})
+    assert list(plain) == list(state_dict)
+    inside = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in state_dict.items()}
+    assert list(without_wrappers(inside)) == list(state_dict)
+
+
+def test_two_networks_in_one_are_refused(state_dict: dict[str, np.ndarray]):
+    both = state_dict | {f"module.{name}": value for name, value in state_dict.items()}
+    with pytest.raises(UserError, match=r"has both pos_embed and module\.pos_embed"):
+        without_wrappers(both)
+    other = without_wrappers({f"dit.{name}": value for name, value in state_dict.items()} | {"vae.bias": np.zeros(3)})
+    with pytest.raises(UserError, match=r"unexpected vae\.bias"):
+        from_state_dict(other, CONFIG)

@@ -1,0 +1,137 @@
+"""A model in a folder: config.json and model.safetensors, all that drawing with a network takes besides its encoders.
+
+config.json holds the network's fields under "model" and the fields of ABOUT, model.safetensors our parameters, float32.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from micro_dit.errors import UserError
+from micro_dit.interop.tensor_files import write_safetensors
+from micro_dit.models.dit import DiTConfig, abstract_params
+
+FORMAT, VERSION = "micro_dit model", 1
+# What is told of a model: the data's standard deviation, the encoders' names, tokens of a caption, how captions are
+# cleaned (data/captions.py), and in words where the weights come from.
+ABOUT = ("sigma_data", "vae", "text_encoder", "caption_tokens", "caption_cleaning", "source")
+
+
+def is_model_folder(folder: str | Path) -> bool:
+    """Whether the folder holds a model; a run's work directory has a config.json too."""
+    config = Path(folder) / "config.json"
+    return config.is_file() and read_config(config).get("format") == FORMAT
+
+
+def save_model_folder(
+    folder: str | Path, params: Mapping[str, np.ndarray], config: DiTConfig, about: Mapping[str, Any]
+) -> None:
+    """Writes a model, in place of one that is there.
+
+    Args:
+        folder: made if missing.
+        params: by name; float32, or narrower floats, which are widened.
+        config: the network's.
+        about: the fields of ABOUT.
+
+    Raises:
+        UserError: the folder belongs to something else, or the parameters are not this network's.
+    """
+    if set(about) != set(ABOUT):
+        raise ValueError(f"about has the fields {sorted(about)}, not {sorted(ABOUT)}")
+    folder = Path(folder)
+    path = folder / "config.json"
+    if path.exists() and not is_model_folder(folder):
+        raise UserError(f"{folder} is no model folder, but has a config.json; give another folder.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder, or a new name for one.")
+    _check(params, config, "the parameters don't")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # what is written halfway is no model
+    write_safetensors(folder / "model.safetensors", params)
+    fields = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(config)}
+    path.write_text(json.dumps(fields | {name: about[name] for name in ABOUT}, indent=2) + "\n", encoding="utf-8")
+
+
+def load_model_folder(folder: str | Path) -> tuple[dict[str, np.ndarray], DiTConfig, dict[str, Any]]:
+    """The parameters (on the host, float32), the network's configuration, and the fields of ABOUT.
+
+    Raises:
+        UserError: the folder holds no model, one of a later version, or one that is damaged or does not fit itself.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    folder = Path(folder)
+    if not is_model_folder(folder):
+        raise UserError(f"{folder} is no model folder (it has no config.json of one); give one that convert wrote.")
+    fields = read_config(folder / "config.json")
+    if fields.get("version") != VERSION:
+        raise UserError(f"{folder} is of version {fields.get('version')}, this program reads {VERSION}; update it.")
+    if missing := [name for name in ABOUT if name not in fields]:
+        raise UserError(f"{folder / 'config.json'} has no {', '.join(missing)}; convert the weights again.")
+    config = config_from(fields.get("model"), folder / "config.json")
+    weights = folder / "model.safetensors"
+    try:
+        arrays = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} can't be read ({error}); convert the weights again.") from error
+    _check(arrays, config, f"{weights} does not")
+    return {name: arrays[name] for name in abstract_params(config)}, config, {name: fields[name] for name in ABOUT}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A config.json.
+
+    Raises:
+        UserError: there is none, or it is not a JSON object.
+    """
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); give the config.json of a model folder.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); correct it or write it anew.") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is no JSON object; give the config.json of a model folder.")
+    return fields
+
+
+def config_from(fields: Any, where: object) -> DiTConfig:
+    """The network's configuration from its fields as JSON or a checkpoint keeps them; `where` is named in errors.
+
+    Raises:
+        UserError: fields are missing or unknown, or no such network can be built.
+    """
+    fields = dict(fields) if isinstance(fields, Mapping) else {}
+    known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(DiTConfig)}
+    problems = [f"{name} is missing" for name, required in known.items() if required and name not in fields]
+    problems += [f"{name} is unknown" for name in fields if name not in known]
+    if problems:
+        raise UserError(f"the fields of the network, under 'model' in {where}, don't fit: {', '.join(problems)}.")
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    config = DiTConfig(**values)
+    try:
+        config.check()
+    except (TypeError, ZeroDivisionError) as error:
+        raise UserError(f"a field of the network, under 'model' in {where}, has no fitting value ({error}).") from error
+    return config
+
+
+def _check(params: Mapping[str, np.ndarray], config: DiTConfig, subject: str) -> None:
+    """Raises UserError if names or shapes are not the network's; `subject` begins the sentence."""
+    expected = {name: tuple(leaf.shape) for name, leaf in abstract_params(config).items()}
+    problems = [f"missing {name}" for name in expected if name not in params]
+    problems += [f"unexpected {name}" for name in params if name not in expected]
+    problems += [
+        f"{name} is {params[name].dtype} of {params[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in params and (tuple(params[name].shape) != shape or params[name].dtype.itemsize > 4)
+    ]
+    if problems:
+        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UserError(f"{subject} fit the network: {'; '.join(problems[:10])}{more}.")

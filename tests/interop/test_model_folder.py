@@ -1,0 +1,120 @@
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+
+from micro_dit.errors import UserError
+from micro_dit.interop.model_folder import config_from, is_model_folder, load_model_folder, save_model_folder
+
+CONFIG = tiny.network(pos_interp_scale=2.0)
+ABOUT = {
+    "sigma_data": 0.5, "vae": "noise", "text_encoder": "words", "caption_tokens": 4, "caption_cleaning": "none",
+    "source": "a test",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in tiny.random_params(CONFIG).items()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, params: dict[str, np.ndarray]) -> Path:
+    save_model_folder(tmp_path / "models" / "m", params, CONFIG, ABOUT)
+    return tmp_path / "models" / "m"
+
+
+def edit(folder: Path, change: dict[str, Any]) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | change))
+
+
+def test_there_and_back_is_the_identity(folder: Path, params: dict[str, np.ndarray]):
+    back, config, about = load_model_folder(folder)
+    assert config == CONFIG
+    assert hash(config) == hash(CONFIG)  # tuples, not lists
+    assert about == ABOUT
+    assert back.keys() == params.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(back[name], value, err_msg=name)
+        assert back[name].dtype == np.float32
+    fields = json.loads((folder / "config.json").read_text())
+    assert (fields["format"], fields["version"]) == ("micro_dit model", 1)
+    assert fields["model"] == json.loads(json.dumps(dataclasses.asdict(CONFIG)))
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_narrow_floats_are_widened_and_a_model_may_be_replaced(folder: Path, params: dict[str, np.ndarray]):
+    narrow = {name: value.astype(ml_dtypes.bfloat16) for name, value in params.items()}
+    save_model_folder(folder, narrow, CONFIG, ABOUT | {"source": "another"})
+    back, _, about = load_model_folder(folder)
+    assert about["source"] == "another"
+    for name, value in narrow.items():
+        np.testing.assert_array_equal(back[name], value.astype(np.float32), err_msg=name)
+
+
+def test_nothing_else_is_written_over(tmp_path: Path, params: dict[str, np.ndarray]):
+    (tmp_path / "config.json").write_text('{"config": {}}')  # of a run
+    assert not is_model_folder(tmp_path)
+    with pytest.raises(UserError, match=r"is no model folder, but has a config\.json"):
+        save_model_folder(tmp_path, params, CONFIG, ABOUT)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        save_model_folder(tmp_path / "config.json", params, CONFIG, ABOUT)
+
+
+def test_parameters_of_another_network_are_refused(tmp_path: Path, params: dict[str, np.ndarray]):
+    wrong = {name: value for name, value in params.items() if name != "blocks.1.attn.qkv.kernel"}
+    wrong |= {"extra": np.zeros(3, np.float32), "final_layer.linear.bias": np.zeros(3, np.float32)}
+    message = r"missing blocks\.1\.attn\.qkv\.kernel; unexpected extra; final_layer.* of \(3,\), expected \(16,\)"
+    with pytest.raises(UserError, match=message):
+        save_model_folder(tmp_path / "m", wrong, CONFIG, ABOUT)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "is no model folder"),
+        ({"version": 2}, "is of version 2, this program reads 1"),
+        ({"model": None}, "dim is missing"),
+        ({"model": dataclasses.asdict(CONFIG) | {"width": 3}}, "under 'model' in .*: width is unknown"),
+        ({"model": dataclasses.asdict(CONFIG) | {"dim": "wide"}}, "has no fitting value"),
+        ({"model": dataclasses.asdict(CONFIG) | {"dim": 30}}, "must be a multiple of head_dim"),
+        ({"model": dataclasses.asdict(CONFIG) | {"num_experts": 4}}, "does not fit the network: .*mlp"),
+    ],
+)
+def test_a_wrong_config_is_refused(folder: Path, change: dict[str, Any], message: str):
+    edit(folder, change)
+    with pytest.raises(UserError, match=message):
+        load_model_folder(folder)
+
+
+def test_a_damaged_folder_is_refused(folder: Path):
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["vae"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"config\.json has no vae"):
+        load_model_folder(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        load_model_folder(folder)
+    (folder / "config.json").write_text(json.dumps(fields | {"vae": "noise"}))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"model\.safetensors can't be read"):
+        load_model_folder(folder)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors can't be read"):
+        load_model_folder(folder)
+    with pytest.raises(UserError, match="is no model folder"):
+        load_model_folder(folder / "missing")
+
+
+def test_fields_may_come_from_json(folder: Path):
+    assert config_from(json.loads(json.dumps(dataclasses.asdict(CONFIG))), "here") == CONFIG

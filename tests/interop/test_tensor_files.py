@@ -1,0 +1,159 @@
+"""Reading tensors from files of others: only tensors come in, and no code runs."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from micro_dit.errors import UserError
+from micro_dit.interop.tensor_files import read_tensors, write_safetensors, write_torch
+
+
+def test_tensors_of_both_formats_keep_their_bits(tmp_path: Path):
+    table = torch.arange(12.0).reshape(3, 4)
+    tensors = {"a": table, "half": table.half() / 3, "brain": table.bfloat16() / 3, "scalar": torch.tensor(3.0)}
+    torch.save(tensors | {"view": table.T, "trained": torch.nn.Parameter(table)}, tmp_path / "w.pt")
+    save_file(tensors, tmp_path / "w.safetensors")
+    for name in ("w.pt", "w.safetensors"):
+        read = read_tensors(tmp_path / name)
+        for key, tensor in tensors.items():
+            np.testing.assert_array_equal(read[key].astype(np.float32), tensor.float().numpy(), err_msg=key)
+        assert read["brain"].dtype == ml_dtypes.bfloat16
+        assert read["half"].dtype == np.float16
+    both = read_tensors(tmp_path / "w.pt")
+    np.testing.assert_array_equal(both["view"], table.numpy().T)
+    np.testing.assert_array_equal(both["trained"], table.numpy())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_what_is_read_is_mapped_and_not_loaded(tmp_path: Path, name: str):
+    tensors = {"a": torch.arange(1024.0), "b": torch.arange(1024.0)}
+    torch.save(tensors, tmp_path / name) if name == "w.pt" else save_file(tensors, tmp_path / name)
+    a = read_tensors(tmp_path / name)["a"]
+    assert str(tmp_path / name) in Path("/proc/self/maps").read_text()
+    np.testing.assert_array_equal(a, np.arange(1024))
+
+
+def test_written_files_are_float32_contiguous_and_whole(tmp_path: Path):
+    value = np.arange(6, dtype=np.float32).reshape(2, 3)
+    value.flags.writeable = False
+    half = value.astype(ml_dtypes.bfloat16)
+    arrays = {"turned": value.T, "plain": value, "half": half, "scalar": np.array(2, np.float32)}
+    write_torch(tmp_path / "w.pt", arrays)
+    write_safetensors(tmp_path / "w.safetensors", arrays)
+    for written in (torch.load(tmp_path / "w.pt", weights_only=True), load_file(tmp_path / "w.safetensors")):
+        for name, array in arrays.items():
+            assert written[name].dtype == torch.float32
+            assert written[name].is_contiguous()
+            np.testing.assert_array_equal(written[name].numpy(), array.astype(np.float32))
+            assert written[name].shape == array.shape
+    assert {file.name for file in tmp_path.iterdir()} == {"w.pt", "w.safetensors"}
+    (tmp_path / "other").touch()
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1  # whoever may read other files of this user may read these
+    (tmp_path / "other").unlink()
+    for write in (write_torch, write_safetensors):
+        with pytest.raises(ValueError, match="wide is float64"):
+            write(tmp_path / "w.pt", {"wide": np.zeros(2)})
+        assert {file.name for file in tmp_path.iterdir()} == {"w.pt", "w.safetensors"}
+    assert torch.load(tmp_path / "w.pt", weights_only=True).keys() == arrays.keys()  # the one before is still there
+
+
+@pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s}, lambda s: {"model": {"state_dict": s}, "epoch": 3}])
+def test_a_state_dict_in_a_dictionary_is_found(tmp_path: Path, wrap: Any):
+    torch.save(wrap({"a": torch.ones(2)}), tmp_path / "w.pt")
+    assert read_tensors(tmp_path / "w.pt").keys() == {"a"}
+
+
+class Runs:
+    """A pickle that runs a program."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def write_raw_pickle(path: Path, value: Any) -> None:
+    path.write_bytes(pickle.dumps(value))
+
+
+def write_zipped_pickle(path: Path, value: Any) -> None:
+    """A pickle of a protocol that torch.save does not write, whose names can't be listed, in torch.save's archive."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(value, protocol=4))
+        archive.writestr("archive/version", "3\n")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path, bad: torch.save({"a": torch.ones(1), "b": bad}, path), r"things than tensors \(\w+\.system"),
+        (lambda path, bad: torch.save(bad, path), r"other things than tensors \(\w+\.system\): nothing of it was run"),
+        (lambda path, bad: torch.save({"model": {"a": torch.ones(1)}, "x": bad}, path), "other things than tensors"),
+        (lambda path, bad: torch.save(bad, path, _use_new_zipfile_serialization=False), r"not a file of torch\.save"),
+        (write_zipped_pickle, r"other things than tensors \(it is no plain pickle\)"),
+        (write_raw_pickle, r"is not a file of torch\.save"),
+    ],
+    ids=["beside a tensor", "alone", "beside a model", "old format", "other protocol", "raw pickle"],
+)
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, write: Any, message: str):
+    mark = tmp_path / "mark"
+    write(tmp_path / "bad.pt", Runs(mark))
+    with pytest.raises(UserError, match=message):
+        read_tensors(tmp_path / "bad.pt")
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Runs(mark)))
+    assert mark.exists()  # what a careless reader would have done
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(2)], "holds a list, where tensors by name should be"),
+        (torch.zeros(2), "holds a Tensor"),
+        ({}, "holds no tensors"),
+        ({3: torch.zeros(2)}, "its tensors must have names, and one is 3"),
+        ({"a": torch.zeros(2), "steps": 3}, r"holds 'steps' \(int\), where only tensors"),
+        ({"a": torch.zeros(2, dtype=torch.int64)}, "a in .* is of int64"),
+        ({"a": torch.zeros(2, dtype=torch.float64)}, "a in .* is of float64"),
+        ({"a": torch.zeros(2, device="meta")}, "on meta"),
+        ({"a": torch.eye(2).to_sparse()}, "only plain float32"),
+        ({"model": {"a": torch.zeros(2)}, "state_dict": {"a": torch.ones(2)}}, "holds model beside 'state_dict'"),
+        ({"model": {"a": torch.zeros(2)}, "ema": {"a": torch.ones(2)}}, "holds ema beside 'model'"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "file",
+)
+def test_anything_but_named_float_tensors_is_refused(tmp_path: Path, content: Any, message: str):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=message):
+        read_tensors(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_damaged_files_are_refused(tmp_path: Path, name: str):
+    path = tmp_path / name
+    with pytest.raises(UserError, match="there is no file"):
+        read_tensors(path)
+    tensors = {"a": torch.zeros(1000)}
+    torch.save(tensors, path) if name == "w.pt" else save_file(tensors, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"is cut short|is not a whole safetensors file"):
+        read_tensors(path)
+    path.write_text("an error page")
+    with pytest.raises(UserError, match=r"is not a file of torch\.save|is not a whole safetensors file"):
+        read_tensors(path)
+    with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
+        archive.writestr("readme", "no weights")
+    with pytest.raises(UserError, match="is not a state dict that torch"):
+        read_tensors(tmp_path / "zip.pt")

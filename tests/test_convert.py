@@ -1,0 +1,206 @@
+"""The command; files and names are tested in tests/interop, the numbers in tests/parity/test_converted.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from micro_dit import convert
+from micro_dit.errors import UserError
+from micro_dit.interop.model_folder import load_model_folder
+from micro_dit.interop.torch_checkpoint import from_state_dict, to_state_dict
+from micro_dit.models.dit import abstract_params, make_config
+
+# The smallest size that is recognized; all else as in the release's files with 16 channels, at a quarter of their side.
+CONFIG = make_config("Nano", input_size=16, in_channels=16, caption_channels=1024, pos_interp_scale=2.0)
+FLAGS = ("from_torch", "out", "to_torch", "workdir", "step", "model", *convert.ENCODERS)
+
+
+@pytest.fixture(scope="module")
+def state_dict() -> dict[str, torch.Tensor]:
+    generator = np.random.default_rng(0)
+    shapes = {name: leaf.shape for name, leaf in abstract_params(CONFIG).items()}
+    params = {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    return {name: torch.tensor(value) for name, value in to_state_dict(params, CONFIG).items()}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command with some flags."""
+
+    def run(**given: Any) -> None:
+        assert set(given) <= set(FLAGS)
+        monkeypatch.setattr(convert, "FLAGS", SimpleNamespace(**dict.fromkeys(FLAGS) | given))
+        convert.main(["convert"])
+
+    return run
+
+
+def assert_bitwise_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].shape == value.shape, name
+        assert torch.equal(ours[name].view(torch.int32), value.view(torch.int32)), name
+
+
+def test_a_release_file_is_recognized_and_comes_back_bit_for_bit(
+    state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any, capsys: pytest.CaptureFixture
+):
+    odd = dict(state_dict)
+    odd["blocks.0.mlp.w1.weight"] = state_dict["blocks.0.mlp.w1.weight"].clone()
+    odd["blocks.0.mlp.w1.weight"][0, :3] = torch.tensor([-0.0, float("nan"), 1e-42])  # no arithmetic on the way
+    torch.save(odd, tmp_path / "dit.pt")
+    run(from_torch=str(tmp_path / "dit.pt"), out=str(tmp_path / "model"))
+    told = capsys.readouterr().out
+    assert told.splitlines() == [
+        "Nano: 4,904,768 parameters, float32",
+        "latents 16 × 16 × 16 of ostris/vae-kl-f8-d16; position scale 2.0",
+        "captions 77 × 1024 of apple/DFN5B-CLIP-ViT-H-14-378",
+        f"written to {tmp_path / 'model'}",
+    ]
+    params, config, about = load_model_folder(tmp_path / "model")
+    assert config == CONFIG
+    assert about == {
+        "sigma_data": 0.9, "vae": "ostris/vae-kl-f8-d16", "text_encoder": "apple/DFN5B-CLIP-ViT-H-14-378",
+        "caption_tokens": 77, "caption_cleaning": "none", "source": "dit.pt, float32",
+    }  # fmt: skip
+    assert params["blocks.0.attn.qkv.kernel"].shape == state_dict["blocks.0.attn.qkv.weight"].shape[::-1]
+    for name, read in (("back.pt", lambda path: torch.load(path, weights_only=True)), ("back.safetensors", load_file)):
+        run(to_torch=str(tmp_path / "new" / name), workdir=str(tmp_path / "model"))
+        assert_bitwise_equal(read(tmp_path / "new" / name), odd)
+    # A safetensors file is as good a source, and gives the same folder.
+    run(from_torch=str(tmp_path / "new" / "back.safetensors"), out=str(tmp_path / "again"))
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("again", "model"))
+    assert ours == theirs
+
+
+def test_half_precision_in_a_trainer_checkpoint_is_widened(
+    state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any
+):
+    narrow = {f"module.dit._orig_mod.{name}": value.bfloat16() for name, value in state_dict.items()}
+    torch.save({"model": narrow, "epoch": 3}, tmp_path / "trainer.pt")
+    run(from_torch=str(tmp_path / "trainer.pt"), out=str(tmp_path / "model"))
+    params, config, about = load_model_folder(tmp_path / "model")
+    assert config == CONFIG
+    assert about["source"] == "trainer.pt, bfloat16, widened to float32"
+    rounded = {name: value.bfloat16().float().numpy() for name, value in state_dict.items()}
+    rounded["pos_embed"] = state_dict["pos_embed"].numpy()
+    for name, value in from_state_dict(rounded, CONFIG).items():
+        np.testing.assert_array_equal(params[name], value, err_msg=name)
+    run(to_torch=str(tmp_path / "back.pt"), workdir=str(tmp_path / "model"))
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert torch.equal(back["blocks.1.mlp.w1"], state_dict["blocks.1.mlp.w1"].bfloat16().float())
+    assert torch.equal(back["pos_embed"], state_dict["pos_embed"])  # computed, so not rounded
+
+
+def test_encoders_may_be_others(state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any):
+    torch.save(state_dict, tmp_path / "dit.pt")
+    given = dict(
+        vae="folder/vae", text_encoder="folder/text", caption_tokens=20, caption_cleaning="deepfloyd-2", sigma_data=0.5
+    )
+    run(from_torch=str(tmp_path / "dit.pt"), out=str(tmp_path / "model"), **given)
+    assert load_model_folder(tmp_path / "model")[2] == given | {"source": "dit.pt, float32"}
+    with pytest.raises(UserError, match="how many tokens it pads captions to, is not known"):
+        run(from_torch=str(tmp_path / "dit.pt"), out=str(tmp_path / "other"), text_encoder="folder/text")
+    with pytest.raises(UserError, match=r"xl-base-1\.0 has another number of latent channels than this network's 16"):
+        run(from_torch=str(tmp_path / "dit.pt"), out=str(tmp_path / "other"), vae=convert.VAES[4])
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_goes_to_pytorch_and_back(finished_run: Path, tmp_path: Path, run: Any):
+    """Of every checkpoint the parameters that one samples from: the moving average, where there is one."""
+    end = tiny.read_checkpoint(finished_run)
+    (tmp_path / "network.json").write_text(json.dumps({"model": end["meta"]["model"]}))
+    given = dict(vae="noise", text_encoder="noise", caption_tokens=4, model=str(tmp_path / "network.json"))
+    torch_file = str(tmp_path / "run.pt")
+    for step, expected in ((None, end["ema"]), (48, tiny.read_checkpoint(finished_run, 48)["params"])):
+        run(to_torch=torch_file, workdir=str(finished_run), step=step)
+        run(from_torch=torch_file, out=str(tmp_path / "m"), **given)
+        params, _, _ = load_model_folder(tmp_path / "m")
+        assert params.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(params[name], value, err_msg=name)
+    before = (finished_run / "config.json").read_text()
+    with pytest.raises(UserError, match=r"is no model folder, but has a config\.json"):
+        run(from_torch=torch_file, out=str(finished_run), **given)
+    assert (finished_run / "config.json").read_text() == before
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 \(it has steps"):
+        run(to_torch=torch_file, workdir=str(finished_run), step=7)
+    with pytest.raises(UserError, match="is 32 wide, and the known ones are 128"):
+        run(from_torch=torch_file, out=str(tmp_path / "new"))
+
+
+def test_what_does_not_fit_is_listed(state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any):
+    wrong = {name: value for name, value in state_dict.items() if name != "blocks.3.mlp.w1"}
+    wrong |= {"mystery": torch.zeros(3), "blocks.0.attn.qkv.weight": torch.zeros(4, 4)}
+    torch.save(wrong, tmp_path / "dit.pt")
+    message = r"missing blocks\.3\.mlp\.w1; unexpected mystery; blocks\.0\.attn\.qkv\.weight has shape \(4, 4\), "
+    with pytest.raises(UserError, match=message):
+        run(from_torch=str(tmp_path / "dit.pt"), out=str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+class Runs:
+    """A pickle that runs a program."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_the_command_refuses_code_in_one_line_and_runs_none(state_dict: dict[str, torch.Tensor], tmp_path: Path):
+    torch.save(state_dict | {"bad": Runs(tmp_path / "mark")}, tmp_path / "bad.pt")
+    arguments = [f"--from_torch={tmp_path / 'bad.pt'}", f"--out={tmp_path / 'm'}"]
+    command = [sys.executable, "-m", "micro_dit.convert", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "other things than tensors" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.pt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(), "give either --from_torch=FILE and --out=FOLDER, or"),
+        (dict(from_torch="a.pt", to_torch="b.pt"), "give either --from_torch"),
+        (dict(from_torch="a.pt"), "--from_torch needs --out=FOLDER"),
+        (dict(to_torch="a.pt"), "--to_torch needs --workdir=FOLDER"),
+        (dict(from_torch="a.pt", out="m", step=3), "--step means nothing with --from_torch"),
+        (dict(to_torch="a.pt", workdir="m", vae="x", sigma_data=1.0), "--vae, --sigma_data means nothing with --to"),
+        (dict(to_torch="a.bin", workdir="m"), r"the name a\.bin should end in \.pt or \.pth or \.safetensors"),
+        (dict(to_torch="a.pt", workdir="missing"), "missing is neither a model folder nor the work directory of a run"),
+        (dict(from_torch="missing.pt", out="m"), r"there is no file missing\.pt"),
+    ],
+)
+def test_what_flags_mean_nothing_together_is_said(given: dict[str, Any], message: str, run: Any):
+    with pytest.raises(UserError, match=message):
+        run(**given)
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+):
+    torch.save(state_dict, tmp_path / "dit.pt")
+    run(from_torch=str(tmp_path / "dit.pt"), out=str(tmp_path / "model"))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**7))
+    with pytest.raises(UserError, match=r"model needs 0\.02 GB, and the disk has 0\.01 GB free"):
+        run(from_torch=str(tmp_path / "dit.pt"), out=str(tmp_path / "other" / "model"))
+    with pytest.raises(UserError, match=r"back\.pt needs 0\.02 GB"):
+        run(to_torch=str(tmp_path / "back.pt"), workdir=str(tmp_path / "model"))
+    assert {path.name for path in tmp_path.iterdir()} == {"dit.pt", "model"}

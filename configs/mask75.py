@@ -57,7 +57,10 @@ def base(**fields: Any) -> ConfigDict:
             sampling=dict(every=1000, prompts=(), guidance=5.0, steps=30),
             logging=dict(every=10, tensorboard=True, wandb_project=""),
             cost=dict(dollars_per_device_hour=0.0, mfu=0.3),  # for the plan and the bill
-            mesh=dict(data=-1),  # devices that share a batch; -1 is all
+            microbatch=0,  # images per forward and backward pass, over all devices; 0 is the whole batch at once
+            # Devices that share a batch; that share the parameters too; that share the experts; that share each matrix
+            # product. -1 is the rest. See micro_dit/parallel/mesh.py.
+            mesh=dict(data=-1, fsdp=1, expert=1, tensor=1),
         )
     )
     config.update(fields)

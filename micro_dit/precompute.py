@@ -167,19 +167,17 @@ def load_encoders(
 ) -> Encoders:
     """Loads both onto all devices of this host, which get equal shares of each batch."""
     import jax
-    from jax.sharding import AxisType
 
     from micro_dit.encoders.image import load_image_encoder
     from micro_dit.encoders.text import load_text_encoder
-    from micro_dit.parallel.mesh import over_batch
+    from micro_dit.parallel.mesh import batch_sharding, make_mesh
 
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    image = load_image_encoder(vae, dtype, over_batch(mesh))
+    sharding = batch_sharding(make_mesh(devices=jax.local_devices()))
+    image = load_image_encoder(vae, dtype, sharding)
     for resolution in resolutions:
         if resolution % image.downsample:
             raise UserError(f"Resolution {resolution} is not a multiple of {image.downsample}: choose another.")
-    return Encoders(image, load_text_encoder(text_encoder, caption_tokens, dtype, over_batch(mesh)))
+    return Encoders(image, load_text_encoder(text_encoder, caption_tokens, dtype, sharding))
 
 
 def describe(source: Source, settings: Settings, encoders: Encoders) -> Manifest:

@@ -1,134 +1,145 @@
-"""Pictures from a trained model: `python -m micro_dit.sample --workdir=runs/mask75 --prompt="red heart"`."""
+"""Pictures from a trained model: `python -m micro_dit.sample --workdir=runs/mask75 --prompt="red heart"`.
 
-import json
-import math
+See docs/sampling.md. The work is done by micro_dit/api.py.
+"""
+
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 from micro_dit.command import run_command
-from micro_dit.data.captions import clean_captions
-from micro_dit.diffusion import edm
-from micro_dit.diffusion.guidance import guide
-from micro_dit.diffusion.samplers import heun, noise_levels
+from micro_dit.diffusion.samplers import SAMPLERS
 from micro_dit.errors import UserError
-from micro_dit.models.dit import DiTConfig, Params, bind
-
-MAX_BATCH = 32  # images at once; more are done in turns
-
-
-class Generator:
-    """Images for captions: the network under guidance, the sampler and the decoder, compiled once for a batch size."""
-
-    def __init__(
-        self,
-        config: DiTConfig,
-        image_encoder: Any,
-        *,
-        guidance: float,
-        steps: int,
-        sigma_data: float,
-        dtype: Any = jnp.float32,
-    ):
-        """Sets up a generator; `image_encoder` is an encoders.image.ImageEncoder, the rest as in training."""
-        if steps < 1:
-            raise UserError(f"{steps} sampling steps: use at least 1.")
-        self.config, self.image_encoder = config, image_encoder
-        sigmas = noise_levels(steps)
-
-        def latents(params: Params, captions: jax.Array, noise: jax.Array) -> jax.Array:
-            F = guide(bind(config, params, dtype), guidance)
-            return heun(lambda x, sigma: edm.denoise(F, x, sigma, captions, sigma_data), noise, sigmas)
-
-        self._latents = jax.jit(latents)
-
-    def __call__(self, params: Params, captions: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
-        """Images for caption embeddings; each depends on its own caption and seed, whatever the batch.
-
-        Args:
-            params: the network's.
-            captions: (n, L, Y) float.
-            seeds: n whole numbers.
-
-        Returns:
-            (n, H, W, 3) uint8.
-        """
-        side, channels = self.config.input_size, self.config.in_channels
-        n = len(seeds)
-        turns = math.ceil(n / MAX_BATCH)
-        size = math.ceil(n / turns)
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-        noise = jax.vmap(lambda key: jax.random.normal(key, (side, side, channels)))(keys)
-        images = []
-        for start in range(0, n, size):
-            rows = np.arange(start, start + size) % n  # the last turn is filled up with repeats, which are dropped
-            latents = self._latents(params, jnp.asarray(captions[rows], jnp.float32), noise[rows])
-            images.append(to_uint8(self.image_encoder.decode(latents)))
-        return np.concatenate(images)[:n]
-
-
-def to_uint8(images: Any) -> np.ndarray:
-    """[-1, 1] float → [0, 255] uint8."""
-    return np.asarray(jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8))
 
 
 def main(argv: Sequence[str]) -> None:
-    from micro_dit.encoders.image import load_image_encoder
-    from micro_dit.encoders.text import load_text_encoder
+    from micro_dit.api import load
     from micro_dit.evaluation.grids import caption_grid, save_png
-    from micro_dit.training.checkpoint import Checkpoints
 
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}; see --help.")
-    workdir = Path(FLAGS.workdir)
-    if not (workdir / "config.json").exists():
-        raise UserError(f"{workdir} is no work directory of a run (it has no config.json); give the --workdir of one.")
-    run = json.loads((workdir / "config.json").read_text())
-    params, meta = Checkpoints(workdir).load_params(FLAGS.step)
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["model"].items()}
-    config = DiTConfig(**fields)
-
-    sampling, data = run["config"]["sampling"], run["config"]["data"]
-    guidance = sampling["guidance"] if FLAGS.guidance is None else FLAGS.guidance
-    steps = sampling["steps"] if FLAGS.steps is None else FLAGS.steps
-    generator = Generator(
-        config, load_image_encoder(data["vae"]), guidance=guidance, steps=steps,
-        sigma_data=run["config"]["diffusion"]["sigma_data"],
+    prompts = [*FLAGS.prompt, *(read_prompts(FLAGS.prompts_file) if FLAGS.prompts_file else [])]
+    if not prompts:
+        raise UserError('there is nothing to draw: give a --prompt (--prompt="" draws anything) or a --prompts_file.')
+    out = Path(FLAGS.out)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out={FLAGS.out} must end in .png; several images also go into a folder of that name.")
+    interval = parse_interval(FLAGS.guidance_interval)
+    model = load(FLAGS.workdir, FLAGS.step, FLAGS.batch_size)
+    model.warn = lambda text: print(f"warning: {text}", file=sys.stderr)
+    steps = model.about.steps if FLAGS.steps is None else FLAGS.steps
+    guidance = model.about.guidance if FLAGS.guidance is None else FLAGS.guidance
+    weak = None
+    if FLAGS.autoguidance:
+        by_step = FLAGS.autoguidance.isdecimal()
+        weak = load(FLAGS.workdir, int(FLAGS.autoguidance)) if by_step else load(FLAGS.autoguidance)
+    images = model.generate(
+        prompts, num=FLAGS.num, seed=FLAGS.seed, steps=steps, guidance=guidance, sampler=FLAGS.sampler,
+        guidance_interval=interval, negative_prompt=FLAGS.negative_prompt, autoguidance=weak, progress=True,
+        **read_start(FLAGS.image, FLAGS.mask, FLAGS.strength),
     )  # fmt: skip
-    encoder = load_text_encoder(data["text_encoder"], run["shards"]["caption_tokens"])
-    prompts = [prompt for prompt in FLAGS.prompt for _ in range(FLAGS.num)]
-    seeds = [FLAGS.seed + i for _ in FLAGS.prompt for i in range(FLAGS.num)]
-    captions = clean_captions(FLAGS.prompt, run["shards"].get("caption_cleaning", "none"))  # as those of the shards
-    embeddings = np.repeat(encoder.encode(captions), FLAGS.num, axis=0)
-    images = generator({name: jnp.asarray(value) for name, value in params.items()}, embeddings, seeds)
 
-    about = {
-        "prompt": " | ".join(FLAGS.prompt), "seed": str(FLAGS.seed), "sampler": f"heun, {steps} steps",
-        "guidance": str(guidance), "checkpoint": f"step {meta['step']} of {workdir.name}",
-        "attribution": run["shards"]["attribution"],
+    about = model.about
+    where = f"step {about.step} of {about.name}" if about.step is not None else about.name
+    settings = {
+        "sampler": f"{FLAGS.sampler}, {steps} steps", "guidance": str(guidance), "checkpoint": where,
+        "config": about.config_hash, "attribution": about.source,
+        "guidance_interval": FLAGS.guidance_interval, "negative_prompt": FLAGS.negative_prompt,
+        "autoguidance": f"step {weak.about.step} of {weak.about.name}" if weak else "",
+        "image": FLAGS.image, "mask": FLAGS.mask, "strength": "" if FLAGS.strength is None else str(FLAGS.strength),
     }  # fmt: skip
-    picture = images[0] if len(images) == 1 else caption_grid(images, prompts)
-    save_png(picture, FLAGS.out, about)
-    print(f"{len(images)} image{'s' * (len(images) > 1)} from step {meta['step']}: {FLAGS.out}")
+    settings = {name: value for name, value in settings.items() if value}
+    drawn = [(prompt, FLAGS.seed + i) for prompt in prompts for i in range(FLAGS.num)]
+    for number, (image, (prompt, seed)) in enumerate(zip(images, drawn, strict=True)):
+        path = out if len(images) == 1 else out.with_suffix("") / file_name(number, prompt, seed)
+        save_png(image, path, {"prompt": prompt, "seed": str(seed)} | settings)
+    also = ""
+    if len(images) > 1:
+        grid = caption_grid(np.stack([np.asarray(image) for image in images]), [prompt or "–" for prompt, _ in drawn])
+        seeds = {"seed": f"{FLAGS.seed} to {FLAGS.seed + FLAGS.num - 1}" if FLAGS.num > 1 else str(FLAGS.seed)}
+        save_png(grid, out, {"prompt": " | ".join(prompts)} | seeds | settings)
+        also = f", and each alone in {out.with_suffix('')}/"
+    print(f"{len(images)} image{'s' * (len(images) > 1)} from {where}: {out}{also}")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a text file, without blank ones.
+
+    Raises:
+        UserError: the file can't be read, or has no prompt in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"the prompts file {path} can't be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompts file {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"the prompts file {path} is empty: write a prompt on each line.")
+    return prompts
+
+
+def parse_interval(text: str) -> tuple[float, float] | None:
+    """Two noise levels from 'low,high'; None from nothing."""
+    if not text:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise UserError(f"--guidance_interval={text}: give two noise levels, as in 0.3,5.") from error
+    return low, high
+
+
+def read_start(image: str, mask: str, strength: float | None) -> dict[str, Any]:
+    """What `Model.generate` takes to start from a picture."""
+    return {"image": read_image(image), "mask": read_image(mask), "strength": strength}
+
+
+def read_image(path: str) -> Any:
+    """A picture from a file; None without one."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not path:
+        return None
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        raise UserError(f"the image {path} can't be read ({error}).") from error
+
+
+def file_name(number: int, prompt: str, seed: int) -> str:
+    """The file of one of several images."""
+    words = re.sub(r"\W+", "_", prompt).strip("_")[:40]
+    return f"{number:03}_{words or 'unconditional'}_seed_{seed}.png"
 
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Work directory of the run.", required=True)
-    flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.", required=True)
-    flags.DEFINE_string("out", "sample.png", "Where the picture goes: one image, or a grid of all.")
+    flags.DEFINE_string("workdir", None, "Work directory of a run, or a model folder.", required=True)
+    flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
+    flags.DEFINE_string("prompts_file", "", "A text file with a prompt on each line.")
+    flags.DEFINE_string("out", "sample.png", "Where the picture goes; several as a grid, and in a folder each alone.")
     flags.DEFINE_integer("num", 1, "Images per prompt.", lower_bound=1)
-    flags.DEFINE_float("guidance", None, "Classifier-free guidance; by default that of the config.")
-    flags.DEFINE_integer("steps", None, "Sampling steps; by default that of the config.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the first image; the next ones count on.")
+    flags.DEFINE_integer("seed", 0, "Of a prompt's first image; the next ones count on.")
+    flags.DEFINE_enum("sampler", "heun", list(SAMPLERS), "heun calls the network twice a step; euler is DDIM.")
+    flags.DEFINE_integer("steps", None, "Sampling steps; by default the model's.")
+    flags.DEFINE_float("guidance", None, "Scale of guidance, 1 for none; by default the model's.")
+    flags.DEFINE_string("guidance_interval", "", "low,high: noise levels between which there is guidance.")
+    flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
+    flags.DEFINE_string("autoguidance", "", "A weaker model to lead away from: a step of this run, or another folder.")
+    flags.DEFINE_string("image", "", "A picture to start from.")
+    flags.DEFINE_string("mask", "", "A picture: only where it is white, the image is drawn anew.")
+    flags.DEFINE_float("strength", None, "How much of the image is drawn anew, 0 to 1; by default 0.6, with a mask 1.")
+    flags.DEFINE_integer("batch_size", 4, "Images at once; an image does not depend on how many there are.")
     flags.DEFINE_integer("step", None, "Checkpoint to use; by default the newest.")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from micro_dit import budget
@@ -25,8 +26,11 @@ from micro_dit.errors import UserError
 from micro_dit.evaluation.heldout import make_heldout_loss
 from micro_dit.models.dit import REMAT, DiTConfig, abstract_params, bind, make_config
 from micro_dit.models.masking import random_mask
+from micro_dit.models.moe import anywhere
 from micro_dit.parallel import mesh as meshes
+from micro_dit.parallel import sharding
 from micro_dit.parallel.compilation import compiler_options
+from micro_dit.parallel.distributed import any_process, main_first
 from micro_dit.training import report
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.ema import update_ema
@@ -36,10 +40,11 @@ from micro_dit.training.optimizer import make_optimizer
 from micro_dit.training.phases import Phase, make_phases, phase_starts
 from micro_dit.training.previews import Previews
 from micro_dit.training.progress import Progress
-from micro_dit.training.state import TrainState, enter_phase, init_state, stream
+from micro_dit.training.state import TrainState, abstract_state, enter_phase, init_state, stream
 from micro_dit.training.workdir import claim_workdir
 
 Metrics = dict[str, jax.Array]
+ASK_EVERY = 10  # steps after which processes tell each other whether to stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Recipe:
         dtype: of the matrix products.
         remat: what the backward pass computes again, see `micro_dit.models.dit.rematerialized`.
         adam: b1, b2, eps and weight_decay of `make_optimizer`.
+        microbatch: images per forward and backward pass over all devices; 0 takes the whole batch at once.
     """
 
     sigma_data: float
@@ -59,9 +65,21 @@ class Recipe:
     dtype: str
     remat: str
     adam: Mapping[str, float]
+    microbatch: int = 0
 
     def optimizer(self, phase: Phase) -> optax.GradientTransformation:
         return make_optimizer(phase.clip, **self.adam)
+
+    def check_batch(self, phase: Phase, mesh: jax.sharding.Mesh) -> None:
+        """Raises UserError if a phase's batch can't be split evenly over microbatches and devices."""
+        meshes.check_batch(mesh, phase.batch_size, f"batch_size of phase {phase.name!r}")
+        if self.microbatch:
+            meshes.check_batch(mesh, self.microbatch, "microbatch")
+            if phase.batch_size % self.microbatch:
+                raise UserError(
+                    f"microbatch {self.microbatch} does not divide batch_size {phase.batch_size} of phase "
+                    f"{phase.name!r}; use a divisor, or 0 for the whole batch at once."
+                )
 
 
 def make_recipe(config: Any) -> Recipe:
@@ -69,16 +87,41 @@ def make_recipe(config: Any) -> Recipe:
     if config.remat not in REMAT:
         raise UserError(f"remat {config.remat!r} is unknown; use one of {', '.join(REMAT)}.")
     diffusion = config.diffusion
-    return Recipe(diffusion.sigma_data, diffusion.caption_drop, config.dtype, config.remat, dict(config.adam))
+    return Recipe(
+        diffusion.sigma_data, diffusion.caption_drop, config.dtype, config.remat, dict(config.adam), config.microbatch
+    )
+
+
+def abstract_state_of(network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state in a phase."""
+    state = abstract_state(network, recipe.optimizer(phase), phase.ema_decay > 0)
+    return sharding.placed_as(state, sharding.state_shardings(mesh, state))
+
+
+def lowered_arguments(
+    network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh, text_tokens: int
+) -> tuple[Callable[..., Any], TrainState, dict[str, Any], Any, Any]:
+    """What compiles a phase's step without making an array: the step, its abstract arguments, its out_shardings."""
+    place, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+    latents = (phase.batch_size, network.input_size, network.input_size, network.in_channels)
+    captions = (phase.batch_size, text_tokens, network.caption_channels)
+    shapes = {"latent_mean": latents, "latent_std": latents, "caption": captions}
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.float16, sharding=place) for name, shape in shapes.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    state = abstract_state_of(network, phase, recipe, mesh)
+    out_shardings = (sharding.shardings_of(state), whole)
+    return make_train_step(network, phase, 0, recipe, mesh), state, batch, key, out_shardings
 
 
 def make_train_step(
-    network: DiTConfig, phase: Phase, first_step: int, recipe: Recipe
+    network: DiTConfig, phase: Phase, first_step: int, recipe: Recipe, mesh: jax.sharding.Mesh | None = None
 ) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
     """One optimizer step of a phase: (state, batch, key) → (state, metrics). `first_step` is the phase's first."""
     schedule, optimizer = phase.schedule(), recipe.optimizer(phase)
+    constrain = sharding.constrain_to(mesh) if mesh is not None and mesh.size > 1 else anywhere
 
-    def loss_of(params: Any, batch: Mapping[str, jax.Array], key: jax.Array, step: jax.Array) -> jax.Array:
+    def draw(batch: Mapping[str, jax.Array], key: jax.Array, step: jax.Array) -> tuple[Any, ...]:
         """Every random draw has its own stream, so that mask, noise level, noise and caption drop are independent."""
         x = batch["latent_mean"].astype(jnp.float32)  # (B, H, W, C)
         if "latent_std" in batch:  # the posterior is drawn anew at each visit
@@ -89,17 +132,44 @@ def make_train_step(
         sigma = edm.draw_sigma(stream(key, "sigma", step), B, phase.P_mean, phase.P_std)
         noise = jax.random.normal(stream(key, "noise", step), x.shape)
         mask = random_mask(stream(key, "mask", step), B, network.tokens, phase.mask_ratio)
+        return jax.tree.map(lambda drawn: constrain(drawn, "B"), (x, y, sigma, noise, mask))
 
-        model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat)
+    def loss_of(params: Any, drawn: tuple[Any, ...]) -> jax.Array:
+        x, y, sigma, noise, mask = drawn
+        model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain)
         return edm.loss(
             lambda x, t, y: model(x, t, y, mask, phase.mask_position), x, y, sigma, noise,
             mask=mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,
         ).mean()  # fmt: skip
 
+    def loss_and_gradients(params: Any, drawn: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+        """Of the whole batch, or the mean over microbatches one after another, which is the same but for rounding."""
+        parts = phase.batch_size // recipe.microbatch if recipe.microbatch else 1
+        if parts == 1:
+            return placed(jax.value_and_grad(loss_of)(params, drawn))
+
+        def rows_apart(a: jax.Array) -> jax.Array:
+            """(B, …) → (parts, B / parts, …): every row stays on its device, which has B / devices rows one by one."""
+            return constrain(a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), "mB")
+
+        def add(total: Any, part: tuple[Any, ...]) -> tuple[Any, None]:
+            return placed(jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, part))), None
+
+        zero = placed((jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
+        total, _ = jax.lax.scan(add, zero, jax.tree.map(rows_apart, drawn))
+        return jax.tree.map(lambda value: value / parts, total)
+
+    def placed(loss_and_gradients: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        """Each gradient is split as its parameter is: a device needs the sum of no more than that."""
+        loss, gradients = loss_and_gradients
+        if mesh is not None and mesh.size > 1:
+            gradients = jax.lax.with_sharding_constraint(gradients, sharding.param_shardings(mesh, gradients))
+        return loss, gradients
+
     def train_step(
         state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        loss, gradients = jax.value_and_grad(loss_of)(state.params, batch, key, state.step)
+        loss, gradients = loss_and_gradients(state.params, draw(batch, key, state.step))
         in_phase = state.step - first_step
         learning_rate = schedule(in_phase)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -187,10 +257,11 @@ def train(config: Any, workdir: str | Path) -> Path:
     # 1. Check everything that can be checked before the first step.
     phases = make_phases(config.phases)
     starts = phase_starts(phases)
-    mesh = meshes.make_mesh(config.mesh.data)
+    mesh = meshes.make_mesh(config.mesh)
+    recipe = make_recipe(config)
     for phase in phases:
-        meshes.check_batch(mesh, phase.batch_size, f"batch_size of phase {phase.name!r}")
-    manifests = prepare_shards(config, phases, say)
+        recipe.check_batch(phase, mesh)
+    manifests = main_first(lambda: prepare_shards(config, phases, say))
     manifest = manifests[0]
     networks = [network_of(phase, config, manifest) for phase in phases]
     text = manifest.text_encoder
@@ -199,12 +270,13 @@ def train(config: Any, workdir: str | Path) -> Path:
         "caption_cleaning": manifest.caption_cleaning, "attribution": manifest.attribution,
         "files": [m.fingerprint for m in manifests],
     }  # fmt: skip
-    claim_workdir(workdir, config.to_dict(), about_shards)
-    recipe = make_recipe(config)
+    overview = sharding.table(mesh, abstract_params(networks[0]))
+    main_first(lambda: claim_workdir(workdir, config.to_dict(), about_shards) if main_process else None)
 
     # 2. Say what is going to happen.
     chip = budget.chip_of(jax.devices()[0].device_kind) or budget.measure_chip()
     say(report.parameter_table(abstract_params(networks[0])))
+    say(overview)
     device_price = config.cost.dollars_per_device_hour
     say(report.plan_table(networks, phases, chip, mesh.size, config.cost.mfu, device_price, text.tokens))
 
@@ -212,17 +284,13 @@ def train(config: Any, workdir: str | Path) -> Path:
     checkpoints = Checkpoints(workdir, keep_steps=tuple(starts[1:]))
 
     def abstract_of(meta: Mapping[str, Any]) -> TrainState:
-        network, phase, sharding = networks[meta["phase"]], phases[meta["phase"]], meshes.replicated(mesh)
-        with_ema = phase.ema_decay > 0
-        state = jax.eval_shape(lambda: init_state(network, recipe.optimizer(phase), config.seed, None, with_ema))
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+        return abstract_state_of(networks[meta["phase"]], phases[meta["phase"]], recipe, mesh)
 
     restored = checkpoints.restore(abstract_of, warn=say)
     meta: dict[str, Any]
     if restored is None:
-        state = init_state(
-            networks[0], recipe.optimizer(phases[0]), config.seed, meshes.replicated(mesh), phases[0].ema_decay > 0
-        )
+        places = sharding.shardings_of(abstract_of({"phase": 0}))
+        state = init_state(networks[0], recipe.optimizer(phases[0]), config.seed, places, phases[0].ema_decay > 0)
         meta = {"step": 0, "phase": 0, "images": 0, "seconds": 0.0, "dollars": 0.0, "data": None}
     else:
         state, meta = restored
@@ -234,10 +302,11 @@ def train(config: Any, workdir: str | Path) -> Path:
         config=config.to_dict(), enabled=main_process,
     )  # fmt: skip
     sampling = config.sampling
-    previews = Previews(
+    previews = main_first(lambda: Previews(
         workdir, sampling.prompts, manifest, vae=config.data.vae, text_encoder=config.data.text_encoder,
         guidance=sampling.guidance, steps=sampling.steps, sigma_data=recipe.sigma_data, dtype=recipe.dtype,
-    )  # fmt: skip
+        sharding=meshes.replicated(mesh),
+    ))  # fmt: skip
     price = device_price * mesh.size
     run = _Run(config, workdir, mesh, recipe, manifests, chip, price, checkpoints, writer, previews, say)
     with Interrupt() as interrupt:
@@ -245,12 +314,11 @@ def train(config: Any, workdir: str | Path) -> Path:
             if meta["step"] >= starts[index + 1]:
                 continue  # done before the restart
             if index > meta["phase"]:
-                state = enter_phase(
-                    state, recipe.optimizer(phase), phase.ema_decay > 0, phase.fresh_optimizer, meshes.replicated(mesh)
-                )
+                places = sharding.shardings_of(abstract_of({"phase": index}))
+                state = enter_phase(state, recipe.optimizer(phase), phase.ema_decay > 0, phase.fresh_optimizer, places)
                 meta |= {"phase": index, "data": None}
             state, meta = run.phase(phase, network, starts[index], state, meta, interrupt)
-            if interrupt.requested and meta["step"] < starts[-1]:
+            if any_process(interrupt.requested) and meta["step"] < starts[-1]:
                 checkpoints.close()
                 writer.close()
                 done = f"step {meta['step']:,} of {starts[-1]:,}"
@@ -289,9 +357,10 @@ class _Run:
     ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
         """Trains one phase, from wherever `state` is in it; returns early on an interrupt, with everything saved."""
         config, last_step = self.config, first_step + phase.steps
+        share, shares = meshes.share_of_batch(self.mesh)
         iterator = make_train_iterator(
             phase.shards or config.data.shards, "train", phase.resolution, phase.batch_size,
-            seed=config.seed + meta["phase"], process_index=jax.process_index(), process_count=jax.process_count(),
+            seed=config.seed + meta["phase"], process_index=share, process_count=shares,
         )  # fmt: skip
         if meta["data"] is not None:
             iterator.set_state(meta["data"])
@@ -317,12 +386,12 @@ class _Run:
                 "model": dataclasses.asdict(network),
             }
 
-        key = jax.device_put(jax.random.key(config.seed), meshes.replicated(self.mesh))
+        key = jax.jit(jax.random.key, out_shardings=meshes.replicated(self.mesh))(np.uint32(config.seed))
         batch = meshes.to_device(next(iterator), self.mesh)
         step_function = jax.jit(
-            make_train_step(network, phase, first_step, self.recipe),
+            make_train_step(network, phase, first_step, self.recipe, self.mesh),
             donate_argnums=0,
-            out_shardings=meshes.replicated(self.mesh),
+            out_shardings=(sharding.shardings_of(state), meshes.replicated(self.mesh)),
             compiler_options=compiler_options(),
         )
         compile_started = time.monotonic()
@@ -338,7 +407,7 @@ class _Run:
             if previous is not None:
                 self._record(step - 1, first_step, previous, progress, phase)
             previous = metrics
-            ends = step == last_step or interrupt.requested
+            ends = step == last_step or self._told_to_stop(interrupt, step)
             saves = ends or (config.checkpoint_every and step % config.checkpoint_every == 0)
             evaluates = step == last_step or (config.evaluate_every and step % config.evaluate_every == 0)
             samples = step == last_step or (config.sampling.every and step % config.sampling.every == 0)
@@ -367,6 +436,12 @@ class _Run:
         progress.close()
         return state, meta_at(step)
 
+    def _told_to_stop(self, interrupt: Interrupt, step: int) -> bool:
+        """Whether any process was; several stop at the same step. They ask now and then: the answer waits for steps."""
+        if jax.process_count() > 1 and step % ASK_EVERY:
+            return False
+        return any_process(interrupt.requested)
+
     def _record(self, step: int, first_step: int, metrics: Metrics, progress: Progress, phase: Phase) -> None:
         """Shows and writes a step's metrics; a loss that is not finite ends the run before anything is saved."""
         values = {name: float(value) for name, value in metrics.items()}
@@ -389,10 +464,8 @@ class _Run:
         if not split or not read_mix(shards).manifest().records(split):
             return None
         data = load_split(shards, split, phase.resolution, self.config.data.heldout_images)
-        place = meshes.replicated(self.mesh)
-        data = {name: jax.device_put(data[name], place) for name in ("latent_mean", "caption")}
         return make_heldout_loss(
             network, data, P_mean=phase.P_mean, P_std=phase.P_std, sigma_data=self.recipe.sigma_data,
-            dtype=jnp.dtype(self.recipe.dtype),
+            dtype=jnp.dtype(self.recipe.dtype), sharding=meshes.replicated(self.mesh),
         )  # fmt: skip
 

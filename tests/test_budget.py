@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
-from micro_dit.budget import CHIPS, Phase, chip_of, forward_flops, plan, training_flops
+from micro_dit.budget import CHIPS, PAPER, Phase, chip_of, forward_flops, paper_rows, plan, training_flops
 from micro_dit.errors import UserError
 from micro_dit.models.dit import make_config
 
+ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 ROWS = [
     pytest.param(size, row, id=f"{size}-{row['resolution']}-{row['mask_ratio']}")
@@ -149,3 +152,57 @@ def test_unknown_price_stays_unknown():
 def test_chip_of(device_kind, name):
     chip = chip_of(device_kind)
     assert (chip.name if chip else None) == name
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "micro_dit.budget", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_agrees_with_the_paper_and_shows_what_the_gather_saves():
+    """The paper's recipe as it is shipped, with no shards in sight."""
+    done = run("--config=configs/mask75.py:xl", "--price_per_hour=3.75", "--mfu=0.45", "--paper", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for row, paper in zip(found["paper"], PAPER, strict=True):
+        assert row["flops_one_hot"] == pytest.approx(paper.flops, rel=0.01)
+        assert row["difference"] == pytest.approx(0, abs=0.01)
+        assert row["node_days"] == pytest.approx(paper.node_days, rel=0.03)
+        assert row["dollars"] == pytest.approx(paper.dollars, rel=0.03)
+        assert row["images_per_second"] == pytest.approx(paper.images_per_second, rel=0.03)
+    assert [round(100 * row["saved"]) for row in found["paper"]] == [2, 3, 7, 12]
+    assert [row["flops_gather"] for row in found["paper"]] == [row["flops"] for row in found["phases"]]
+    for row in found["phases"]:
+        assert row["chip_hours"] == pytest.approx(row["flops"] / (0.45 * 989e12) / 3600)
+        assert row["dollars"] == pytest.approx(3.75 * row["chip_hours"])
+
+
+def test_command_prints_tables():
+    done = run("--config=configs/mask75.py:xl", "--chip=v5e", "--devices=64", "--paper")
+    assert done.returncode == 0, done.stderr
+    assert "64 × v5e at 30.0% of 197 TFLOP/s, $3.75 a chip-hour" in done.stdout  # the config's share and price
+    assert done.stdout.count("masked-512") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no config given"),
+        (["--config=configs/mask75.py", "--paper"], "the config has 2; use configs/mask75.py:xl"),
+        (["--config=configs/mask75.py", "--config.data.vae=mine"], "image encoder 'mine'"),
+        (["--config=configs/mask75.py", "--config.data.text_encoder=mine"], "text encoder 'mine'"),
+        (["--config=configs/mask75.py", "--chip=abacus"], "abacus"),
+    ],
+)
+def test_command_says_what_is_wrong_in_one_line(arguments: list[str], message: str):
+    if arguments and "xl" not in arguments[0]:
+        arguments = [*arguments, "--config.data.shards="]  # whatever an earlier run left there
+    done = run(*arguments)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == 1
+
+
+def test_paper_rows_need_its_phases():
+    with pytest.raises(UserError, match="four phases"):
+        paper_rows(make_config("MicroDiT_XL_2", input_size=32), PAPER_PHASES[:3], 77)

@@ -1,3 +1,5 @@
+"""Drawing from a trained model: the generator, the Python API, and the command, with encoders that can be checked."""
+
 import json
 import shutil
 from pathlib import Path
@@ -11,24 +13,60 @@ import pytest
 import tiny
 from PIL import Image
 
+from micro_dit import generator as generators
 from micro_dit import sample
+from micro_dit.api import Model, load
+from micro_dit.diffusion.samplers import SAMPLERS, noise_levels
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
-from micro_dit.sample import Generator, to_uint8
+from micro_dit.generator import Denoising, Generator, Inputs, draw_noise, make_sampler, to_uint8
+from micro_dit.interop.model_folder import save_model_folder
 
 CONFIG = tiny.network(in_channels=3)
+CAPTIONS = np.random.default_rng(0).standard_normal((4, 4, 12)).astype(np.float32)
 
 
-class Pixels:
-    """An image encoder whose latents are the image."""
+class Blocks:
+    """An image encoder whose latents are the colors of blocks of 2×2 pixels, and alpha that says nothing."""
+
+    name, fingerprint, channels, downsample = "noise", "0123", 4, 2
 
     def decode(self, latents: Any) -> Any:
-        return jnp.clip(latents, -1, 1)
+        return jnp.clip(jnp.asarray(latents)[..., :3].repeat(2, 1).repeat(2, 2), -1, 1)
+
+    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        colors = images[:, ::2, ::2].astype(np.float32) / 127.5 - 1
+        latents = np.concatenate([colors, np.zeros_like(colors[..., :1])], -1)
+        return latents, np.zeros_like(latents)
 
 
-@pytest.fixture(scope="module")
-def generator() -> Generator:
-    return Generator(CONFIG, Pixels(), guidance=2.0, steps=3, sigma_data=0.9)
+class Words:
+    """A text encoder with a token for each word, and one at the end; it notes what it is given."""
+
+    name, fingerprint, tokens, channels = "noise", "4567", 4, 12
+
+    def __init__(self) -> None:
+        self.encoded: list[list[str]] = []
+
+    def encode(self, captions: list[str]) -> np.ndarray:
+        self.encoded.append(list(captions))
+        rows = [np.random.default_rng(list(caption.encode())).standard_normal((4, 12)) for caption in captions]
+        return np.asarray(rows, np.float32)
+
+    def count_tokens(self, captions: list[str]) -> list[int]:
+        return [len(caption.split()) + 1 for caption in captions]
+
+
+@pytest.fixture
+def words(monkeypatch: pytest.MonkeyPatch) -> Words:
+    """Puts small encoders in place of the real ones."""
+    encoder = Words()
+    monkeypatch.setattr(image, "load_image_encoder", lambda name: Blocks())
+    monkeypatch.setattr(text, "load_text_encoder", lambda name, tokens: encoder)
+    return encoder
+
+
+# ---- The generator ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -36,113 +74,338 @@ def params() -> dict[str, jax.Array]:
     return tiny.random_params(CONFIG)
 
 
-CAPTIONS = np.random.default_rng(0).standard_normal((4, 4, 12)).astype(np.float32)
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    return Generator(CONFIG, Blocks(), guidance=2.0, steps=3, sigma_data=0.9)
 
 
 def test_an_image_depends_on_its_caption_and_seed_and_not_on_the_batch(
     generator: Generator, params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
 ):
     images = generator(params, CAPTIONS, [5, 6, 7, 8])
-    assert images.shape == (4, 8, 8, 3)
+    assert images.shape == (4, 16, 16, 3)
     assert images.dtype == np.uint8
     backwards = generator(params, CAPTIONS[::-1], [8, 7, 6, 5])[::-1]
     assert np.abs(images.astype(int) - backwards).max() <= 1
-    monkeypatch.setattr(sample, "MAX_BATCH", 3)  # in turns of two
+    monkeypatch.setattr(generators, "MAX_BATCH", 3)  # in turns of two
     assert np.abs(images.astype(int) - generator(params, CAPTIONS, [5, 6, 7, 8])).max() <= 1
     changed = generator(params, CAPTIONS[[0, 0, 2, 3]], [5, 6, 9, 8])
     differs = np.abs(images.astype(int) - changed).max(axis=(1, 2, 3)) > 1
     assert differs.tolist() == [False, True, True, False]
 
 
-def test_turns_are_filled_up_and_cut(
-    generator: Generator, params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
-):
-    whole = generator(params, CAPTIONS[[0, 1, 2]], [1, 2, 3])
-    monkeypatch.setattr(sample, "MAX_BATCH", 2)  # two and one, which makes two of two
-    assert np.abs(whole.astype(int) - generator(params, CAPTIONS[[0, 1, 2]], [1, 2, 3])).max() <= 1
+def test_call_by_call_is_the_whole_sampler(generator: Generator, params: dict[str, jax.Array]):
+    noise = draw_noise(CONFIG, [5, 6])
+    whole = make_sampler(CONFIG, guidance=2.0, steps=3, sigma_data=0.9)(params, CAPTIONS[:2], noise)
+    inputs = Inputs(params, CAPTIONS[:2], 0 * CAPTIONS[0])
+    calls = generator._denoising(inputs, noise, noise_levels(3), guidance=2.0)
+    np.testing.assert_allclose(calls, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_and_scales_compile_nothing_anew(params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch):
+    traced = []
+    bind = generators.bind
+    monkeypatch.setattr(generators, "bind", lambda *arguments: traced.append(1) or bind(*arguments))
+    denoising = Denoising(CONFIG, sigma_data=0.9)
+    inputs, noise = Inputs(params, CAPTIONS[:2], 0 * CAPTIONS[0]), draw_noise(CONFIG, [5, 6])
+    images = [
+        denoising(inputs, noise, noise_levels(steps), guidance=guidance, sampler="euler")
+        for steps, guidance in ((2, 2.0), (3, 2.0), (3, 4.0))
+    ]
+    assert len(traced) == 1
+    assert np.abs(images[1] - images[2]).max() > 1e-3
+    # Guidance from 1 to 100 only: the lower levels are another program.
+    part = denoising(inputs, noise, noise_levels(3), guidance=4.0, interval=(1.0, 100.0), sampler="euler")
+    assert len(traced) == 2
+    assert np.abs(part - images[2]).max() > 1e-3
+    all_of_it = denoising(inputs, noise, noise_levels(3), guidance=4.0, interval=(0.0, 100.0), sampler="euler")
+    np.testing.assert_array_equal(all_of_it, images[2])
 
 
 def test_no_steps_are_refused():
     with pytest.raises(UserError, match="0 sampling steps: use at least 1"):
-        Generator(CONFIG, Pixels(), guidance=1.0, steps=0, sigma_data=0.9)
+        Generator(CONFIG, Blocks(), guidance=1.0, steps=0, sigma_data=0.9)
 
 
 def test_bytes_are_rounded_and_clipped():
     assert to_uint8(jnp.asarray([-2.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
 
 
+# ---- The API ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded(finished_run: Path) -> Model:
+    return load(finished_run, batch_size=3)
+
+
 @pytest.fixture
-def command(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The command's flags, with small encoders; `.params` is what the generator was called with."""
+def model(loaded: Model, words: Words) -> Model:
+    loaded._encoders, loaded._embeddings, loaded.warn = {}, {}, pytest.fail
+    return loaded
+
+
+SHORT = dict(steps=2, guidance=2.0)
+
+
+def picture(side: int = 16) -> Image.Image:
+    colors = np.random.default_rng(3).integers(0, 256, (side // 2, side // 2, 3), np.uint8)
+    return Image.fromarray(colors.repeat(2, 0).repeat(2, 1))
+
+
+def test_the_same_prompt_and_seed_give_the_same_image_in_every_batch(model: Model):
+    together = model.latents(["one", "two", "three"], num=2, seed=4, **SHORT)
+    assert together.shape == (6, 8, 8, 4)
+    np.testing.assert_array_equal(model.latents("two", seed=5, **SHORT)[0], together[3])
+    np.testing.assert_array_equal(model.latents(["three", "two"], seed=5, **SHORT), together[[5, 3]])
+    assert np.abs(together[0] - together[1]).max() > 1e-3
+    assert np.abs(together[0] - together[2]).max() > 1e-3
+    images = model.generate("two", seed=5, **SHORT)
+    assert [i.size for i in images] == [(16, 16)]
+    np.testing.assert_array_equal(np.asarray(images[0]), np.asarray(model.decode(together)[3]))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws(model: Model, sampler: str):
+    latents = model.latents("one", sampler=sampler, **SHORT)
+    assert np.isfinite(latents).all()
+
+
+def test_an_empty_prompt_is_unconditional(model: Model, words: Words):
+    np.testing.assert_allclose(
+        model.latents("", steps=2, guidance=3.0), model.latents("one", steps=2, guidance=0.0), atol=1e-5
+    )
+    assert words.encoded == [["one"]]
+
+
+def test_a_negative_prompt_changes_the_image_unless_it_is_empty(model: Model):
+    plain = model.latents("one", **SHORT)
+    assert np.abs(model.latents("one", negative_prompt="two", **SHORT) - plain).max() > 1e-3
+    np.testing.assert_array_equal(model.latents("one", negative_prompt=" ", **SHORT), plain)
+    # Away from the prompt itself leads nowhere: there is no guidance left.
+    same = model.latents("one", negative_prompt="one", **SHORT)
+    np.testing.assert_allclose(same, model.latents("one", steps=2, guidance=1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_autoguidance_leads_away_from_the_earlier_checkpoint(model: Model, finished_run: Path):
+    weak = load(finished_run, 48)
+    alone = model.latents("one", steps=2, guidance=1.0)
+    np.testing.assert_allclose(
+        model.latents("one", steps=2, guidance=1.0, autoguidance=weak), alone, rtol=1e-4, atol=1e-4
+    )
+    assert np.abs(model.latents("one", steps=2, guidance=2.0, autoguidance=weak) - alone).max() > 1e-4
+    np.testing.assert_allclose(
+        model.latents("one", steps=2, guidance=0.0, autoguidance=weak),
+        Model({n: np.asarray(v) for n, v in weak.params.items()}, weak.config, weak.about).latents(
+            "one", steps=2, guidance=1.0
+        ),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    with pytest.raises(UserError, match="not from a negative prompt: leave one out"):
+        model.latents("one", autoguidance=weak, negative_prompt="two", **SHORT)
+
+
+def test_an_image_changes_as_much_as_the_strength_says(model: Model):
+    original = model.encode(picture())
+    assert model.generate("one", image=picture(), strength=0.0)[0].tobytes() == picture().tobytes()
+    differences = [
+        np.abs(model.latents("one", image=picture(), strength=strength, steps=8, guidance=1.0) - original).mean()
+        for strength in (0.0, 0.01, 0.5, 1.0)
+    ]
+    assert differences[0] == 0
+    assert differences[1] < 0.02
+    assert differences[1] < differences[2] < differences[3]
+
+
+def test_only_the_masked_part_is_drawn_anew(model: Model):
+    mask = np.zeros((16, 16), bool)
+    mask[5:, :3] = True  # latents from row 2 on, in columns 0 and 1
+    redrawn = model.latents(["one", "two"], image=picture(), mask=mask, **SHORT)
+    original = model.encode(picture())
+    kept = np.ones((8, 8), bool)
+    kept[2:, :2] = False
+    for latents in redrawn:
+        np.testing.assert_array_equal(latents[kept], original[kept])
+        assert np.abs(latents[~kept] - original[~kept]).min(axis=-1).max() > 1e-3
+    as_picture = Image.fromarray(255 * mask.astype(np.uint8))
+    np.testing.assert_array_equal(model.latents(["one", "two"], image=picture(), mask=as_picture, **SHORT), redrawn)
+
+
+def test_a_long_prompt_is_cut_and_the_cut_is_shown(model: Model, words: Words):
+    said: list[str] = []
+    model.warn = said.append
+    model.embed(["one two three", "one two three four five"])
+    assert said == [
+        "the prompt has 6 tokens, the text encoder takes 4: it reads only 'one two three', and not 'four five'."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(steps=0), "0 sampling steps: use at least 1"),
+        (dict(steps=1, sampler="dpmpp_2m"), "use at least 2 sampling steps"),
+        (dict(sampler="ddim"), "no sampler 'ddim'; choose heun, euler, dpmpp_2m"),
+        (dict(num=0), "use at least 1"),
+        (dict(seed=-1), "use a whole number from 0"),
+        (dict(guidance_interval=(2.0, 1.0)), "interval 2 to 1 is empty"),
+        (dict(strength=0.5), "needs an image to start from"),
+        (dict(image=picture(18)), "the image has 18×18 pixels, the model draws 16×16"),
+        (dict(image=picture(), strength=1.5), "strength 1.5: use a number from 0"),
+        (dict(image=picture(), mask=np.ones((4, 4), bool)), "the mask has 4×4 pixels"),
+        (dict(image=picture(), mask=np.zeros((16, 16), bool)), "the mask is black everywhere"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(model: Model, settings: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        model.generate("one", **settings)
+
+
+def test_encoders_that_do_not_belong_to_the_model_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Blocks, "channels", 16)
+    with pytest.raises(UserError, match="noise has latents of 16 channels, the model of 4"):
+        model.decode(np.zeros((1, 8, 8, 4), np.float32))
+    monkeypatch.setattr(Words, "fingerprint", "89ab")
+    with pytest.raises(UserError, match=r"trained with another noise \(4567\) than is found now \(89ab\)"):
+        model.embed(["one"])
+
+
+def test_a_model_folder_draws_what_its_run_draws(model: Model, tmp_path: Path):
+    about = model.about
+    told = {name: getattr(about, name) for name in ("sigma_data", "vae", "text_encoder", "caption_tokens")}
+    told |= {"caption_cleaning": about.caption_cleaning, "source": "a test"}
+    save_model_folder(tmp_path / "model", {n: np.asarray(v) for n, v in model.params.items()}, model.config, told)
+    folder = load(tmp_path / "model", batch_size=3)
+    assert (folder.about.step, folder.about.source, folder.about.steps) == (None, "a test", 30)
+    np.testing.assert_array_equal(folder.latents("one", **SHORT), model.latents("one", **SHORT))
+    with pytest.raises(UserError, match="leave out the step"):
+        load(tmp_path / "model", 3)
+
+
+def test_a_model_that_is_not_there_is_named(finished_run: Path, tmp_path: Path):
+    with pytest.raises(UserError, match=r"no checkpoint of step 7 \(it has steps 48, 80, 84\)"):
+        load(finished_run, 7)
+    with pytest.raises(UserError, match="is no work directory of a run and no model folder"):
+        load(tmp_path)
+    shutil.copy(finished_run / "config.json", tmp_path)
+    with pytest.raises(UserError, match="has no checkpoints yet"):
+        load(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Words) -> SimpleNamespace:
+    """The command's flags."""
     flags = SimpleNamespace(
-        workdir=str(finished_run), prompt=["one", "two"], out=str(tmp_path / "out.png"), num=2, guidance=None,
-        steps=None, seed=3, step=None, params=None, seeds=None, made=None, encoded=None,
+        workdir=str(finished_run), prompt=["one", "two"], prompts_file="", out=str(tmp_path / "out.png"), num=2,
+        guidance=2.0, steps=2, seed=3, step=None, sampler="heun", guidance_interval="", negative_prompt="",
+        autoguidance="", image="", mask="", strength=None, batch_size=3,
     )  # fmt: skip
-
-    class Fake:
-        def __init__(self, config: Any, image_encoder: Any, **settings: Any):
-            flags.made = settings
-
-        def __call__(self, params: Any, captions: np.ndarray, seeds: list[int]) -> np.ndarray:
-            assert captions.shape == (len(seeds), 4, 12)
-            flags.params, flags.seeds = params, seeds
-            return np.zeros((len(seeds), 64, 64, 3), np.uint8)
-
-    def encode(prompts: list[str]) -> np.ndarray:
-        flags.encoded = prompts
-        return np.zeros((len(prompts), 4, 12), np.float32)
-
-    encoder = SimpleNamespace(encode=encode)
     monkeypatch.setattr(sample, "FLAGS", flags)
-    monkeypatch.setattr(sample, "Generator", Fake)
-    monkeypatch.setattr(image, "load_image_encoder", lambda name: Pixels())
-    monkeypatch.setattr(text, "load_text_encoder", lambda name, tokens: encoder)
     return flags
 
 
-def test_the_command_samples_from_the_moving_average(command: SimpleNamespace, finished_run: Path):
+def read(path: Path) -> tuple[np.ndarray, dict[str, str]]:
+    with Image.open(path) as opened:
+        return np.asarray(opened.convert("RGB")), dict(opened.text)
+
+
+def test_the_command_draws_what_the_api_draws(
+    command: SimpleNamespace, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture
+):
     sample.main(["sample"])
+    assert "4 images from step 84 of run: " in capsys.readouterr().out
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["000_one_seed_3.png", "001_one_seed_4.png", "002_two_seed_3.png", "003_two_seed_4.png"]
+    pixels, told = read(tmp_path / "out" / files[3])
+    np.testing.assert_array_equal(pixels, np.asarray(model.generate("two", seed=4, **SHORT)[0]))
+    assert told == {
+        "prompt": "two", "seed": "4", "sampler": "heun, 2 steps", "guidance": "2.0", "checkpoint": "step 84 of run",
+        "config": model.about.config_hash, "attribution": "nobody",
+    }  # fmt: skip
+    _, told = read(tmp_path / "out.png")
+    assert (told["prompt"], told["seed"]) == ("one | two", "3 to 4")
+
+
+def test_the_command_samples_from_the_moving_average(loaded: Model, finished_run: Path):
     end = tiny.read_checkpoint(finished_run)
-    jax.tree.map(np.testing.assert_array_equal, command.params, end["ema"])
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, end["ema"])
     assert any(not np.array_equal(end["ema"][name], end["params"][name]) for name in end["ema"])
-    assert command.seeds == [3, 4, 3, 4]
-    run = json.loads((finished_run / "config.json").read_text())["config"]["sampling"]
-    assert (command.made["guidance"], command.made["steps"]) == (run["guidance"], run["steps"])
-    with Image.open(command.out) as picture:
-        assert picture.text["prompt"] == "one | two"
-        assert picture.text["attribution"] == "nobody"
-        assert picture.text["checkpoint"].startswith("step 84 of")
+    earlier = load(finished_run, 48).params
+    jax.tree.map(np.testing.assert_array_equal, earlier, tiny.read_checkpoint(finished_run, 48)["params"])
 
 
-def test_an_earlier_checkpoint_and_other_settings(command: SimpleNamespace, finished_run: Path):
-    command.step, command.guidance, command.steps, command.num, command.prompt = 48, 0.0, 1, 1, ["one"]
+def test_settings_of_the_run_are_the_default(command: SimpleNamespace, finished_run: Path, tmp_path: Path):
+    workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    run = json.loads((workdir / "config.json").read_text())
+    run["config"]["sampling"].update(guidance=0.5, steps=1)
+    (workdir / "config.json").write_text(json.dumps(run))
+    vars(command).update(workdir=str(workdir), guidance=None, steps=None, num=1, prompt=["one"], autoguidance="48")
     sample.main(["sample"])
-    jax.tree.map(np.testing.assert_array_equal, command.params, tiny.read_checkpoint(finished_run, 48)["params"])
-    assert (command.made["guidance"], command.made["steps"]) == (0.0, 1)
-    with Image.open(command.out) as picture:
-        assert picture.size == (64, 64)
+    pixels, told = read(Path(command.out))
+    assert pixels.shape == (16, 16, 3)
+    assert (told["sampler"], told["guidance"], told["autoguidance"]) == ("heun, 1 steps", "0.5", "step 48 of run")
 
 
-def test_prompts_are_cleaned_as_the_shards_captions_were(command: SimpleNamespace, finished_run: Path, tmp_path: Path):
-    command.prompt = ["A <b>Red</b> Heart #12", "plain"]
-    sample.main(["sample"])
-    assert command.encoded == command.prompt
+def test_prompts_are_cleaned_as_the_shards_captions_were(
+    command: SimpleNamespace, finished_run: Path, tmp_path: Path, words: Words
+):
     run = json.loads((finished_run / "config.json").read_text())
     assert run["shards"]["caption_cleaning"] == "none"
     run["shards"]["caption_cleaning"] = "deepfloyd-2"
     workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
     (workdir / "config.json").write_text(json.dumps(run))
-    command.workdir = str(workdir)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A <b>Red</b> Heart #12\n\nplain\n")
+    vars(command).update(workdir=str(workdir), prompt=[], prompts_file=str(prompts), num=1)
     sample.main(["sample"])
-    assert command.encoded == ["a red heart", "plain"]
-    with Image.open(command.out) as picture:
-        assert picture.text["prompt"] == "A <b>Red</b> Heart #12 | plain"  # in the user's words
+    assert words.encoded == [["a red heart"], ["plain"]]
+    assert read(Path(command.out))[1]["prompt"] == "A <b>Red</b> Heart #12 | plain"  # in the user's words
 
 
-def test_what_is_missing_is_named(command: SimpleNamespace, tmp_path: Path):
-    command.step = 7
-    with pytest.raises(UserError, match=r"no checkpoint of step 7 \(it has steps 48, 80, 84\)"):
+def test_a_picture_to_start_from(command: SimpleNamespace, tmp_path: Path):
+    picture().save(tmp_path / "start.png")
+    vars(command).update(image=str(tmp_path / "start.png"), strength=0.0, num=1, prompt=[""])
+    sample.main(["sample"])
+    pixels, told = read(Path(command.out))
+    np.testing.assert_array_equal(pixels, np.asarray(picture()))
+    assert told["strength"] == "0.0"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(prompt=[]), "there is nothing to draw"),
+        (dict(prompts_file="none.txt"), "prompts file none.txt can't be read"),
+        (dict(prompts_file="blank"), "prompts file .*blank is empty"),
+        (dict(out="picture.jpg"), "must end in .png"),
+        (dict(guidance_interval="1"), "give two noise levels, as in 0.3,5"),
+        (dict(image="none.png"), "the image none.png can't be read"),
+        (dict(workdir="nowhere"), "nowhere is no work directory"),
+        (dict(autoguidance="7"), "no checkpoint of step 7"),
+    ],
+)
+def test_what_is_missing_is_named(command: SimpleNamespace, tmp_path: Path, change: dict[str, Any], message: str):
+    if change.get("prompts_file") == "blank":
+        (tmp_path / "blank").write_text("\n  \n")
+        change = {"prompts_file": str(tmp_path / "blank")}
+    vars(command).update(change)
+    with pytest.raises(UserError, match=message):
         sample.main(["sample"])
-    command.workdir = str(tmp_path)
-    with pytest.raises(UserError, match="is no work directory of a run"):
-        sample.main(["sample"])
+
+
+def test_the_flags_are_defined(monkeypatch: pytest.MonkeyPatch):
+    from absl import flags
+
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    for name in ("string", "multi_string", "integer", "float", "enum"):
+        define = getattr(flags, f"DEFINE_{name}")
+        monkeypatch.setattr(flags, f"DEFINE_{name}", lambda *a, d=define, **k: d(*a, flag_values=values, **k))
+    sample.define_flags()
+    values(["sample", "--workdir=runs/mask75", "--prompt=a", "--prompt=b", "--sampler=dpmpp_2m"])
+    assert (values.prompt, values.sampler, values.steps, values.num) == (["a", "b"], "dpmpp_2m", None, 1)

@@ -103,7 +103,7 @@ def test_draws_have_their_distributions(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that needs no network: the sum of the squared parameters."""
-    monkeypatch.setattr(loop, "bind", lambda network, params, dtype: lambda *inputs: jnp.sum(params["w"] ** 2))
+    monkeypatch.setattr(loop, "bind", lambda network, params, *rest: lambda *inputs: jnp.sum(params["w"] ** 2))
     monkeypatch.setattr(edm, "loss", lambda F, x, y, *rest, **named: F(x, None, y) * jnp.ones(4))
 
 
@@ -281,7 +281,7 @@ def set_field(name: str, value: Any) -> Callable[[ConfigDict], None]:
     [
         (set_field("model.size", "Giant"), "model size 'Giant' is unknown; use one of Nano"),
         (set_field("model.dmi", 3), "model has no field dmi; the fields are"),
-        (set_field("mesh.data", 3), r"mesh.data is 3, but there are 1 devices .* set --config.mesh.data=-1"),
+        (set_field("mesh.data", 3), r"the mesh is data 3, which does not take exactly the 1 devices there are"),
         (set_field("model.expert_capacity", 0.4), r"int\(0.4·4/2\) = 0 of 4 tokens: change model.expert_capacity"),
         (set_field("data.shards", "nowhere"), "No shards at nowhere .* make them with python -m micro_dit.precompute"),
         (set_field("data.caption_tokens", 77), "was made with caption tokens 4, not 77: use 4, or make the shards"),

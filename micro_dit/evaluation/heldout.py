@@ -1,5 +1,6 @@
 """The loss on images that training never sees; everything random is held fixed, so that numbers can be compared."""
 
+import functools
 from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Any
@@ -24,6 +25,7 @@ def make_heldout_loss(
     sigma_data: float,
     dtype: Any,
     seed: int = 0,
+    sharding: Any = None,
 ) -> Callable[[Params], dict[str, float]]:
     """A function from parameters to the unmasked EDM loss on held-out data.
 
@@ -36,18 +38,21 @@ def make_heldout_loss(
         P_mean, P_std: of the logarithm of the training noise level.
         sigma_data, dtype: as in training.
         seed: of the noise.
+        sharding: where the data and the result live, on all devices of the parameters; None with a single device.
 
     Returns:
         parameters → {'heldout_loss': mean, 'heldout_loss/sigma=0.55': mean at that level, …}.
     """
     slices = (np.arange(SIGMA_LEVELS) + 0.5) / SIGMA_LEVELS
     sigmas = np.exp([P_mean + P_std * NormalDist().inv_cdf(q) for q in slices]).astype(np.float32)
-    latents, captions = jnp.asarray(data["latent_mean"], jnp.float32), jnp.asarray(data["caption"])
-    key = stream(jax.random.key(seed), "heldout")
+    latents, captions = (
+        jax.device_put(np.asarray(data[name], stored), sharding)
+        for name, stored in (("latent_mean", np.float32), ("caption", None))
+    )
 
-    @jax.jit
-    def losses(params: Params, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
-        network = bind(config, params, dtype)
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def losses(params: Params, x: jax.Array, y: jax.Array, seed: jax.Array) -> jax.Array:
+        network, key = bind(config, params, dtype), stream(jax.random.key(seed), "heldout")
 
         def at_level(level: tuple[jax.Array, jax.Array]) -> jax.Array:
             sigma, index = level
@@ -57,7 +62,7 @@ def make_heldout_loss(
         return jax.lax.map(at_level, (jnp.asarray(sigmas), jnp.arange(SIGMA_LEVELS)))
 
     def heldout_loss(params: Params) -> dict[str, float]:
-        by_level = np.asarray(losses(params, latents, captions, key))
+        by_level = np.asarray(losses(params, latents, captions, np.uint32(seed)))
         named = {f"heldout_loss/sigma={s:.2f}": float(v) for s, v in zip(sigmas, by_level, strict=True)}
         return {"heldout_loss": float(by_level.mean())} | named
 

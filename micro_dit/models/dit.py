@@ -21,7 +21,7 @@ from micro_dit.errors import UserError
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table, unpatchify
 from micro_dit.models.layers import CrossAttention, SelfAttention, SwiGLU, layer_norm, linear, modulate, round_up
 from micro_dit.models.masking import TokenMask, drop_tokens, kept_tokens, restore_tokens
-from micro_dit.models.moe import EXPERT_PRODUCT, ExpertChoiceFFN, tokens_per_expert
+from micro_dit.models.moe import EXPERT_PRODUCT, Constrain, ExpertChoiceFFN, anywhere, tokens_per_expert
 
 Params = dict[str, jax.Array]  # one flat dict: "blocks.3.attn.qkv.kernel" → array
 
@@ -274,6 +274,7 @@ class MicroDiT(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), "none"
+        self.constrain: Constrain = anywhere
         D, M, eps = config.dim, config.patch_mixer_dim, config.norm_eps
         args: dict[str, Any] = dict(dtype=self.dtype, rngs=rngs)
         self.patch_embedding = PatchEmbedding(config.patch_size, config.in_channels, D, **args)
@@ -310,18 +311,18 @@ class MicroDiT(nnx.Module):
         Returns:
             (B, H, W, C) float32.
         """
-        config, dtype = self.config, self.dtype
+        config, dtype, constrain = self.config, self.dtype, self.constrain
         B, H, W, _ = x.shape
 
         # 1. Patch embedding, and where each patch is.
         x = self.patch_embedding(x.astype(dtype))  # (B, N, D)
-        x = x + jnp.asarray(position_table(config.dim, config.grid, config.pos_interp_scale), dtype)
+        x = constrain(x + jnp.asarray(position_table(config.dim, config.grid, config.pos_interp_scale), dtype), "BND")
         # 2. Noise embedding.
         noise = self.noise_embedding(jnp.broadcast_to(t, (B,)))  # (B, D)
         # 3, 4. Caption projection and caption block.
-        y = self.caption_block(self.caption_projection(y.astype(dtype)))  # (B, L, D)
+        y = constrain(self.caption_block(self.caption_projection(y.astype(dtype))), "BLD")
         # 5. Pooled caption: the mean over all L tokens, padding included.
-        c = noise + self.pooled_caption(y.mean(axis=1))  # (B, D)
+        c = constrain(noise + self.pooled_caption(y.mean(axis=1)), "BD")
 
         if mask is not None and mask_position == "before_mixer":
             x = drop_tokens(x, mask)  # (B, K, D)
@@ -330,7 +331,7 @@ class MicroDiT(nnx.Module):
         if self.project_mixer:
             x, mixer_y = self.mixer_in(x), self.mixer_caption_in(y)  # (B, N, M), (B, L, M)
         for block in self.mixer:
-            x = rematerialized(block, self.remat)(x, mixer_y, c)
+            x = constrain(rematerialized(block, self.remat)(x, mixer_y, c), "BNM")
         # 7. Deferred masking.
         if mask is not None and mask_position == "after_mixer":
             x = drop_tokens(x, mask)  # (B, K, M)
@@ -339,7 +340,7 @@ class MicroDiT(nnx.Module):
             x = self.mixer_out(x)  # (B, K, D)
         # 9. Backbone, on the kept tokens.
         for block in self.blocks:
-            x = rematerialized(block, self.remat)(x, y, c)
+            x = constrain(rematerialized(block, self.remat)(x, y, c), "BKD")
         # 10. Final layer.
         x = self.final_layer(x, c).astype(jnp.float32)  # (B, K, p·p·C)
         # 11. Zeros where tokens were dropped, then back to an image.
@@ -372,10 +373,13 @@ def abstract_params(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return {_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
-def bind(config: DiTConfig, params: Params, dtype: Any = jnp.float32, remat: str = "none") -> MicroDiT:
+def bind(
+    config: DiTConfig, params: Params, dtype: Any = jnp.float32, remat: str = "none", constrain: Constrain = anywhere
+) -> MicroDiT:
     """The network with these parameters; matrix products run in `dtype`. Cheap enough to call while tracing.
 
-    `remat`, one of REMAT, saves memory in the backward pass; it changes no numbers but by rounding.
+    `remat`, one of REMAT, saves memory in the backward pass; it changes no numbers but by rounding. `constrain` is
+    called as (x, dimension letters) at the blocks' and the experts' boundaries and returns x, wherever it may live.
 
     Raises:
         ValueError: a parameter is missing or superfluous.
@@ -384,5 +388,8 @@ def bind(config: DiTConfig, params: Params, dtype: Any = jnp.float32, remat: str
     if differing := {_name(path) for path, _ in leaves} ^ set(params):
         raise ValueError(f"parameters differ from the network's: {sorted(differing)[:10]}")
     model = nnx.merge(graphdef, nnx.from_flat_state((path, leaf.replace(params[_name(path)])) for path, leaf in leaves))
-    model.remat = remat
+    model.remat, model.constrain = remat, constrain
+    for block in (*model.mixer, *model.blocks):
+        if isinstance(block.mlp, ExpertChoiceFFN):
+            block.mlp.constrain = constrain
     return model

@@ -5,6 +5,8 @@ Dispatch is a gather and combine a scatter-add; no one-hot products, whose cost 
 B images · N tokens present · E experts · T tokens per expert · d block width · F hidden width.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 from micro_dit.models.layers import linear, normal_init, round_up
 
 EXPERT_PRODUCT = "expert_product"
+Constrain = Callable[[jax.Array, str], jax.Array]  # an activation and its dimensions' letters → the same activation
+
+
+def anywhere(x: jax.Array, dimensions: str) -> jax.Array:
+    """Says nothing about where an activation lives."""
+    return x
 
 
 def tokens_per_expert(tokens: int, experts: int, capacity: float) -> int:
@@ -31,6 +39,7 @@ class ExpertChoiceFFN(nnx.Module):
         self, dim: int, hidden: int, experts: int, capacity: float, *, out_std: float, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         self.experts, self.capacity, self.dtype = experts, capacity, dtype
+        self.constrain: Constrain = anywhere
         self.w1 = nnx.Param(normal_init(0.02)(rngs.params(), (experts, dim, hidden), jnp.float32))
         self.w2 = nnx.Param(normal_init(out_std)(rngs.params(), (experts, hidden, dim), jnp.float32))
         # The router stays in float32: a rounded score would change which tokens are chosen.
@@ -58,10 +67,12 @@ class ExpertChoiceFFN(nnx.Module):
         rows = chosen.reshape(B, E * T)
         taken = jnp.take_along_axis(x, rows[:, :, None], axis=1)  # (B, E·T, d)
         # One matrix an expert, over all images: the layout in which XLA needs no transposes around the products.
-        taken = taken.reshape(B, E, T, d).transpose(1, 0, 2, 3).reshape(E, B * T, d).astype(self.dtype)
+        taken = taken.reshape(B, E, T, d).transpose(1, 0, 2, 3).astype(self.dtype)
+        taken = self.constrain(taken, "EBTd").reshape(E, B * T, d)  # the tokens travel to their experts
         hidden = self._product("end,edf->enf", taken, self.w1)
         out = self._product("enf,efd->end", jax.nn.gelu(hidden, approximate=False), self.w2)
-        out = out.reshape(E, B, T, d).transpose(1, 0, 2, 3)  # (B, E, T, d)
+        out = self.constrain(out.reshape(E, B, T, d), "EBTd").transpose(1, 0, 2, 3)
+        out = self.constrain(out, "BETd")  # and back to their images
         out = out * probabilities[..., None].astype(self.dtype)
         add = jax.vmap(lambda rows, updates: jnp.zeros((N, d), updates.dtype).at[rows].add(updates))
         return add(rows, out.reshape(B, E * T, d))

@@ -1,6 +1,15 @@
-"""Where arrays live: one mesh over all devices, the batch split over it, parameters on every device."""
+"""The devices as a grid with four named axes, and how a batch is split over it.
 
-from collections.abc import Mapping
+    data    devices that share a batch, each with a full copy of the parameters
+    fsdp    devices that share a batch and the parameters
+    expert  devices that share a batch and the experts
+    tensor  devices that share each matrix product of the same images
+
+Which parameter is split over which axis is the table in sharding.py.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,22 +18,39 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from micro_dit.errors import UserError
 
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")  # a batch is split over all of these
 
-def make_mesh(data: int = -1) -> Mesh:
-    """A mesh with the axis 'data' over `data` devices; -1 takes all of them.
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes of AXES.
+
+    Args:
+        sizes: of the axes; those not named are 1. One may be -1, which takes the devices that the others leave. By
+            default all devices are on the axis 'data'.
+        devices: by default all there are, of all processes.
 
     Raises:
-        UserError: the devices at hand are fewer, or not all of them would be used.
+        UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices()
-    size = len(devices) if data == -1 else data
-    if size != len(devices):
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = dict.fromkeys(AXES, 1) | dict({"data": -1} if sizes is None else sizes)
+    asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "1"
+    if unknown := sorted(set(sizes) - set(AXES)):
+        raise UserError(f"mesh has no axis {', '.join(unknown)}; the axes are {', '.join(AXES)}.")
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(f"the mesh is {asked}: each size must be at least 1, and only one may be -1, the rest.")
+    if rest:
+        sizes[rest[0]] = len(devices) // math.prod(size for size in sizes.values() if size != -1)
+    if math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"mesh.data is {data}, but there are {len(devices)} devices ({devices[0].device_kind}); "
-            "set --config.mesh.data=-1 to use them all."
+            f"the mesh is {asked}, which does not take exactly the {len(devices)} devices there are "
+            f"({devices[0].device_kind}); set one size to the rest, such as --config.mesh.data=-1."
         )
     # Auto: the compiler propagates shardings. With explicit axes each reshape that splits the batch would need its own.
-    return jax.make_mesh((size,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    shape = tuple(sizes[axis] for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -32,18 +58,53 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the mesh."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension split over all axes that share a batch."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
     """Raises UserError if a batch of this size can't be split evenly."""
-    if batch_size < 1 or batch_size % mesh.size:
-        raise UserError(f"{name} is {batch_size}, which is no multiple of the mesh's {mesh.size} devices; change one.")
+    shards = batch_shards(mesh)
+    if batch_size < 1 or batch_size % shards:
+        raise UserError(
+            f"{name} is {batch_size}, which is no multiple of the {shards} parts that the mesh splits a batch into "
+            f"({' × '.join(BATCH_AXES)}); change one."
+        )
+
+
+def share_of_batch(mesh: Mesh) -> tuple[int, int]:
+    """Which share of each batch this process reads, and how many shares there are.
+
+    Processes whose devices hold the same rows, as along 'tensor', have the same share. Shares are counted by the first
+    row, so that the shares one after another are the batch wherever a process's devices are neighbors in the mesh.
+
+    Raises:
+        UserError: some processes would share only a part of their rows.
+    """
+    shards = batch_shards(mesh)
+    rows: dict[int, set[int]] = {}
+    where: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((shards,))
+    for device, (row,) in where.items():
+        rows.setdefault(device.process_index, set()).add(row.start or 0)
+    shares = sorted({tuple(sorted(of_process)) for of_process in rows.values()})
+    if sum(map(len, shares)) != shards or len({len(share) for share in shares}) != 1:
+        raise UserError(
+            f"the mesh {dict(mesh.shape)} would give some processes partly the same images; make each of its sizes a "
+            "multiple or a divisor of a process's devices."
+        )
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
 def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """This process's rows of a batch as global arrays, split over the mesh."""
-    sharding = over_batch(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    sharding, shares = batch_sharding(mesh), share_of_batch(mesh)[1]
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value, (len(value) * shares, *value.shape[1:]))
+        for name, value in batch.items()
+    }

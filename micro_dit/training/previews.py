@@ -30,6 +30,7 @@ class Previews:
         steps: int,
         sigma_data: float,
         dtype: Any,
+        sharding: Any = None,
     ):
         """Checks the encoders against the shards and embeds the prompts, once for a work directory.
 
@@ -40,6 +41,7 @@ class Previews:
             vae, text_encoder: names of the encoders.
             guidance, steps: of the sampler.
             sigma_data, dtype: as in training.
+            sharding: of the latents, on all devices of the parameters; None with a single device.
 
         Raises:
             UserError: the shards were made with other encoders.
@@ -48,6 +50,7 @@ class Previews:
 
         self.workdir, self.prompts, self.manifest = workdir, list(prompts), manifest
         self._guidance, self._steps, self._sigma_data, self._dtype = guidance, steps, sigma_data, dtype
+        self._sharding = sharding
         self._generators: dict[DiTConfig, Any] = {}
         if not self.prompts:
             return
@@ -89,12 +92,12 @@ class Previews:
         if not self.prompts:
             return None
         from micro_dit.evaluation.grids import caption_grid, save_png
-        from micro_dit.sample import Generator
+        from micro_dit.generator import Generator
 
         if network not in self._generators:
             self._generators[network] = Generator(
                 network, self._image_encoder, guidance=self._guidance, steps=self._steps,
-                sigma_data=self._sigma_data, dtype=jnp.dtype(self._dtype),
+                sigma_data=self._sigma_data, dtype=jnp.dtype(self._dtype), sharding=self._sharding,
             )  # fmt: skip
         images = self._generators[network](params, self._captions, range(len(self.prompts)))
         grid = caption_grid(images, self.prompts, title=f"step {step:,}")

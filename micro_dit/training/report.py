@@ -32,10 +32,7 @@ def plan_table(
     dollars_per_device_hour: float, caption_tokens: int,
 ) -> str:  # fmt: skip
     """Phases, steps, FLOPs, predicted time and dollars."""
-    planned = [
-        budget.Phase(p.name, n.input_size, p.mask_ratio, p.steps, p.batch_size, p.mask_position)
-        for p, n in zip(phases, networks, strict=True)
-    ]
+    planned = budget.planned_phases(phases, networks)
     return budget.plan(
         networks[0], planned, chip, devices, mfu=mfu, price=dollars_per_device_hour, caption_tokens=caption_tokens
     ).table()

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from micro_dit.models.dit import DiTConfig, Params, init_params
+from micro_dit.models.dit import DiTConfig, Params, abstract_params, init_params
 
 
 class TrainState(NamedTuple):
@@ -34,20 +35,34 @@ class TrainState(NamedTuple):
 def init_state(
     config: DiTConfig, optimizer: optax.GradientTransformation, seed: int, sharding: Any, with_ema: bool
 ) -> TrainState:
-    """A fresh state, made where it will live: no full copy on the host."""
+    """A fresh state, made where it will live: no full copy on the host or on any device.
 
-    def init(key: jax.Array) -> TrainState:
-        params = init_params(config, key)
+    `sharding` is that of everything, or a TrainState of shardings.
+    """
+
+    def init(seed: jax.Array) -> TrainState:
+        params = init_params(config, stream(jax.random.key(seed), "init"))
         ema = jax.tree.map(jnp.copy, params) if with_ema else None
         return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
 
-    return jax.jit(init, out_shardings=sharding)(stream(jax.random.key(seed), "init"))
+    # The seed is a numpy array, not one of jax: of the latter, each process would have its own.
+    return jax.jit(init, out_shardings=sharding)(np.uint32(seed))
+
+
+def abstract_state(config: DiTConfig, optimizer: optax.GradientTransformation, with_ema: bool) -> TrainState:
+    """Shapes and dtypes of a state, without making it."""
+    params: Any = abstract_params(config)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(step, params, jax.eval_shape(optimizer.init, params), dict(params) if with_ema else None)
 
 
 def enter_phase(
     state: TrainState, optimizer: optax.GradientTransformation, with_ema: bool, fresh_optimizer: bool, sharding: Any
 ) -> TrainState:
-    """The hand-over to the next phase: the moving average begins or ends, and the optimizer may start afresh."""
+    """The hand-over to the next phase: the moving average begins or ends, and the optimizer may start afresh.
+
+    `sharding` is that of everything, or a TrainState of the new state's shardings.
+    """
 
     def enter(state: TrainState) -> TrainState:
         opt_state = optimizer.init(state.params) if fresh_optimizer else state.opt_state

@@ -8,8 +8,8 @@ from typing import Any
 
 from micro_dit.errors import UserError
 
-# What may change between two starts of the same run: it has no influence on the trained parameters.
-MAY_CHANGE = ("checkpoint_every", "evaluate_every", "sampling", "logging", "cost", "mesh")
+# What may change between two starts of the same run: it has no influence on the trained parameters but by rounding.
+MAY_CHANGE = ("checkpoint_every", "evaluate_every", "sampling", "logging", "cost", "mesh", "microbatch")
 
 
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mapping[str, Any]) -> None:

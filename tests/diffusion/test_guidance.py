@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from micro_dit.diffusion.guidance import guide
+from micro_dit.diffusion import edm
+from micro_dit.diffusion.guidance import autoguide, guide, scale_at
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 4, 2), dtype=np.float32))
 Y = jnp.asarray(np.random.default_rng(1).standard_normal((3, 2, 5), dtype=np.float32))
@@ -37,3 +38,26 @@ def test_one_noise_level_for_all_images_may_be_given_once():
     np.testing.assert_allclose(
         guide(network, 3.0)(X, T[:1], Y), guide(network, 3.0)(X, jnp.repeat(T[:1], 3), Y), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
+def test_a_negative_prompt_takes_the_place_of_the_zeros(scale: float):
+    negative = Y[1]
+    conditional, away_from = network(X, T, Y), network(X, T, jnp.broadcast_to(negative, Y.shape))
+    expected = away_from + scale * (conditional - away_from)
+    np.testing.assert_allclose(guide(network, scale, negative)(X, T, Y), expected, atol=1e-5)
+    np.testing.assert_array_equal(guide(network, scale, 0 * negative)(X, T, Y), guide(network, scale)(X, T, Y))
+
+
+def test_autoguidance_extrapolates_denoised_images():
+    def weak(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+        return 0.5 * network(x, t, y) + 0.1
+
+    sigma = jnp.asarray([0.5, 1.0, 2.0])
+    good, bad, guided = (edm.denoise(F, X, sigma, Y) for F in (network, weak, autoguide(network, weak, 2.5)))
+    np.testing.assert_allclose(guided, bad + 2.5 * (good - bad), atol=1e-5)
+
+
+def test_there_is_guidance_within_the_interval_only():
+    assert [scale_at(sigma, 5.0, (0.3, 2.0)) for sigma in (0.2, 0.3, 0.31, 2.0, 2.1)] == [1, 1, 5, 5, 1]
+    assert scale_at(80.0, 5.0, None) == 5

@@ -1,11 +1,20 @@
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from micro_dit.diffusion.samplers import heun, noise_levels
+from micro_dit.diffusion.samplers import (
+    SAMPLERS,
+    dpmpp_2m,
+    euler,
+    heun,
+    keep_known,
+    noise_levels,
+    partial_noise_levels,
+)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 18, 30])
@@ -26,6 +35,16 @@ def test_no_steps_are_refused():
         noise_levels(0)
 
 
+def test_a_part_of_the_way_takes_a_part_of_the_steps():
+    np.testing.assert_allclose(partial_noise_levels(14, 1.0), noise_levels(14), rtol=1e-12)
+    half = partial_noise_levels(14, 0.5)
+    assert len(half) == 8
+    whole = noise_levels(3) ** (1 / 7)
+    assert half[0] ** (1 / 7) == pytest.approx(whole[1])
+    assert half[-2] == pytest.approx(0.002)
+    np.testing.assert_allclose(partial_noise_levels(14, 1e-9), [0.002, 0], rtol=1e-6)
+
+
 def noise() -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 1), dtype=np.float32))
 
@@ -35,30 +54,81 @@ def linear_denoiser(x: jax.Array, sigma: jax.Array) -> jax.Array:
     return x / (1 + sigma**2)
 
 
-def error(steps: int) -> float:
-    """Relative error at the last level above 0."""
+def error(sampler: Callable, steps: int, variance: float) -> float:
+    """Relative error at the last level above 0, for data ~ Normal(0, variance)."""
     levels = noise_levels(steps, sigma_min=0.5, sigma_max=5.0)
-    x = heun(linear_denoiser, noise(), levels)
+    x = sampler(lambda x, sigma: x * variance / (variance + sigma**2), noise(), levels)
     # The last step, to 0, is Euler's by design and ends at D(x; 0.5).
-    exact = noise() * 5.0 * np.sqrt((1 + 0.25) / (1 + 25)) / (1 + 0.25)
+    exact = noise() * 5.0 * np.sqrt((variance + 0.25) / (variance + 25)) * variance / (variance + 0.25)
     return float(jnp.linalg.norm(x - exact) / jnp.linalg.norm(exact))
 
 
-def test_the_error_falls_with_the_square_of_the_steps():
-    errors = [error(steps) for steps in (9, 17, 33)]  # 8, 16 and 32 steps above the last
-    assert errors[0] < 0.05
+# Not variance 1 for the last: there its errors nearly cancel.
+@pytest.mark.parametrize(("sampler", "order", "variance"), [(heun, 2, 1.0), (euler, 1, 1.0), (dpmpp_2m, 2, 0.25)])
+def test_the_error_falls_with_the_order(sampler: Callable, order: int, variance: float):
+    errors = [error(sampler, steps, variance) for steps in (9, 17, 33)]  # 8, 16 and 32 steps above the last
+    assert errors[0] < (0.05 if order == 2 else 0.25)
     for coarse, fine in itertools.pairwise(errors):
-        assert 3.3 < coarse / fine < 5.0
+        assert 0.82 * 2**order < coarse / fine < 1.3 * 2**order
 
 
-def test_one_step_is_the_denoiser_itself():
-    x = heun(linear_denoiser, noise(), noise_levels(1))
+def test_eulers_method_is_ddim():
+    levels = noise_levels(5)
+    x = np.asarray(noise(), np.float64) * levels[0]
+    for sigma, following in itertools.pairwise(levels):  # DDIM: the guess of the image, under less of the same noise
+        D_x = x / (1 + sigma**2)
+        x = D_x + following * (x - D_x) / sigma
+    np.testing.assert_allclose(euler(linear_denoiser, noise(), levels), x, rtol=2e-3, atol=2e-5)
+
+
+def test_dpm_solver_is_the_papers():
+    """Algorithm 2 of arXiv 2211.01095, written out in lambda with alpha = 1."""
+    levels = noise_levels(6, sigma_min=0.1, sigma_max=10.0)
+    x, t = np.asarray(noise(), np.float64) * levels[0], -np.log(levels[:-1])
+    images = []
+    for i in range(5):
+        images.append(x / (1 + levels[i] ** 2))
+        h = t[i + 1] - t[i]
+        D_x = images[i]
+        if i > 0:
+            r = (t[i] - t[i - 1]) / h
+            D_x = (1 + 1 / (2 * r)) * images[i] - images[i - 1] / (2 * r)
+        x = levels[i + 1] / levels[i] * x - np.expm1(-h) * D_x
+    expected = x / (1 + levels[5] ** 2)
+    np.testing.assert_allclose(dpmpp_2m(linear_denoiser, noise(), levels), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_step_is_the_denoiser_itself(name: str):
+    x = SAMPLERS[name].run(linear_denoiser, noise(), noise_levels(1))
     np.testing.assert_allclose(x, linear_denoiser(80 * noise(), 80.0), atol=2e-5)
 
 
-def test_a_denoiser_that_knows_the_answer_is_believed():
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_denoiser_that_knows_the_answer_is_believed(name: str):
     answer = jnp.full((2, 4, 4, 1), 0.7)
-    np.testing.assert_allclose(heun(lambda x, sigma: answer, noise(), noise_levels(10)), answer, atol=2e-5)
+    x = SAMPLERS[name].run(lambda x, sigma: answer, noise(), noise_levels(10))
+    np.testing.assert_allclose(x, answer, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_known_part_is_the_original_under_the_noise_of_each_level(name: str):
+    levels = noise_levels(6)
+    known = jnp.linspace(-1, 1, 16).reshape(4, 4, 1)
+    redraw = jnp.arange(4)[:, None, None] < 2
+    seen = []
+
+    def watching(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda x, s: seen.append((np.asarray(x), float(s[0]))), x, sigma, ordered=True)
+        return linear_denoiser(x, sigma)
+
+    x = SAMPLERS[name].run(keep_known(watching, known, redraw), noise() + known / 80, levels)
+    jax.effects_barrier()
+    assert len(seen) == (11 if name == "heun" else 6)
+    for state, sigma in seen:
+        np.testing.assert_allclose(state[:, 2:], (known + sigma * noise())[:, 2:], atol=1e-4)
+    np.testing.assert_allclose(x[:, 2:], jnp.broadcast_to(known, x.shape)[:, 2:], atol=1e-5)
+    assert np.abs(x[:, :2] - known[:2]).max() > 0.1
 
 
 def test_the_network_is_traced_once_and_called_twice_a_step_but_the_last():

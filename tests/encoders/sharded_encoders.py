@@ -11,7 +11,7 @@ from flax import nnx
 from micro_dit.encoders.autoencoder import AutoencoderConfig, AutoencoderKL
 from micro_dit.encoders.image import ImageEncoder
 from micro_dit.encoders.text import load_text_encoder
-from micro_dit.parallel.mesh import make_mesh, over_batch
+from micro_dit.parallel.mesh import batch_sharding, make_mesh
 
 CONFIG = AutoencoderConfig(block_out_channels=(8, 16), norm_num_groups=4)
 CAPTIONS = ["a photo of the cat", "the cat", "", "a photo"] * 5
@@ -22,7 +22,7 @@ def difference(ours: Any, theirs: Any) -> float:
 
 
 def main(clip_folder: str) -> None:
-    sharding = over_batch(make_mesh())
+    sharding = batch_sharding(make_mesh())
     parameters = nnx.to_pure_dict(nnx.state(AutoencoderKL(CONFIG, rngs=nnx.Rngs(0))))
     one, eight = ImageEncoder(CONFIG, parameters, "tiny"), ImageEncoder(CONFIG, parameters, "tiny", "float32", sharding)
     images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)

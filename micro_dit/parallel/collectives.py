@@ -1,0 +1,102 @@
+"""What a compiled program sends between devices, read from its HLO text (`compiled.as_text()`).
+
+    %all-gather.7 = bf16[8,64,1024]{2,1,0} all-gather(%x), replica_groups=[8,8]<=[64], dimensions={0}
+    ROOT %while.3 = (...) while(%t), body=%region_2, backend_config={"known_trip_count":{"n":"59"}}
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+
+KINDS = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)")
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+CALLS = re.compile(
+    r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")  # bf16[8,64], f8e4m3fn[4], pred[3]
+GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """One kind of collective in a program.
+
+    Attributes:
+        count: how often it runs, loops counted by their turns.
+        bytes: of the full arrays that are gathered, reduced or exchanged, on one device.
+        sent: bytes that a device sends if devices pass them round in rings.
+    """
+
+    count: int = 0
+    bytes: float = 0.0
+    sent: float = 0.0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.count + other.count, self.bytes + other.bytes, self.sent + other.sent)
+
+    def times(self, turns: int) -> "Traffic":
+        return Traffic(self.count * turns, self.bytes * turns, self.sent * turns)
+
+
+def collectives(program: str, devices: int) -> dict[str, Traffic]:
+    """The traffic of a program for `devices` devices, by kind of collective; kinds that do not occur are left out."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in program.splitlines():
+        if match := COMPUTATION.match(line):
+            lines = computations.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        elif " = " in line:
+            lines.append(line)
+
+    @functools.cache
+    def traffic(name: str) -> tuple[tuple[str, Traffic], ...]:
+        """Of a computation and all it calls."""
+        found: dict[str, Traffic] = {}
+        called: Counter[str] = Counter()
+        for line in computations.get(name, ()):
+            if match := COLLECTIVE.search(line):
+                kind = match[2]
+                found[kind] = found.get(kind, Traffic()) + _one(kind, match[1], match[4], bool(match[3]), devices)
+                continue  # what it applies is an addition
+            turns = TRIPS.search(line)
+            for names in CALLS.findall(line):
+                for callee in names.strip("{}").split(","):
+                    called[callee.strip().removeprefix("%")] += int(turns[1]) if turns else 1
+        for callee, turns_taken in called.items():
+            for kind, amount in traffic(callee):
+                found[kind] = found.get(kind, Traffic()) + amount.times(turns_taken)
+        return tuple(found.items())
+
+    return dict(traffic(entry))
+
+
+def _one(kind: str, result: str, rest: str, starts: bool, devices: int) -> Traffic:
+    """The traffic of one instruction, from the type of its result and what stands behind its name."""
+    match = GROUPS.search(rest)
+    n = devices if match is None else int(match[1]) if match[1] else len((match[2] or "").split(","))
+    size = _bytes(result)
+    if starts and kind == "all-gather":
+        size *= n / (n + 1)  # an asynchronous one returns its operand too
+    elif starts and kind == "collective-permute":
+        size /= 2
+    elif kind == "reduce-scatter":
+        size *= n  # its result is one share
+    rounds = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}
+    return Traffic(1, size, size * rounds.get(kind, (n - 1) / n))
+
+
+def _bytes(types: str) -> float:
+    """Of the arrays in an HLO type such as '(f32[8,4]{1,0}, bf16[16]{0})'."""
+    total = 0.0
+    for letters, bits, shape in ARRAY.findall(types):
+        each = 1.0 if letters == "pred" else int(bits or 0) / 8
+        total += each * math.prod(int(size) for size in shape.split(",") if size)
+    return total

@@ -1,0 +1,102 @@
+"""Two processes of four devices each train, evaluate, draw and save as one process of eight does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from micro_dit.training.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 400
+
+
+def environment(devices: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def run(shards: Path, workdir: Path, count: int) -> dict[str, Any]:
+    """What process 0 of so many found."""
+    script, address = Path(__file__).with_name("processes.py"), f"localhost:{free_port()}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, shards, workdir, address, str(index), str(count)],
+            env=environment(8 // count), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(count)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=SECONDS) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * count, said
+    assert all("step 4/4" not in out for out, _ in said[1:])  # process 0 alone reports
+    return json.loads(said[0][0].splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    folder = tmp_path_factory.mktemp("processes")
+    found = {count: run(tiny_shards, folder / str(count), count) for count in (1, 2)}
+    return found | {"folder": folder}
+
+
+def test_two_processes_have_the_losses_of_one(found: dict[int, Any]):
+    assert [found[count]["processes"] for count in (1, 2)] == [1, 2]
+    assert [found[count]["devices"] for count in (1, 2)] == [8, 8]
+    steps = {count: [r for r in found[count]["metrics"] if "loss" in r] for count in (1, 2)}
+    assert [record["step"] for record in steps[1]] == [1, 2, 3, 4]
+    for ours, theirs in zip(steps[2], steps[1], strict=True):
+        for name in ("step", "loss", "gradient_norm", "learning_rate"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
+
+
+def test_evaluation_and_pictures_are_those_of_one(found: dict[int, Any]):
+    evaluated = [[r for r in found[count]["metrics"] if "heldout_loss" in r] for count in (1, 2)]
+    for theirs, ours in zip(*evaluated, strict=True):
+        for name in ("heldout_loss", "heldout_loss_ema"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    assert found[1]["files"] == found[2]["files"]
+    assert "final.png" in found[2]["files"]
+
+
+def test_checkpoints_are_those_of_one(found: dict[int, Any]):
+    """And can be read by one process with a single device."""
+    (one, about_one), (two, about_two) = (Checkpoints(found["folder"] / str(n)).load_params() for n in (1, 2))
+    for field in ("step", "images", "phase", "data"):
+        assert about_one[field] == about_two[field], field
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_waits_in_vain_says_for_what(tmp_path: Path, index: int):
+    address = f"localhost:{free_port()}"
+    command = [sys.executable, "-m", "micro_dit.main", "--config=configs/mask75.py", f"--workdir={tmp_path / 'run'}"]
+    command += [f"--coordinator={address}", f"--process_index={index}", "--process_count=2", "--timeout=2"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=SECONDS)
+    awaited = ("the others", "process 0")[index]
+    assert f"error: process {index} of 2 waited 2 s for {awaited} at {address}, in vain; check that" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
+
+
+def test_half_of_the_flags_is_refused(tmp_path: Path):
+    command = [sys.executable, "-m", "micro_dit.main", "--config=configs/mask75.py", "--process_index=1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=SECONDS)
+    assert done.stderr == "error: --coordinator, --process_index and --process_count belong together: give all three.\n"

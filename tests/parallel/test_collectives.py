@@ -1,0 +1,59 @@
+"""Reading HLO text: every instruction is counted once, with its loop's turns, and rings send what they must."""
+
+# ruff: noqa: E501
+
+import pytest
+
+from micro_dit.parallel.collectives import Traffic, collectives
+
+PROGRAM = """\
+HloModule jit_step, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body (t: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %t = (s32[], bf16[8,64]{1,0}) parameter(0)
+  %v = bf16[8,64]{1,0:T(8,128)(2,1)} get-tuple-element(%t), index=1
+  %all-gather.1 = bf16[32,64]{1,0:T(8,128)(2,1)} all-gather(%v), replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %out = (s32[], bf16[8,64]{1,0}) tuple(%i, %w)
+}
+
+%cond (t: (s32[], bf16[8,64])) -> pred[] {
+  ROOT %less = pred[] constant(true)
+}
+
+%wrapped (p: f32[16]) -> f32[2] {
+  ROOT %reduce-scatter.5 = f32[2]{0} reduce-scatter(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+
+ENTRY %main (a: f32[16], b: f32[4,4]) -> f32[16] {
+  %a = f32[16]{0} parameter(0)
+  %all-reduce.2 = (f32[16]{0}, f32[4,4]{1,0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %loop = (s32[], bf16[8,64]{1,0}) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"59"}}
+  %async = ((f32[16]), f32[2], u32[]) async-start(%a), calls=%wrapped
+  %done = f32[2]{0} async-done(%async)
+  %all-gather-start.3 = (f32[16]{0}, f32[128]{0}) all-gather-start(%a), replica_groups=[1,8]<=[8], dimensions={0}
+  %all-gather-done.3 = f32[128]{0} all-gather-done(%all-gather-start.3)
+  ROOT %collective-permute.4 = f32[16]{0} collective-permute(%a), source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_a_program_is_added_up():
+    found = collectives(PROGRAM, devices=8)
+    assert set(found) == {"all-reduce", "all-gather", "reduce-scatter", "collective-permute"}
+    assert found["all-reduce"] == Traffic(1, 128, 128)  # 2·(2-1)/2 of 16 + 16 float32
+    gathered = 59 * 32 * 64 * 2
+    assert found["all-gather"].count == 60
+    assert found["all-gather"].bytes == pytest.approx(gathered + 512)
+    assert found["all-gather"].sent == pytest.approx(gathered * 3 / 4 + 512 * 7 / 8)
+    assert found["reduce-scatter"] == Traffic(1, 64, 56)
+    assert found["collective-permute"] == Traffic(1, 64, 64)
+
+
+def test_one_device_sends_nothing():
+    assert collectives("ENTRY %main (a: f32[2]) -> f32[2] {\n  ROOT %b = f32[2]{0} negate(%a)\n}", devices=1) == {}

@@ -281,7 +281,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     say(report.plan_table(networks, phases, chip, mesh.size, config.cost.mfu, device_price, text.tokens))
 
     # 3. Restore, or start.
-    checkpoints = Checkpoints(workdir, keep_steps=tuple(starts[1:]))
+    checkpoints = Checkpoints(workdir, keep_steps=tuple(starts[1:]), clean=True)
 
     def abstract_of(meta: Mapping[str, Any]) -> TrainState:
         return abstract_state_of(networks[meta["phase"]], phases[meta["phase"]], recipe, mesh)

@@ -22,7 +22,7 @@ from micro_dit.parallel.compilation import compiler_options
 
 TPUS = ("v5e", "v5p", "v6e")  # a v4 is described as two devices a chip, which share its memory: left out
 GPUS = {"h100": "NVIDIA H100 80GB HBM3"}
-# What XLA asks a GPU's driver for; the figures are those of NVIDIA's H100 white paper and CUDA programming guide.
+# What XLA asks a GPU's driver for, as far as it is known of an H100; not compared with a real one yet.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }

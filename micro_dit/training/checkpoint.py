@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from micro_dit.errors import UserError
@@ -24,13 +25,17 @@ KEEP_LATEST = 2
 class Checkpoints:
     """The checkpoints of one work directory."""
 
-    def __init__(self, workdir: str | Path, keep_steps: tuple[int, ...] = (), keep_latest: int = KEEP_LATEST):
+    def __init__(
+        self, workdir: str | Path, keep_steps: tuple[int, ...] = (), keep_latest: int = KEEP_LATEST, clean: bool = False
+    ):
         """Opens (or makes) the folder `checkpoints`.
 
         Args:
             workdir: of the run.
             keep_steps: checkpoints at these steps are kept for good, such as the ends of phases.
             keep_latest: so many of the newest are kept besides.
+            clean: remove what a killed run has left half saved. For the run itself alone: whoever reads its checkpoints
+                would remove the one that it is saving.
         """
         self.folder = Path(workdir).absolute() / "checkpoints"
         policies = ocp.training.preservation_policies
@@ -40,7 +45,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(keep_latest), policies.CustomSteps(list(keep_steps))]
             ),
-            cleanup_tmp_directories=jax.process_index() == 0,
+            cleanup_tmp_directories=clean and jax.process_index() == 0,
         )
 
     @property
@@ -121,13 +126,15 @@ class Checkpoints:
             aside.parent.mkdir(exist_ok=True)
             (self.folder / str(step)).rename(aside)
         if steps:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("unreadable checkpoints are moved")
             self._orbax.reload()
 
     def _load(self, step: int, abstract: TrainState) -> TrainState:
         parts: dict[str, Any] = {"params": abstract.params, "opt": abstract.opt_state}
         if abstract.ema is not None:
             parts["ema"] = abstract.ema
-        self._check(step, "params", abstract.params)
+        self._check(step, parts)
         loaded = self._orbax.load_checkpointables(step, parts)
         sharding = abstract.step.sharding
         return TrainState(
@@ -153,14 +160,17 @@ class Checkpoints:
         loaded = self._orbax.load_checkpointables(step, {part: abstract, "meta": None})
         return {name: np.asarray(value) for name, value in loaded[part].items()}, loaded["meta"]
 
-    def _check(self, step: int, part: str, abstract: Mapping[str, Any]) -> None:
-        """Orbax's own message about a mismatch is opaque; say which parameters differ."""
-        saved = self._orbax.checkpointables_metadata(step).metadata[part]
-        problems = [f"missing {name}" for name in abstract if name not in saved]
-        problems += [f"unexpected {name}" for name in saved if name not in abstract]
+    def _check(self, step: int, parts: Mapping[str, Any]) -> None:
+        """Orbax's own message about a mismatch is opaque, and a dtype it would cast; say what differs."""
+        metadata = self._orbax.checkpointables_metadata(step).metadata
+        readable = [part for part in parts if metadata.get(part) is not None]  # damage shows when it is loaded
+        saved = {name: leaf for part in readable for name, leaf in _leaves({part: metadata[part]}).items()}
+        wanted = {name: leaf for part in readable for name, leaf in _leaves({part: parts[part]}).items()}
+        problems = [f"missing {name}" for name in wanted if name not in saved]
+        problems += [f"unexpected {name}" for name in saved if name not in wanted]
         problems += [
             f"{name} is {saved[name].shape} {saved[name].dtype}, expected {leaf.shape} {leaf.dtype}"
-            for name, leaf in abstract.items()
+            for name, leaf in wanted.items()
             if name in saved and (tuple(saved[name].shape), saved[name].dtype) != (tuple(leaf.shape), leaf.dtype)
         ]
         if problems:
@@ -176,6 +186,12 @@ class Checkpoints:
             self._orbax.close()
         except OSError as error:
             raise self._no_space(error) from error
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """Arrays by name, such as 'opt.1.mu.layer.kernel'; Orbax has dicts and lists where the optimizer has classes."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _first_line(error: Exception) -> str:

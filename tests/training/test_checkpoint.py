@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from micro_dit.errors import UserError
@@ -135,18 +136,40 @@ def test_when_all_are_damaged_it_does_not_start_anew(workdir: Path):
 
 
 def test_a_checkpoint_of_another_network_is_refused_by_name(workdir: Path):
-    with pytest.raises(UserError, match=r"another network: layer\.kernel is \(64, 64\) float32, expected \(32, 64\)"):
+    expected = r"another network: params\.layer\.kernel is \(64, 64\) float32, expected \(32, 64\)"
+    with pytest.raises(UserError, match=expected):
         restore(Checkpoints(workdir), width=32)
 
 
-def test_another_dtype_is_refused(workdir: Path):
+@pytest.mark.parametrize("part", ["params", "opt_state", "ema"])
+def test_another_dtype_is_refused(workdir: Path, part: str):
     def half(meta: dict[str, Any]) -> TrainState:
         like = abstract(state_at(3))
-        params = {n: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=DEVICE) for n, p in like.params.items()}
-        return like._replace(params=params)
+        halved = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=DEVICE), getattr(like, part)
+        )
+        return like._replace(**{part: halved})
 
-    with pytest.raises(UserError, match=r"float32, expected .* bfloat16"):
+    with pytest.raises(UserError, match=r"layer\.\w+ is .* float32, expected .* bfloat16"):
         Checkpoints(workdir).restore(half, warn=pytest.fail)
+
+
+def test_an_optimizer_of_another_kind_is_refused(workdir: Path):
+    def momentum(meta: dict[str, Any]) -> TrainState:
+        like = state_at(3)
+        return abstract(like._replace(opt_state=optax.trace(0.9).init(like.params)))
+
+    with pytest.raises(UserError, match=r"missing opt\.trace\.layer\.bias.*unexpected opt\.1\.count"):
+        Checkpoints(workdir).restore(momentum, warn=pytest.fail)
+
+
+def test_only_the_run_itself_removes_what_is_half_saved(workdir: Path):
+    half_saved = workdir / "checkpoints" / "4.orbax-checkpoint-tmp"
+    half_saved.mkdir()
+    assert Checkpoints(workdir).steps == [3, 2]
+    assert half_saved.exists()
+    assert Checkpoints(workdir, clean=True).steps == [3, 2]
+    assert not half_saved.exists()
 
 
 def test_what_is_sampled_from_is_the_average_where_there_is_one(workdir: Path):

@@ -276,7 +276,8 @@ def train(config: Any, workdir: str | Path) -> Path:
     # 2. Say what is going to happen.
     chip = budget.chip_of(jax.devices()[0].device_kind) or budget.measure_chip()
     say(report.parameter_table(abstract_params(networks[0])))
-    say(overview)
+    if mesh.size > 1:
+        say(overview)
     device_price = config.cost.dollars_per_device_hour
     say(report.plan_table(networks, phases, chip, mesh.size, config.cost.mfu, device_price, text.tokens))
 

@@ -26,8 +26,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from micro_dit import budget
 from micro_dit.models.dit import REMAT, make_config
+from micro_dit.models.flops import training_flops
+from micro_dit.parallel.chips import chip_of
 from micro_dit.parallel.compilation import compiler_options
 from micro_dit.train import Recipe, make_train_step
 from micro_dit.training.phases import Phase
@@ -63,7 +64,7 @@ def measure(size: str, dtype: str, remat: str, batch_size: int, repeats: int, st
     key = jax.random.key(0)
     device = jax.devices()[0]
     state = init_state(network, recipe.optimizer(phases[0]), 0, None, with_ema=False)
-    chip = budget.chip_of(device.device_kind)
+    chip = chip_of(device.device_kind)
 
     rows, compiled = [], []
     for phase in phases:  # the masked one first: peak memory only ever grows
@@ -100,7 +101,7 @@ def measure(size: str, dtype: str, remat: str, batch_size: int, repeats: int, st
         row["wall_s"], row["cpu_s"] = map(statistics.median, zip(*taken, strict=True))
         row["all_wall_s"], row["all_cpu_s"] = map(list, zip(*taken, strict=True))
         row["images_per_s"] = batch_size / row["wall_s"]
-        flops = budget.training_flops(network, row["mask"], CAPTION_TOKENS) * batch_size
+        flops = training_flops(network, row["mask"], CAPTION_TOKENS) * batch_size
         row["gflops_per_cpu_s"] = flops / row["cpu_s"] / 1e9
         row["mfu"] = flops / row["wall_s"] / chip.peak_flops if chip else None
     return rows

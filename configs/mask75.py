@@ -1,11 +1,12 @@
 """The micro-budget recipe: masked pre-training, then unmasked fine-tuning.
 
     python -m micro_dit.main --config=configs/mask75.py              OpenMoji faces at 128 px: two CPU cores
+    python -m micro_dit.main --config=configs/mask75.py:small        about the same on all of OpenMoji, to compare
     python -m micro_dit.main --config=configs/mask75.py:openmoji     all of OpenMoji at 128 px: a GPU, or a night
     python -m micro_dit.main --config=configs/mask75.py:tiny         MicroDiT-Tiny/2, the paper's ablation size, 256 px
     python -m micro_dit.main --config=configs/mask75.py:xl           MicroDiT-XL/2, the paper's four phases
 
-The first two make their data themselves. `tiny` and `xl` need latent shards of real images with CLIP captions, in the
+The first three make their data themselves. `tiny` and `xl` need latent shards of real images with CLIP captions, in the
 folders that they name; docs/data.md gives the commands that make them. Expected of `xl`, from the paper: 2.6 days on
 8 H100, FID-30K 12.7 on COCO.
 """
@@ -17,7 +18,7 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(variant: str = "demo") -> ConfigDict:
-    variants = {"demo": demo, "openmoji": openmoji, "tiny": tiny, "xl": xl}
+    variants = {"demo": demo, "small": small, "openmoji": openmoji, "tiny": tiny, "xl": xl}
     if variant not in variants:
         raise ValueError(f"configs/mask75.py has no variant {variant!r}; use one of {', '.join(variants)}.")
     return variants[variant]()
@@ -36,7 +37,13 @@ def base(**fields: Any) -> ConfigDict:
                 patch_mixer_depth=placeholder(int), patch_mixer_dim=placeholder(int), num_experts=placeholder(int),
                 expert_capacity=placeholder(float), experts_every_n=placeholder(int),
                 qkv_multipliers=placeholder(tuple), ffn_multipliers=placeholder(tuple),
+                decoder_depth=placeholder(int), decoder_dim=placeholder(int),  # MaskDiT's: configs/maskdit75.py
             ),
+            # Where training starts: a model folder or another run's work directory; see configs/finetune.py. With
+            # lora.rank 0 all parameters are trained.
+            init_from="",
+            lora=dict(rank=0, alpha=8.0, targets=r"attn\.(qkv|q|kv|proj)\.kernel$"),
+            masking=dict(ratio=placeholder(float)),  # if set, the mask_ratio of all phases that mask
             dtype="float32",  # of the matrix products
             remat="dots",  # what the backward pass computes again to save memory: "none", "dots" or "full"
             diffusion=dict(sigma_data=0.9, caption_drop=0.1),
@@ -52,8 +59,13 @@ def base(**fields: Any) -> ConfigDict:
                 heldout_images=64,
             ),
             phases=(),  # see micro_dit/training/phases.py
+            # Of checkpoints, the two newest are kept, those at the ends of phases, and those at multiples of keep_every.
             checkpoint_every=1000,
+            checkpoint_minutes=10.0,  # saves whenever nothing was saved for so long; 0 goes by steps alone
+            keep_every=0,
             evaluate_every=1000,
+            # Metrics of images that are drawn while training, see docs/evaluation.md; every=0 draws none.
+            evaluation=dict(every=0, metrics=("domain",), num_images=256, reference="", clip="", inception=""),
             sampling=dict(every=1000, prompts=(), guidance=5.0, steps=30),
             logging=dict(every=10, tensorboard=True, wandb_project=""),
             cost=dict(dollars_per_device_hour=0.0, mfu=0.3),  # for the plan and the bill
@@ -88,6 +100,15 @@ FACES = (
     "cat with wry smile", "grinning cat with smiling eyes", "fearful face", "smirking face",
     "pensive face", "face with hand over mouth",
 )  # fmt: skip
+
+
+def small() -> ConfigDict:
+    """What docs/ablations.md compares: the demo, on all of OpenMoji, with a mixer as narrow as the paper's."""
+    config = demo()
+    config.name = "mask75-small"
+    config.model.patch_mixer_dim = 96
+    config.data.update(shards="data/openmoji_128", source="openmoji", heldout_images=128)
+    return config
 
 
 def openmoji() -> ConfigDict:
@@ -155,6 +176,7 @@ def xl() -> ConfigDict:
     )  # fmt: skip
     config.sampling.update(every=5000, prompts=PROMPTS)
     config.checkpoint_every = config.evaluate_every = 2500
+    config.keep_every = 50_000
     config.cost.dollars_per_device_hour = 3.75  # the paper's price of an H100
     return config
 

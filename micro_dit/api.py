@@ -6,7 +6,9 @@
 """
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,9 +25,9 @@ from micro_dit.data.shards import UNVERIFIED
 from micro_dit.diffusion.samplers import SAMPLERS, noise_levels, partial_noise_levels
 from micro_dit.errors import UserError
 from micro_dit.generator import Denoising, Inputs, check_steps, draw_noise, to_uint8, turns
-from micro_dit.interop.model_folder import config_from, is_model_folder, load_model_folder, read_config
+from micro_dit.interop.model_folder import VAE, config_from, is_model_folder, load_model_folder, read_config
 from micro_dit.models.dit import DiTConfig
-from micro_dit.training.checkpoint import Checkpoints
+from micro_dit.starting_point import run_params
 
 BATCH_SIZE = 4  # images at once
 
@@ -36,7 +38,7 @@ class About:
 
     Attributes:
         name: of the folder it came from.
-        step: of the checkpoint; None if it is not from a run.
+        step: of the checkpoint; None if it is not known to be from a run.
         config_hash: twelve hexadecimal digits, the same for the same config.json.
         source: attribution of the images it was trained with, or where the weights come from; may be empty.
         sigma_data: standard deviation of the latents, as in training.
@@ -45,6 +47,8 @@ class About:
         caption_tokens: L.
         caption_cleaning: what was done to captions (data/captions.py).
         guidance, steps: what is sampled with by default.
+        vae_folder: where the VAE's files are; empty if its name tells.
+        params: 'raw' if they are not the checkpoint's default, which is the moving average where there is one.
     """
 
     name: str
@@ -60,9 +64,17 @@ class About:
     caption_cleaning: str
     guidance: float = 5.0
     steps: int = 30
+    vae_folder: str = ""
+    params: str = ""
+
+    @property
+    def where(self) -> str:
+        """Where the parameters come from, in words."""
+        raw = ", raw parameters" if self.params == "raw" else ""
+        return self.name if self.step is None else f"step {self.step} of {self.name}{raw}"
 
 
-def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE) -> "Model":
+def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE, params: str | None = None) -> "Model":
     """Loads a model; its encoders follow when they are needed.
 
     Args:
@@ -70,9 +82,11 @@ def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE
         step: the run's checkpoint; the newest if None.
         batch_size: images at once. More are done in turns, fewer are filled up: an image does not depend on how many
             there are.
+        params: of the run's checkpoint: 'ema', the moving average, or 'raw', what was trained; by default the average
+            where there is one.
 
     Raises:
-        UserError: there is no model, or no such checkpoint.
+        UserError: there is no model, no such checkpoint, or no average in it.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
@@ -81,28 +95,27 @@ def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE
     config_hash = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
     name = path.resolve().name
     if is_model_folder(path):
-        if step is not None:
-            raise UserError(f"{path} is a model folder, which has no checkpoints: leave out the step.")
-        params, config, told = load_model_folder(path)
-        source = str(told.pop("source"))
-        about = About(name, None, config_hash, source, vae_fingerprint="", text_fingerprint="", **told)
-        return Model(params, config, about, batch_size)
+        if step is not None or params is not None:
+            raise UserError(f"{path} is a model folder, which has no checkpoints: leave out the step and ema or raw.")
+        values, config, told = load_model_folder(path)
+        told = {"step": None, "vae_fingerprint": "", "text_fingerprint": ""} | told | {"source": str(told["source"])}
+        included = told.pop("vae_included", False)
+        about = About(name=name, config_hash=config_hash, vae_folder=str(path / VAE) if included else "", **told)
+        return Model(values, config, about, batch_size)
     if "config" not in fields or "shards" not in fields:
         raise UserError(f"{path / 'config.json'} is neither that of a run nor of a model folder.")
     run, shards = fields["config"], fields["shards"]
     if not (path / "checkpoints").is_dir():
         raise UserError(f"{path} has no checkpoints yet: train for some steps first.")
-    checkpoints = Checkpoints(path)
-    params, meta = checkpoints.load_params(step)
-    checkpoints.close()
+    values, meta = run_params(path, step, params)
     about = About(
         name, meta["step"], config_hash, shards.get("attribution", ""),
         sigma_data=run["diffusion"]["sigma_data"], vae=run["data"]["vae"], text_encoder=run["data"]["text_encoder"],
         vae_fingerprint=shards["vae"], text_fingerprint=shards["text_encoder"],
         caption_tokens=shards["caption_tokens"], caption_cleaning=shards.get("caption_cleaning", "none"),
-        guidance=run["sampling"]["guidance"], steps=run["sampling"]["steps"],
+        guidance=run["sampling"]["guidance"], steps=run["sampling"]["steps"], params="raw" if params == "raw" else "",
     )  # fmt: skip
-    return Model(params, config_from(meta["model"], f"the checkpoint of step {meta['step']}"), about, batch_size)
+    return Model(values, config_from(meta["model"], f"the checkpoint of step {meta['step']}"), about, batch_size)
 
 
 class Model:
@@ -124,6 +137,17 @@ class Model:
         self._denoising = Denoising(config, sigma_data=about.sigma_data)
         self._encoders: dict[str, Any] = {}
         self._embeddings: dict[str, np.ndarray] = {}
+
+    def share(self, other: "Model") -> None:
+        """Uses the encoders and compiled programs of the other model if its network and encoders are the same."""
+
+        def kind(model: "Model") -> tuple[DiTConfig, About]:
+            of_these_params: dict[str, Any]
+            of_these_params = dict(name="", step=None, config_hash="", source="", guidance=0, steps=0, params="")
+            return model.config, dataclasses.replace(model.about, **of_these_params)
+
+        if kind(self) == kind(other):
+            self._denoising, self._encoders, self._embeddings = other._denoising, other._encoders, other._embeddings
 
     # ---- Images ------------------------------------------------------------------------------------------------------
 
@@ -147,6 +171,7 @@ class Model:
         strength: float | None = None,
         mask: Image.Image | np.ndarray | None = None,
         progress: bool = False,
+        watch: Callable[[float, np.ndarray, np.ndarray], object] | None = None,
     ) -> np.ndarray:
         """Latents (n, H, W, C) float32 for prompts; `decode` makes pictures of them.
 
@@ -164,6 +189,8 @@ class Model:
             strength: how much of the image is drawn anew, from 0 (nothing) to 1; by default 0.6, with a mask 1.
             mask: of the image's size; only where it is white (or True) the image is drawn anew.
             progress: shows a bar that counts calls of the network.
+            watch: is told after each call of the network how much is done, from 0 to 1, which images it was for, as
+                indices (B,), and their latents (B, H, W, C) as it guesses them.
 
         Raises:
             UserError: a setting makes no sense, or an encoder does not belong to the model.
@@ -182,16 +209,23 @@ class Model:
         negative = self.embed([negative_prompt])[0]
         noise = draw_noise(self.config, [seed + i for i in range(num)])
         noise = np.tile(noise, (len(prompts), 1, 1, 1)) + start / np.float32(sigmas[0])
-        calls = len(SAMPLERS[sampler].columns(sigmas)[0])
+        total = -(-n // self.batch_size) * len(SAMPLERS[sampler].columns(sigmas)[0])
+        done = itertools.count(1)
         latents = []
-        with tqdm(total=-(-n // self.batch_size) * calls, unit="call", disable=not progress) as bar:
+        with tqdm(total=total, unit="call", disable=not progress) as bar:
+
+            def after_call(rows: np.ndarray, guess: np.ndarray) -> None:
+                bar.update()
+                if watch:
+                    watch(next(done) / total, rows, guess)
+
             for rows in turns(n, self.batch_size):
                 weak = autoguidance.params if autoguidance else None
                 latents.append(self._denoising(
                     Inputs(self.params, captions[rows], negative, weak, known), noise[rows], sigmas,
                     sampler=sampler, guidance=guidance, interval=guidance_interval,
                     weak_config=autoguidance.config if autoguidance else None,
-                    after_call=bar.update if progress else None,
+                    after_call=functools.partial(after_call, rows) if progress or watch else None,
                 ))  # fmt: skip
         drawn = np.concatenate(latents)[:n]
         return drawn if known is None else np.where(known[1], drawn, known[0])
@@ -224,8 +258,6 @@ class Model:
         Prompts that are too long are cut, and the cut is told to `warn`.
         """
         for prompt in dict.fromkeys(prompts):
-            if prompt in self._embeddings:
-                continue
             (caption,) = clean_captions([prompt], self.about.caption_cleaning)  # as those it was trained with
             if not caption.strip():
                 shape = (self.about.caption_tokens, self.config.caption_channels)
@@ -237,7 +269,8 @@ class Model:
                     f"the prompt has {count} tokens, the text encoder takes {self.about.caption_tokens}: it reads "
                     f"only {kept!r}, and not {caption[len(kept) :].strip()!r}."
                 )
-            self._embeddings[prompt] = np.asarray(self.text_encoder.encode([caption])[0], np.float32)
+            if prompt not in self._embeddings:
+                self._embeddings[prompt] = np.asarray(self.text_encoder.encode([caption])[0], np.float32)
         return np.stack([self._embeddings[prompt] for prompt in prompts])
 
     def _cut(self, caption: str) -> tuple[int, str] | None:
@@ -258,7 +291,7 @@ class Model:
         if "image" not in self._encoders:
             from micro_dit.encoders.image import load_image_encoder
 
-            encoder = load_image_encoder(self.about.vae)
+            encoder = load_image_encoder(self.about.vae_folder or self.about.vae)
             if encoder.channels != self.config.in_channels:
                 raise UserError(
                     f"{self.about.vae} has latents of {encoder.channels} channels, the model of "

@@ -61,7 +61,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(raised[-1] if raised else lines[0]) from error
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         fields = [argument.partition("=")[0].removeprefix("config.") for argument in given if "config." in argument]
-        known = _leaves(_load(path))
+        known = _leaves(load_config(path))
         for field in fields:
             if field not in known:
                 close = difflib.get_close_matches(field, known, n=3, cutoff=0.5) or known
@@ -69,7 +69,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(f"a config field has a value of the wrong type: {error}") from error
 
 
-def _load(path: str) -> Any:
+def load_config(path: str) -> Any:
     """The config of a `file.py:variant`, without overrides."""
     file, _, variant = path.partition(":")
     spec = importlib.util.spec_from_file_location("config", file)

@@ -120,7 +120,7 @@ def to_torch(
 
 def _load(workdir: Path, step: int | None) -> tuple[Mapping[str, np.ndarray], DiTConfig, str]:
     """Parameters, configuration, and what they are of."""
-    from micro_dit.training.checkpoint import Checkpoints
+    from micro_dit.starting_point import run_params
 
     if is_model_folder(workdir):
         if step is not None:
@@ -129,9 +129,7 @@ def _load(workdir: Path, step: int | None) -> tuple[Mapping[str, np.ndarray], Di
         return params, config, about["source"]
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} is neither a model folder nor the work directory of a run with checkpoints.")
-    checkpoints = Checkpoints(workdir)
-    params, meta = checkpoints.load_params(step)
-    checkpoints.close()
+    params, meta = run_params(workdir, step)
     return params, config_from(meta["model"], f"the checkpoint in {workdir}"), f"{workdir.name}, step {meta['step']}"
 
 

@@ -3,6 +3,7 @@
 B images at once · H W latent rows, columns · C latent channels · L caption tokens · Y caption channels.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,27 +14,11 @@ import numpy as np
 
 from micro_dit.diffusion import edm
 from micro_dit.diffusion.guidance import autoguide, extrapolate, guide, scale_at
-from micro_dit.diffusion.samplers import SAMPLERS, Carry, heun, keep_known, noise_levels
+from micro_dit.diffusion.samplers import SAMPLERS, Carry, keep_known, noise_levels
 from micro_dit.errors import UserError
 from micro_dit.models.dit import DiTConfig, Params, bind
 
 MAX_BATCH = 32  # images at once; more are done in turns
-
-
-def make_sampler(
-    config: DiTConfig, *, guidance: float, steps: int, sigma_data: float, dtype: Any = jnp.float32
-) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
-    """Heun's sampler as one program.
-
-    It goes from parameters, caption embeddings (B, L, Y) and unit normal noise (B, H, W, C) to latents like the noise.
-    """
-    sigmas = noise_levels(steps)
-
-    def latents(params: Params, captions: jax.Array, noise: jax.Array) -> jax.Array:
-        F = guide(bind(config, params, dtype), guidance)
-        return heun(lambda x, sigma: edm.denoise(F, x, sigma, captions, sigma_data), noise, sigmas)
-
-    return latents
 
 
 class Inputs(NamedTuple):
@@ -70,7 +55,7 @@ class Denoising:
         guidance: float = 1.0,
         interval: tuple[float, float] | None = None,
         weak_config: DiTConfig | None = None,
-        after_call: Callable[[], object] | None = None,
+        after_call: Callable[[np.ndarray], object] | None = None,
     ) -> np.ndarray:
         """Latents (B, H, W, C) float32.
 
@@ -82,7 +67,8 @@ class Denoising:
             guidance: scale of classifier-free guidance, or of autoguidance if there are weak parameters.
             interval: (low, high) noise levels between which there is guidance; everywhere if None.
             weak_config: of the weak network.
-            after_call: is called when a call of the network is done; without it, calls are not waited for.
+            after_call: is told what each call of the network made of x, the denoised latents (B, H, W, C), when it is
+                done; without it, calls are not waited for.
         """
         method = SAMPLERS[sampler]
         columns = method.columns(sigmas)
@@ -95,13 +81,39 @@ class Denoising:
                 branches = "conditional"
             else:
                 branches = "unconditional" if scale == 0 and inputs.weak is None else "both"
+            before = carry
             carry = self._call(
                 inputs, np.float32(scale), carry, row, sampler=sampler, branches=branches, weak_config=weak_config
             )
             if after_call:
-                jax.block_until_ready(carry)
-                after_call()
+                after_call(np.asarray(method.denoised(before, row, carry)))
         return np.asarray(carry[0])
+
+    def abstract_call(
+        self, params: Params, images: int, text_tokens: int, sharding: Any, sampler: str = "heun", guided: bool = True
+    ) -> tuple[Callable[..., Carry], tuple[Any, ...]]:
+        """What compiles a call without making an array: the call, and its abstract arguments.
+
+        Args:
+            params: abstract parameters, with shardings.
+            images: B.
+            text_tokens: L.
+            sharding: of all else; what `__call__` makes of the sharding of `__init__`.
+            sampler, guided: which of the programs of `__call__`.
+        """
+        side, channels, width = self.config.input_size, self.config.in_channels, self.config.caption_channels
+
+        def placed(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+        method = SAMPLERS[sampler]
+        carry = jax.eval_shape(method.start, placed(images, side, side, channels))
+        carry = tuple(placed(*x.shape) for x in carry)
+        row = tuple(jax.ShapeDtypeStruct((), column.dtype) for column in method.columns(noise_levels(2)))
+        inputs = Inputs(params, placed(images, text_tokens, width), placed(text_tokens, width))
+        branches, scale = "both" if guided else "conditional", jax.ShapeDtypeStruct((), jnp.float32)
+        call = functools.partial(self._trace_call, sampler=sampler, branches=branches, weak_config=None)
+        return call, (inputs, scale, carry, row)
 
     def _trace_call(
         self, inputs: Inputs, scale: Any, carry: Carry, row: Any, *, sampler: str, branches: str,

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,18 +22,20 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from micro_dit import budget
+from micro_dit.budget import manifest_of
 from micro_dit.command import parse_or_exit, run_command
 from micro_dit.errors import UserError
-from micro_dit.generator import MAX_BATCH, make_sampler
+from micro_dit.generator import MAX_BATCH, Denoising
 from micro_dit.models.dit import DiTConfig
+from micro_dit.models.flops import training_flops
+from micro_dit.parallel import compile_ahead as ahead
 from micro_dit.parallel import mesh as meshes
-from micro_dit.parallel.compile_ahead import GPUS, Compiled, Topology, compile_ahead, describe_devices
+from micro_dit.parallel.chips import CHIPS, Chip, measure_chip
+from micro_dit.parallel.compile_ahead import Compiled, Topology, compile_ahead, describe_devices
 from micro_dit.parallel.sharding import bytes_per_device
-from micro_dit.train import Recipe, lowered_arguments, make_recipe, network_of
+from micro_dit.train import Recipe, lowered_arguments, make_recipe, network_of, with_mask_ratio
+from micro_dit.training.cost import lines_of
 from micro_dit.training.phases import Phase, make_phases
-
-COMPILATIONS = 3  # of one step, at most, in search of the largest microbatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Rehearsal:
         sampler: the sampler, compiled; for `sampler_images` images at once.
         flops: of a step on all chips: the network's, counted by hand.
         compiler_flops: of a step on all chips: what the compiler counts, recomputed activations and all that is no
-            matrix product included; None if it counts none.
+            matrix product included; for GPUs, whose compiler counts none, of the program that it is given.
         compute, memory, interconnect: seconds that a step needs at least for each.
         hours, dollars: of the whole phase at that speed; dollars are None where no price is known.
         suggestion: what to change if the step does not fit.
@@ -63,7 +66,7 @@ class Rehearsal:
     sampler: Compiled
     sampler_images: int
     flops: float
-    compiler_flops: float | None
+    compiler_flops: float
     compute: float
     memory: float
     interconnect: float
@@ -86,8 +89,8 @@ class Rehearsal:
 
 def rehearse(
     config: Any, topology: Topology, only: str | None = None, optimization: str = "default",
-    price: float | None = None, say: Callable[[str], None] = lambda text: None,
-) -> tuple[list[Rehearsal], budget.Chip]:  # fmt: skip
+    price: float | None = None, cache: Path | None = None, say: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Rehearsal], Chip]:  # fmt: skip
     """Compiles the training step and the sampler of a recipe's phases.
 
     Args:
@@ -96,6 +99,7 @@ def rehearse(
         only: the name of the only phase to compile; by default all.
         optimization: 'default' or 'O0', see `compile_ahead`.
         price: dollars per chip-hour; by default the config's, or the chip's.
+        cache: a folder where what was found of a program is kept, so that a rehearsal that was killed goes on.
         say: called with lines of progress.
 
     Returns:
@@ -104,37 +108,41 @@ def rehearse(
     Raises:
         UserError: the config can't be trained on this topology, or the compiler for it is missing.
     """
-    devices = describe_devices(topology)
-    chip = fake_cpu(topology.size) if topology.chip == "cpu" else budget.CHIPS[topology.chip]
-    if price is None:
-        price = config.cost.dollars_per_device_hour or chip.price
-    mesh = meshes.make_mesh(config.mesh, devices)
+    config = with_mask_ratio(config)
     phases, recipe = make_phases(config.phases), make_recipe(config)
     if only is not None and only not in [phase.name for phase in phases]:
         raise UserError(f"there is no phase {only!r}; the phases are {', '.join(phase.name for phase in phases)}.")
+    devices = describe_devices(topology)
+    chip = fake_cpu(topology.size) if topology.chip == "cpu" else CHIPS[topology.chip]
+    if price is None:
+        price = config.cost.dollars_per_device_hour or chip.price
+    mesh = meshes.make_mesh(config.mesh, devices)
     samplers: dict[DiTConfig, Compiled] = {}
     rehearsals = []
     for phase in phases:
         if only not in (None, phase.name):
             continue
         recipe.check_batch(phase, mesh)
-        manifest = budget.manifest_of(config, phase.shards or config.data.shards)
+        manifest = manifest_of(config, phase.shards or config.data.shards)
         network, text_tokens = network_of(phase, config, manifest), manifest.text_encoder.tokens
         step, microbatch, suggestion = _fit(
-            network, phase, recipe, mesh, text_tokens, topology, chip, optimization, say
+            network, phase, recipe, mesh, text_tokens, topology, chip, optimization, cache, say
         )
         state = lowered_arguments(network, phase, recipe, mesh, text_tokens)[1]
         if network not in samplers:
             say(f"compiling the sampler of phase {phase.name}")
             samplers[network] = _compile_sampler(
-                network, config, state.params, mesh, text_tokens, topology, optimization, say
+                network, config, state.params, mesh, text_tokens, topology, optimization, cache, say
             )
         images = phase.batch_size
-        per_image = budget.training_flops(network, phase.mask_ratio, text_tokens, phase.mask_position)
+        per_image = training_flops(network, phase.mask_ratio, text_tokens, phase.mask_position)
         passes = images // microbatch  # the compiler counts the body of a loop once
-        counted = None if step.flops is None else step.flops * passes
-        compute = max(float(per_image) * images / topology.size, counted or 0.0) / chip.peak_flops
-        memory = (step.bytes_accessed or 0.0) * passes / chip.bandwidth if chip.bandwidth else 0.0
+        counted = step.flops or _flops_before_optimization(network, phase, recipe, text_tokens) / topology.size
+        counted *= passes
+        # Where the compiler does not tell: each argument is read, each result and temporary written, the latter read.
+        accessed = step.bytes_accessed or step.arguments + step.outputs + 2 * step.temporaries
+        compute = max(float(per_image) * images / topology.size, counted) / chip.peak_flops
+        memory = accessed * passes / chip.bandwidth if chip.bandwidth else 0.0
         sent = sum(traffic.sent for traffic in step.traffic.values())
         interconnect = sent / chip.interconnect if chip.interconnect else 0.0
         hours = phase.steps * max(compute, memory, interconnect) / 3600
@@ -144,7 +152,7 @@ def rehearse(
                 state_bytes=bytes_per_device(state, jax.tree.map(lambda leaf: leaf.sharding, state)),
                 batch_size=images, microbatch=microbatch, step=step, sampler=samplers[network],
                 sampler_images=_sampler_images(config), flops=float(per_image) * images,
-                compiler_flops=None if counted is None else counted * topology.size, compute=compute, memory=memory,
+                compiler_flops=counted * topology.size, compute=compute, memory=memory,
                 interconnect=interconnect, hours=hours,
                 dollars=None if price is None else hours * topology.size * price,
                 fits=not suggestion and samplers[network].peak <= chip.memory, suggestion=suggestion,
@@ -153,22 +161,18 @@ def rehearse(
     return rehearsals, chip
 
 
-def fake_cpu(devices: int) -> budget.Chip:
+def fake_cpu(devices: int) -> Chip:
     """One of several fake devices that share this machine's cores and memory: its peak is measured."""
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    chip = budget.measure_chip()
+    chip = measure_chip()
     return dataclasses.replace(chip, peak_flops=chip.peak_flops / devices, memory=memory / devices)
 
 
 def _fit(
     network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh, text_tokens: int, topology: Topology,
-    chip: budget.Chip, optimization: str, say: Callable[[str], None],
+    chip: Chip, optimization: str, cache: Path | None, say: Callable[[str], None],
 ) -> tuple[Compiled, int, str]:  # fmt: skip
-    """The step of a phase as the recipe has it, its microbatch, and what to change if it does not fit (else '').
-
-    The largest microbatch that fits is estimated: what a step needs beyond its state grows in proportion to it. It is
-    compiled to make sure; if it was too large, the line through what is known then gives a second estimate.
-    """
+    """The step of a phase as the recipe has it, its microbatch, and what to change if it does not fit (else '')."""
 
     def compiled(microbatch: int) -> Compiled:
         at_once = f" in passes of {microbatch}" if microbatch < phase.batch_size else ""
@@ -179,7 +183,7 @@ def _fit(
         )
         found = compile_ahead(
             function, (state, batch, key), topology, out_shardings=out_shardings, donate_argnums=(0,),
-            optimization=optimization, progress=lambda seconds: say(f"{title} … {seconds:.0f} s"),
+            optimization=optimization, cache=cache, progress=lambda seconds: say(f"{title} … {seconds:.0f} s"),
         )  # fmt: skip
         say(f"{title}: {found.peak / 1e9:.3g} of {chip.memory / 1e9:.3g} GB per chip; took {found.seconds:.0f} s")
         return found
@@ -192,23 +196,55 @@ def _fit(
     held = bytes_per_device(state, jax.tree.map(lambda leaf: leaf.sharding, state))
     gradients = bytes_per_device(state.params, jax.tree.map(lambda leaf: leaf.sharding, state.params))
     shards = meshes.batch_shards(mesh)
-    tried, needed = asked, step.peak
-    fixed = float(held + gradients)  # accumulating takes one more copy of the gradients
-    for _ in range(COMPILATIONS - 1):
-        room = (0.95 * chip.memory - fixed) / max(needed - fixed, 1) * tried
-        sizes = [n for n in range(shards, tried, shards) if phase.batch_size % n == 0 and n <= room]
-        if not sizes:
-            break
-        before, tried = tried, max(sizes)
-        peak = compiled(tried).peak
-        if peak <= chip.memory:
-            return step, asked, f"with --config.microbatch={tried} it takes {peak / 1e9:.3g} GB and fits"
-        # Two points of a line, on which the part that is fixed lies at 0 images.
-        fixed, needed = peak - (needed - peak) / (before - tried) * tried, peak
+    sizes = [n for n in range(shards, asked, shards) if phase.batch_size % n == 0]
+    # Accumulating takes one more copy of the gradients.
+    peaks = {0: float(held + gradients), asked: float(step.peak)}
+    largest = largest_that_fits(sizes, peaks, chip.memory, lambda microbatch: compiled(microbatch).peak)
+    if largest:
+        return step, asked, f"with --config.microbatch={largest} it takes {peaks[largest] / 1e9:.3g} GB and fits"
+    least = peaks[min(peaks.keys() - {0})] / 1e9
     return step, asked, (
-        f"no microbatch was found that fits (parameters, optimizer and average alone take {held / 1e9:.1f} GB of each "
-        "chip); share them among more chips (--config.mesh.fsdp) or take more or larger chips"
+        f"no microbatch fits: even with {shards} images at once it takes {least:.3g} GB, {held / 1e9:.3g} of them for "
+        "parameters, optimizer and average; share those among more chips (--config.mesh.fsdp) or take larger chips"
     )  # fmt: skip
+
+
+def largest_that_fits(
+    sizes: Sequence[int], peaks: dict[int, float], limit: float, peak_of: Callable[[int], float]
+) -> int:
+    """The largest microbatch whose peak is within the limit; 0 if none is.
+
+    What a step needs beyond its state grows about in proportion to its microbatch. So the next to be compiled is the
+    largest that lies within the limit on a line through two that are known. If none does, that is believed of all but
+    the smallest.
+
+    Args:
+        sizes: possible microbatches, ascending.
+        peaks: bytes by microbatch: known of one that is too large, estimated of 0; what is found is added.
+        limit: bytes.
+        peak_of: compiles a microbatch: minutes.
+    """
+    fits, too_large = 0, max(peaks)
+    other = 0  # besides the smallest that is too large
+    while between := [n for n in sizes if fits < n < too_large]:
+        slope = (peaks[too_large] - peaks[other]) / (too_large - other)
+        likely = [n for n in between if peaks[too_large] + slope * (n - too_large) <= limit]
+        if fits and not likely:
+            break
+        tried = max(likely, default=between[0])
+        peaks[tried] = peak_of(tried)
+        if peaks[tried] <= limit:
+            fits = other = tried
+        else:
+            too_large, other = tried, fits or too_large
+    return fits
+
+
+def _flops_before_optimization(network: DiTConfig, phase: Phase, recipe: Recipe, text_tokens: int) -> float:
+    """Of a step, for all chips together; the body of a loop is counted once."""
+    one = meshes.make_mesh(devices=jax.devices()[:1])
+    function, state, batch, key, _ = lowered_arguments(network, phase, recipe, one, text_tokens)
+    return (jax.jit(function).lower(state, batch, key).cost_analysis() or {}).get("flops", 0.0)
 
 
 def _sampler_images(config: Any) -> int:
@@ -217,27 +253,23 @@ def _sampler_images(config: Any) -> int:
 
 def _compile_sampler(
     network: DiTConfig, config: Any, params: Any, mesh: jax.sharding.Mesh, text_tokens: int, topology: Topology,
-    optimization: str, say: Callable[[str], None],
+    optimization: str, cache: Path | None, say: Callable[[str], None],
 ) -> Compiled:  # fmt: skip
-    """The sampler as it draws while training: parameters where they are, the prompts on every chip."""
-    images, side, everywhere = _sampler_images(config), network.input_size, meshes.replicated(mesh)
-    captions, noise = (
-        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere)
-        for shape in (
-            (images, text_tokens, network.caption_channels), (images, side, side, network.in_channels),
-        )
-    )  # fmt: skip
-    sampler = make_sampler(
-        network, guidance=config.sampling.guidance, steps=config.sampling.steps,
-        sigma_data=config.diffusion.sigma_data, dtype=jnp.dtype(config.dtype),
-    )  # fmt: skip
+    """A call of the sampler as it draws while training: parameters where they are, the prompts on every chip."""
+    everywhere = meshes.replicated(mesh)
+    denoising = Denoising(
+        network, sigma_data=config.diffusion.sigma_data, dtype=jnp.dtype(config.dtype), sharding=everywhere
+    )
+    call, arguments = denoising.abstract_call(
+        params, _sampler_images(config), text_tokens, everywhere, guided=config.sampling.guidance != 1
+    )
     return compile_ahead(
-        sampler, (params, captions, noise), topology, out_shardings=everywhere, optimization=optimization,
+        call, arguments, topology, out_shardings=everywhere, optimization=optimization, cache=cache,
         progress=lambda seconds: say(f"compiling the sampler … {seconds:.0f} s"),
     )  # fmt: skip
 
 
-def table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: budget.Chip) -> str:
+def table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: Chip) -> str:
     """The rehearsals as lines of text."""
     rows = [["phase"], ["parameters"], ["images a step"], ["  in passes of"]]
     rows += [[f"GB per chip, of {chip.memory / 1e9:.1f}"], ["  arguments"], ["  temporaries"], ["  peak"]]
@@ -246,28 +278,28 @@ def table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: budget.Chip
     kinds = sorted({kind for rehearsal in rehearsals for kind in rehearsal.step.traffic})
     rows += [[f"  {kind}"] for kind in kinds]
     rows += [["ms per step, at least: compute"], ["  memory"], ["  interconnect"], ["images/s, at most"]]
-    rows += [["days, at least"], ["dollars, at least"], ["compiled in s"]]
+    rows += [["days, at least"], ["chip-hours, at least"], ["dollars, at least"], ["compiled in s"]]
     for r in rehearsals:
         column = [r.phase, f"{r.parameters:,}", f"{r.batch_size:,}", f"{r.microbatch:,}", ""]
         known = r.step.memory_limit is None
         column += [f"{b / 1e9:.3g}" if known else "–" for b in (r.step.arguments, r.step.temporaries)]
         column += [f"{b / 1e9:.3g}" for b in (r.step.peak, r.sampler.peak)]
         column += ["yes" if r.fits else "NO", f"{r.flops / 1e12:,.3g}"]
-        column += ["–" if r.compiler_flops is None else f"{r.compiler_flops / 1e12:,.3g}", ""]
+        column += [f"{r.compiler_flops / 1e12:,.3g}", ""]
         for kind in kinds:
             traffic = r.step.traffic.get(kind)
             column.append("–" if traffic is None else f"{traffic.count:,} × {traffic.bytes / traffic.count / 1e6:,.3g}")
         column += [f"{1000 * seconds:,.3g}" for seconds in (r.compute, r.memory, r.interconnect)]
-        column += [f"{r.batch_size / r.seconds:,.0f}", f"{r.hours / 24:,.3g}"]
+        column += [f"{r.batch_size / r.seconds:,.0f}", f"{r.hours / 24:,.3g}", f"{r.hours * topology.size:,.3g}"]
         column += ["–" if r.dollars is None else f"{r.dollars:,.0f}", f"{r.step.seconds:,.0f}"]
         for row, cell in zip(rows, column, strict=True):
             row.append(cell)
     days, dollars = sum(r.hours for r in rehearsals) / 24, [r.dollars for r in rehearsals if r.dollars is not None]
-    head = f"{topology}, {topology.size} chips; the phases together: at least {days:,.3g} days"
+    head = f"{topology}, {topology.size} chips; predicted for the phases together: at least {days:,.3g} days"
     if dollars and days:
         an_hour = sum(dollars) / (24 * days * topology.size)
         head += f" and ${sum(dollars):,.0f}, at ${an_hour:.2f} a chip-hour"
-    return "\n".join([head, "", budget.lines_of(rows, total=False)])
+    return "\n".join([head, "", lines_of(rows, total=False)])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -284,10 +316,13 @@ def main(argv: Sequence[str]) -> None:
     if topology.chip != "cpu":
         # A program for other devices can't be loaded from the cache by the devices here.
         jax.config.update("jax_enable_compilation_cache", False)
-    rehearsals, chip = rehearse(config, topology, FLAGS.phase, FLAGS.optimization, FLAGS.price_per_hour, say)
+    kept: Any = jax.config
+    cache = Path(kept.jax_compilation_cache_dir) / "rehearsals"
+    rehearsals, chip = rehearse(config, topology, FLAGS.phase, FLAGS.optimization, FLAGS.price_per_hour, cache, say)
     fits = all(rehearsal.fits for rehearsal in rehearsals)
     if FLAGS.json:
         about = {"topology": str(topology), "chips": topology.size, "chip": dataclasses.asdict(chip), "fits": fits}
+        about |= {"versions": ahead.compiler_versions(topology), "optimization": FLAGS.optimization}
         print(json.dumps(about | {"phases": [rehearsal.to_json() for rehearsal in rehearsals]}, indent=2))
     else:
         print(table(rehearsals, topology, chip))
@@ -301,7 +336,7 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "The recipe, e.g. configs/mask75.py:xl.")
-    flags.DEFINE_string("topology", None, f"v5e:8x8, v6e:8x8, v5p:4x4x4, {next(iter(GPUS))}:8 or cpu:8.")
+    flags.DEFINE_string("topology", None, f"v5e:8x8, v6e:8x8, v5p:4x4x4, {next(iter(ahead.GPUS))}:8 or cpu:8.")
     flags.DEFINE_string("phase", None, "Only this phase; by default all.")
     flags.DEFINE_enum("optimization", "default", ["default", "O0"], "O0 compiles faster; memory is nearly the same.")
     flags.DEFINE_float("price_per_hour", None, "Dollars per chip-hour; by default the config's, or the chip's.")

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import app, flags
@@ -15,6 +15,9 @@ from absl import app, flags
 from micro_dit.command import run_command
 from micro_dit.diffusion.samplers import SAMPLERS
 from micro_dit.errors import UserError
+
+if TYPE_CHECKING:
+    from micro_dit.api import About
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     if out.suffix.lower() != ".png":
         raise UserError(f"--out={FLAGS.out} must end in .png; several images also go into a folder of that name.")
     interval = parse_interval(FLAGS.guidance_interval)
-    model = load(FLAGS.workdir, FLAGS.step, FLAGS.batch_size)
+    model = load(FLAGS.workdir, FLAGS.step, FLAGS.batch_size, FLAGS.params)
     model.warn = lambda text: print(f"warning: {text}", file=sys.stderr)
     steps = model.about.steps if FLAGS.steps is None else FLAGS.steps
     guidance = model.about.guidance if FLAGS.guidance is None else FLAGS.guidance
@@ -44,16 +47,11 @@ def main(argv: Sequence[str]) -> None:
         **read_start(FLAGS.image, FLAGS.mask, FLAGS.strength),
     )  # fmt: skip
 
-    about = model.about
-    where = f"step {about.step} of {about.name}" if about.step is not None else about.name
-    settings = {
-        "sampler": f"{FLAGS.sampler}, {steps} steps", "guidance": str(guidance), "checkpoint": where,
-        "config": about.config_hash, "attribution": about.source,
-        "guidance_interval": FLAGS.guidance_interval, "negative_prompt": FLAGS.negative_prompt,
-        "autoguidance": f"step {weak.about.step} of {weak.about.name}" if weak else "",
-        "image": FLAGS.image, "mask": FLAGS.mask, "strength": "" if FLAGS.strength is None else str(FLAGS.strength),
-    }  # fmt: skip
-    settings = {name: value for name, value in settings.items() if value}
+    settings = png_metadata(
+        model.about, sampler=FLAGS.sampler, steps=steps, guidance=guidance, guidance_interval=FLAGS.guidance_interval,
+        negative_prompt=FLAGS.negative_prompt, autoguidance=weak.about.where if weak else "",
+        image=FLAGS.image, mask=FLAGS.mask, strength="" if FLAGS.strength is None else str(FLAGS.strength),
+    )  # fmt: skip
     drawn = [(prompt, FLAGS.seed + i) for prompt in prompts for i in range(FLAGS.num)]
     for number, (image, (prompt, seed)) in enumerate(zip(images, drawn, strict=True)):
         path = out if len(images) == 1 else out.with_suffix("") / file_name(number, prompt, seed)
@@ -64,7 +62,16 @@ def main(argv: Sequence[str]) -> None:
         seeds = {"seed": f"{FLAGS.seed} to {FLAGS.seed + FLAGS.num - 1}" if FLAGS.num > 1 else str(FLAGS.seed)}
         save_png(grid, out, {"prompt": " | ".join(prompts)} | seeds | settings)
         also = f", and each alone in {out.with_suffix('')}/"
-    print(f"{len(images)} image{'s' * (len(images) > 1)} from {where}: {out}{also}")
+    print(f"{len(images)} image{'s' * (len(images) > 1)} from {model.about.where}: {out}{also}")
+
+
+def png_metadata(about: "About", *, sampler: str, steps: int, guidance: float, **others: str) -> dict[str, str]:
+    """What a picture's file tells besides prompt and seed; nothing of the others that are empty."""
+    told = {
+        "sampler": f"{sampler}, {steps} steps", "guidance": str(float(guidance)), "checkpoint": about.where,
+        "config": about.config_hash, "attribution": about.source,
+    }  # fmt: skip
+    return {name: value for name, value in (told | others).items() if value}
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -141,6 +148,7 @@ def define_flags() -> None:
     flags.DEFINE_float("strength", None, "How much of the image is drawn anew, 0 to 1; by default 0.6, with a mask 1.")
     flags.DEFINE_integer("batch_size", 4, "Images at once; an image does not depend on how many there are.")
     flags.DEFINE_integer("step", None, "Checkpoint to use; by default the newest.")
+    flags.DEFINE_enum("params", None, ["ema", "raw"], "ema, the default where there is a moving average, or raw.")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ the first step; whatever happens afterwards (an interrupt, a kill, a NaN), the s
 checkpoint, exactly.
 """
 
+import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +18,39 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from micro_dit import budget
-from micro_dit.data.mix import check_alike, read_mix
+from micro_dit.data.mix import read_mix
 from micro_dit.data.pipeline import load_split, make_train_iterator
-from micro_dit.data.shards import MANIFEST, Manifest, shards_folder
+from micro_dit.data.shards import Manifest
 from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
+from micro_dit.evaluation.during_training import make_training_evaluation
 from micro_dit.evaluation.heldout import make_heldout_loss
 from micro_dit.models.dit import REMAT, DiTConfig, abstract_params, bind, make_config
+from micro_dit.models.flops import training_flops
 from micro_dit.models.masking import random_mask
 from micro_dit.models.moe import anywhere
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel import sharding
+from micro_dit.parallel.chips import Chip, chip_of, measure_chip
 from micro_dit.parallel.compilation import compiler_options
-from micro_dit.parallel.distributed import any_process, main_first
+from micro_dit.parallel.distributed import main_first
+from micro_dit.starting_point import has_checkpoints, load_start, load_under, place
 from micro_dit.training import report
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.ema import update_ema
 from micro_dit.training.interrupt import Interrupt
+from micro_dit.training.lora import LoRA, make_lora
 from micro_dit.training.metrics import MetricWriter
 from micro_dit.training.optimizer import make_optimizer
 from micro_dit.training.phases import Phase, make_phases, phase_starts
 from micro_dit.training.previews import Previews
 from micro_dit.training.progress import Progress
-from micro_dit.training.state import TrainState, abstract_state, enter_phase, init_state, stream
+from micro_dit.training.saving import Saving
+from micro_dit.training.state import TrainState, abstract_state, enter_phase, init_state, state_from, stream
 from micro_dit.training.workdir import claim_workdir
+from micro_dit.training_shards import prepare_shards
 
 Metrics = dict[str, jax.Array]
-ASK_EVERY = 10  # steps after which processes tell each other whether to stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Recipe:
         remat: what the backward pass computes again, see `micro_dit.models.dit.rematerialized`.
         adam: b1, b2, eps and weight_decay of `make_optimizer`.
         microbatch: images per forward and backward pass over all devices; 0 takes the whole batch at once.
+        lora: the adapter that is trained in place of the network's parameters; None trains those.
     """
 
     sigma_data: float
@@ -66,6 +73,7 @@ class Recipe:
     remat: str
     adam: Mapping[str, float]
     microbatch: int = 0
+    lora: LoRA | None = None
 
     def optimizer(self, phase: Phase) -> optax.GradientTransformation:
         return make_optimizer(phase.clip, **self.adam)
@@ -82,19 +90,31 @@ class Recipe:
                 )
 
 
+def with_mask_ratio(config: Any) -> Any:
+    """The config with its masking.ratio, if that is set, as mask_ratio of all phases that mask."""
+    if config.masking.ratio is None:
+        return config
+    config, ratio = copy.deepcopy(config), {"mask_ratio": config.masking.ratio}
+    config.phases = tuple({**phase, **(ratio if phase.get("mask_ratio") else {})} for phase in config.phases)
+    return config
+
+
 def make_recipe(config: Any) -> Recipe:
-    """The recipe of a config; raises UserError for an unknown `remat`."""
+    """The recipe of a config; raises UserError for an unknown `remat`, or a LoRA that can't be."""
     if config.remat not in REMAT:
         raise UserError(f"remat {config.remat!r} is unknown; use one of {', '.join(REMAT)}.")
-    diffusion = config.diffusion
+    diffusion, lora = config.diffusion, make_lora(**config.lora)
+    if lora and not config.init_from:
+        raise UserError("LoRA adapts weights that are there: name them with --config.init_from, or set lora.rank 0.")
     return Recipe(
-        diffusion.sigma_data, diffusion.caption_drop, config.dtype, config.remat, dict(config.adam), config.microbatch
-    )
+        diffusion.sigma_data, diffusion.caption_drop, config.dtype, config.remat, dict(config.adam), config.microbatch,
+        lora,
+    )  # fmt: skip
 
 
 def abstract_state_of(network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state in a phase."""
-    state = abstract_state(network, recipe.optimizer(phase), phase.ema_decay > 0)
+    state = abstract_state(network, recipe.optimizer(phase), phase.ema_decay > 0, recipe.lora)
     return sharding.placed_as(state, sharding.state_shardings(mesh, state))
 
 
@@ -102,6 +122,8 @@ def lowered_arguments(
     network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh, text_tokens: int
 ) -> tuple[Callable[..., Any], TrainState, dict[str, Any], Any, Any]:
     """What compiles a phase's step without making an array: the step, its abstract arguments, its out_shardings."""
+    if recipe.lora:
+        raise UserError("a LoRA run can't be rehearsed: set lora.rank 0, which needs more memory.")
     place, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
     latents = (phase.batch_size, network.input_size, network.input_size, network.in_channels)
     captions = (phase.batch_size, text_tokens, network.caption_channels)
@@ -116,8 +138,11 @@ def lowered_arguments(
 
 def make_train_step(
     network: DiTConfig, phase: Phase, first_step: int, recipe: Recipe, mesh: jax.sharding.Mesh | None = None
-) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
-    """One optimizer step of a phase: (state, batch, key) → (state, metrics). `first_step` is the phase's first."""
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """One optimizer step of a phase: (state, batch, key) → (state, metrics). `first_step` is the phase's first.
+
+    With LoRA there is a fourth argument: the network's parameters, which the state's adapt.
+    """
     schedule, optimizer = phase.schedule(), recipe.optimizer(phase)
     constrain = sharding.constrain_to(mesh) if mesh is not None and mesh.size > 1 else anywhere
 
@@ -134,26 +159,29 @@ def make_train_step(
         mask = random_mask(stream(key, "mask", step), B, network.tokens, phase.mask_ratio)
         return jax.tree.map(lambda drawn: constrain(drawn, "B"), (x, y, sigma, noise, mask))
 
-    def loss_of(params: Any, drawn: tuple[Any, ...]) -> jax.Array:
+    def loss_of(params: Any, base: Any, drawn: tuple[Any, ...]) -> jax.Array:
         x, y, sigma, noise, mask = drawn
+        if recipe.lora:
+            params = split_as_params(recipe.lora.merge(base, params))
         model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain)
         return edm.loss(
             lambda x, t, y: model(x, t, y, mask, phase.mask_position), x, y, sigma, noise,
             mask=mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,
+            reconstruction=edm.RECONSTRUCTION if network.decoder_depth else 0.0,
         ).mean()  # fmt: skip
 
-    def loss_and_gradients(params: Any, drawn: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+    def loss_and_gradients(params: Any, base: Any, drawn: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         """Of the whole batch, or the mean over microbatches one after another, which is the same but for rounding."""
         parts = phase.batch_size // recipe.microbatch if recipe.microbatch else 1
         if parts == 1:
-            return placed(jax.value_and_grad(loss_of)(params, drawn))
+            return placed(jax.value_and_grad(loss_of)(params, base, drawn))
 
         def rows_apart(a: jax.Array) -> jax.Array:
             """(B, …) → (parts, B / parts, …): every row stays on its device, which has B / devices rows one by one."""
             return constrain(a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), "mB")
 
         def add(total: Any, part: tuple[Any, ...]) -> tuple[Any, None]:
-            return placed(jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, part))), None
+            return placed(jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, base, part))), None
 
         zero = placed((jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
         total, _ = jax.lax.scan(add, zero, jax.tree.map(rows_apart, drawn))
@@ -162,14 +190,17 @@ def make_train_step(
     def placed(loss_and_gradients: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         """Each gradient is split as its parameter is: a device needs the sum of no more than that."""
         loss, gradients = loss_and_gradients
-        if mesh is not None and mesh.size > 1:
-            gradients = jax.lax.with_sharding_constraint(gradients, sharding.param_shardings(mesh, gradients))
-        return loss, gradients
+        return loss, split_as_params(gradients)
+
+    def split_as_params(tree: Any) -> Any:
+        if mesh is None or mesh.size == 1:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, sharding.param_shardings(mesh, tree))
 
     def train_step(
-        state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array
+        state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array, base: Any = None
     ) -> tuple[TrainState, Metrics]:
-        loss, gradients = loss_and_gradients(state.params, draw(batch, key, state.step))
+        loss, gradients = loss_and_gradients(state.params, base, draw(batch, key, state.step))
         in_phase = state.step - first_step
         learning_rate = schedule(in_phase)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -200,47 +231,6 @@ def network_of(phase: Phase, config: Any, manifest: Manifest) -> DiTConfig:
     return network
 
 
-def prepare_shards(config: Any, phases: Sequence[Phase], say: Callable[[str], None]) -> list[Manifest]:
-    """The manifest of each phase's shards; those of the embedded data are made first if they are missing.
-
-    Raises:
-        UserError: shards are missing, damaged, lack the phase's resolution, or contradict the config or each other.
-    """
-    data = config.data
-    if data.source and "," not in data.shards and not (shards_folder(data.shards) / MANIFEST).exists():
-        from micro_dit.precompute import precompute  # brings torch, which training itself has no use for
-
-        say(f"preparing {data.shards} from {data.source} (once)")
-        precompute(
-            source=data.source, out=data.shards, resolutions=tuple(data.resolutions), vae=data.vae,
-            text_encoder=data.text_encoder, caption_tokens=data.caption_tokens, report=say,
-        )  # fmt: skip
-    names = [phase.shards or data.shards for phase in phases]
-    mixes = [read_mix(name) for name in names]
-    manifests = [mix.manifest() for mix in mixes]
-    encoders = asked_encoders(data.vae, data.text_encoder)
-    for phase, mix in zip(phases, mixes, strict=True):
-        mix.check(
-            resolution=phase.resolution, sigma_data=config.diffusion.sigma_data, caption_tokens=data.caption_tokens,
-            **encoders,
-        )  # fmt: skip
-    check_alike(names, manifests)
-    return manifests
-
-
-def asked_encoders(vae: str, text_encoder: str) -> dict[str, str]:
-    """What `check_shards` shall find of the config's encoders: names, and a fingerprint of what is there to be read."""
-    from micro_dit.encoders.hub import ASSETS
-    from micro_dit.encoders.image import load_image_encoder
-
-    local = Path(text_encoder).expanduser().is_dir()
-    asked = {"vae": vae, "text_encoder": Path(text_encoder).expanduser().resolve().name if local else text_encoder}
-    if Path(vae).expanduser().is_dir() or (ASSETS / vae).is_dir():
-        encoder = load_image_encoder(vae)
-        asked |= {"vae": encoder.name, "vae_fingerprint": encoder.fingerprint}
-    return asked
-
-
 def train(config: Any, workdir: str | Path) -> Path:
     """Trains by a config (see configs/mask75.py); goes on where the last run in the work directory stopped.
 
@@ -255,6 +245,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     say: Callable[[str], None] = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
 
     # 1. Check everything that can be checked before the first step.
+    config = with_mask_ratio(config)
     phases = make_phases(config.phases)
     starts = phase_starts(phases)
     mesh = meshes.make_mesh(config.mesh)
@@ -271,10 +262,15 @@ def train(config: Any, workdir: str | Path) -> Path:
         "files": [m.fingerprint for m in manifests],
     }  # fmt: skip
     overview = sharding.table(mesh, abstract_params(networks[0]))
+    start = load_start(config.init_from) if config.init_from and not has_checkpoints(workdir) else None
+    if start:
+        start.check(networks[0], manifest, recipe.sigma_data, config.data.vae, config.data.text_encoder)
+        if recipe.lora:
+            recipe.lora.abstract(start.params)  # says now if nothing can be adapted
     main_first(lambda: claim_workdir(workdir, config.to_dict(), about_shards) if main_process else None)
 
     # 2. Say what is going to happen.
-    chip = budget.chip_of(jax.devices()[0].device_kind) or budget.measure_chip()
+    chip = chip_of(jax.devices()[0].device_kind) or measure_chip()
     say(report.parameter_table(abstract_params(networks[0])))
     if mesh.size > 1:
         say(overview)
@@ -282,7 +278,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     say(report.plan_table(networks, phases, chip, mesh.size, config.cost.mfu, device_price, text.tokens))
 
     # 3. Restore, or start.
-    checkpoints = Checkpoints(workdir, keep_steps=tuple(starts[1:]), clean=True)
+    checkpoints = Checkpoints(workdir, keep_steps=tuple(starts[1:]), keep_every=config.keep_every, clean=True)
 
     def abstract_of(meta: Mapping[str, Any]) -> TrainState:
         return abstract_state_of(networks[meta["phase"]], phases[meta["phase"]], recipe, mesh)
@@ -291,11 +287,23 @@ def train(config: Any, workdir: str | Path) -> Path:
     meta: dict[str, Any]
     if restored is None:
         places = sharding.shardings_of(abstract_of({"phase": 0}))
-        state = init_state(networks[0], recipe.optimizer(phases[0]), config.seed, places, phases[0].ema_decay > 0)
+        optimizer, with_ema = recipe.optimizer(phases[0]), phases[0].ema_decay > 0
         meta = {"step": 0, "phase": 0, "images": 0, "seconds": 0.0, "dollars": 0.0, "data": None}
+        if start and not recipe.lora:
+            state = state_from(place(start.params, places.params), optimizer, places, with_ema)
+        else:
+            state = init_state(networks[0], optimizer, config.seed, places, with_ema, recipe.lora)
+        if start:
+            say(f"starting from {start}")
+            meta |= {"lora": start.under(recipe.lora)} if recipe.lora else {}
     else:
         state, meta = restored
         say(f"continuing from step {meta['step']} of {starts[-1]} ({checkpoints.folder / str(meta['step'])})")
+        start = load_under(meta["lora"]) if recipe.lora else None
+    base = None
+    if start and recipe.lora:
+        base = place(start.params, sharding.param_shardings(mesh, start.params))
+    start = None  # the host's copy
 
     # 4. Train phase after phase.
     writer = MetricWriter(
@@ -309,8 +317,11 @@ def train(config: Any, workdir: str | Path) -> Path:
         sharding=meshes.replicated(mesh),
     ))  # fmt: skip
     price = device_price * mesh.size
-    run = _Run(config, workdir, mesh, recipe, manifests, chip, price, checkpoints, writer, previews, say)
+    run = _Run(config, workdir, mesh, recipe, manifests, chip, price, checkpoints, writer, previews, say, base)
     with Interrupt() as interrupt:
+        saving = Saving(
+            interrupt, every=config.checkpoint_every, keep_every=config.keep_every, minutes=config.checkpoint_minutes
+        )
         for index, (phase, network) in enumerate(zip(phases, networks, strict=True)):
             if meta["step"] >= starts[index + 1]:
                 continue  # done before the restart
@@ -318,12 +329,12 @@ def train(config: Any, workdir: str | Path) -> Path:
                 places = sharding.shardings_of(abstract_of({"phase": index}))
                 state = enter_phase(state, recipe.optimizer(phase), phase.ema_decay > 0, phase.fresh_optimizer, places)
                 meta |= {"phase": index, "data": None}
-            state, meta = run.phase(phase, network, starts[index], state, meta, interrupt)
-            if any_process(interrupt.requested) and meta["step"] < starts[-1]:
+            state, meta = run.phase(phase, network, starts[index], state, meta, saving)
+            if saving.told_to_stop() and meta["step"] < starts[-1]:
                 checkpoints.close()
                 writer.close()
                 done = f"step {meta['step']:,} of {starts[-1]:,}"
-                say(f"stopped at {done}, saved in {workdir}; to continue, run the same command again.")
+                say(f"stopped at {done}, saved in {workdir}: resumable by running the same command again.")
                 return workdir
 
     # 5. Leave something to look at.
@@ -345,16 +356,21 @@ class _Run:
     mesh: jax.sharding.Mesh
     recipe: Recipe
     manifests: list[Manifest]
-    chip: budget.Chip
+    chip: Chip
     price: float
     checkpoints: Checkpoints
     writer: MetricWriter
     previews: Previews
     say: Callable[[str], None]
+    base: dict[str, jax.Array] | None  # the parameters under a LoRA adapter
+
+    def whole(self, params: Any) -> Any:
+        """The network's parameters, of what is trained."""
+        return self.recipe.lora.merge(self.base, params) if self.recipe.lora and self.base else params
 
     def phase(
         self, phase: Phase, network: DiTConfig, first_step: int, state: TrainState, meta: dict[str, Any],
-        interrupt: Interrupt,
+        saving: Saving,
     ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
         """Trains one phase, from wherever `state` is in it; returns early on an interrupt, with everything saved."""
         config, last_step = self.config, first_step + phase.steps
@@ -365,10 +381,10 @@ class _Run:
         )  # fmt: skip
         if meta["data"] is not None:
             iterator.set_state(meta["data"])
-        heldout = self._heldout_loss(phase, network)
+        heldout, measure = self._heldout_loss(phase, network), self._evaluation(phase, network)
         progress = Progress(
             phase.name, phase.steps, meta["step"] - first_step, phase.batch_size,
-            flops_per_image=budget.training_flops(
+            flops_per_image=training_flops(
                 network, phase.mask_ratio, self.manifests[0].text_encoder.tokens, phase.mask_position
             ),
             peak_flops=self.chip.peak_flops * self.mesh.size if self.chip.name != "cpu" else self.chip.peak_flops,
@@ -396,52 +412,57 @@ class _Run:
             compiler_options=compiler_options(),
         )
         compile_started = time.monotonic()
-        compiled = step_function.lower(state, batch, key).compile()
+        compiled = step_function.lower(state, batch, key, self.base).compile()
         self.say(report.compilation(phase.name, compiled, time.monotonic() - compile_started))
 
         step, previous = meta["step"], None
         while True:
             # The order matters: dispatch the step, and only then read the metrics of the one before, so that the device
             # never waits; the iterator's position is saved before the next batch is taken, so that it fits the state.
-            state, metrics = compiled(state, batch, key)
+            state, metrics = compiled(state, batch, key, self.base)
             step += 1
             if previous is not None:
                 self._record(step - 1, first_step, previous, progress, phase)
             previous = metrics
-            ends = step == last_step or self._told_to_stop(interrupt, step)
-            saves = ends or (config.checkpoint_every and step % config.checkpoint_every == 0)
+            saves, stops = saving.after(step)
+            ends = stops or step == last_step
+            saves = saves or ends
             evaluates = step == last_step or (config.evaluate_every and step % config.evaluate_every == 0)
             samples = step == last_step or (config.sampling.every and step % config.sampling.every == 0)
-            if saves or evaluates or samples:
+            measures = measure is not None and (step == last_step or step % config.evaluation.every == 0)
+            if saves or evaluates or samples or measures:
                 # Nothing is saved or shown before this step's loss is known to be finite.
                 self._record(step, first_step, previous, progress, phase)
                 previous = None
                 with progress.paused():
                     if saves:
                         self.checkpoints.save(state, meta_at(step), wait=ends)
+                        saving.saved()
                     if evaluates and heldout is not None:
-                        scalars = heldout(state.params)
-                        if state.ema is not None:
-                            averaged = heldout(state.ema)
-                            scalars = averaged | {
-                                "heldout_loss": scalars["heldout_loss"], "heldout_loss_ema": averaged["heldout_loss"]
-                            }
-                        self.writer.write_scalars(step, scalars)
-                    if samples:
-                        grid = self.previews.draw(network, state.best_params, step)
+                        self._evaluate(step, state, heldout, saving)
+                    if samples and not saving.told_to_stop():
+                        grid = self.previews.draw(network, self.whole(state.best_params), step)
                         if grid is not None:
                             self.writer.write_images(step, {"samples": grid})
+                    if measure and measures and not saving.told_to_stop():
+                        self.writer.write_scalars(step, measure(self.whole(state.best_params)))
+                    if (evaluates or samples or measures) and not ends and saving.told_to_stop():  # meanwhile
+                        ends = True
+                        self.checkpoints.save(state, meta_at(step), wait=True)
             if ends:
                 break
             batch = meshes.to_device(next(iterator), self.mesh)
         progress.close()
         return state, meta_at(step)
 
-    def _told_to_stop(self, interrupt: Interrupt, step: int) -> bool:
-        """Whether any process was; several stop at the same step. They ask now and then: the answer waits for steps."""
-        if jax.process_count() > 1 and step % ASK_EVERY:
-            return False
-        return any_process(interrupt.requested)
+    def _evaluate(self, step: int, state: TrainState, heldout: Callable[..., dict[str, float]], saving: Saving) -> None:
+        """Writes the held-out losses, unless told to stop before they are there."""
+        scalars = heldout(self.whole(state.params), saving.told_to_stop)
+        if scalars and state.ema is not None:
+            raw, averaged = scalars["heldout_loss"], heldout(self.whole(state.ema), saving.told_to_stop)
+            scalars = averaged and averaged | {"heldout_loss": raw, "heldout_loss_ema": averaged["heldout_loss"]}
+        if scalars:
+            self.writer.write_scalars(step, scalars)
 
     def _record(self, step: int, first_step: int, metrics: Metrics, progress: Progress, phase: Phase) -> None:
         """Shows and writes a step's metrics; a loss that is not finite ends the run before anything is saved."""
@@ -459,7 +480,7 @@ class _Run:
         if self.config.logging.every and step % self.config.logging.every == 0:
             self.writer.write_scalars(step, values | progress.scalars())
 
-    def _heldout_loss(self, phase: Phase, network: DiTConfig) -> Callable[[Any], dict[str, float]] | None:
+    def _heldout_loss(self, phase: Phase, network: DiTConfig) -> Callable[..., dict[str, float]] | None:
         split = self.config.data.heldout
         shards = phase.shards or self.config.data.shards
         if not split or not read_mix(shards).manifest().records(split):
@@ -470,3 +491,10 @@ class _Run:
             dtype=jnp.dtype(self.recipe.dtype), sharding=meshes.replicated(self.mesh),
         )  # fmt: skip
 
+    def _evaluation(self, phase: Phase, network: DiTConfig) -> Callable[[Any], dict[str, float]] | None:
+        data, sampling, recipe = self.config.data, self.config.sampling, self.recipe
+        return make_training_evaluation(
+            network, shards=phase.shards or data.shards, split=data.heldout or "train", resolution=phase.resolution,
+            vae=data.vae, guidance=sampling.guidance, steps=sampling.steps, sigma_data=recipe.sigma_data, warn=self.say,
+            dtype=jnp.dtype(recipe.dtype), sharding=meshes.replicated(self.mesh), **self.config.evaluation,
+        )  # fmt: skip

@@ -16,6 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-dir", default=str(GOLDEN), help="folder of golden tensors for tests/parity")
+    parser.addoption("--kills", type=int, default=3, help="how often tests/test_resume.py kills a run")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 
 from micro_dit.data.shards import ImageEncoderInfo, Manifest, TextEncoderInfo
 from micro_dit.models.dit import abstract_params
-from micro_dit.train import make_recipe, make_train_step, network_of
+from micro_dit.parallel.chips import CHIPS
+from micro_dit.train import make_recipe, make_train_step, network_of, with_mask_ratio
+from micro_dit.training.cost import plan
 from micro_dit.training.phases import make_phases
 from micro_dit.training.state import TrainState
 
@@ -22,7 +24,9 @@ MASK75 = tiny.CONFIGS / "mask75.py"
 OPENMOJI = json.loads((Path(tiny.CONFIGS).parent / "micro_dit/assets/openmoji_vae/config.json").read_text())
 CHANNELS = {"openmoji_vae": OPENMOJI["latent_channels"]}
 VARIANTS = [(path, None) for path in sorted(tiny.CONFIGS.glob("*.py")) if path != MASK75]
-VARIANTS += [(MASK75, variant) for variant in ("demo", "openmoji", "tiny", "xl")]
+MASK75_VARIANTS = ("demo", "small", "openmoji", "tiny", "xl")
+VARIANTS += [(tiny.CONFIGS / "finetune.py", "xl")]
+VARIANTS += [(MASK75, variant) for variant in MASK75_VARIANTS]
 
 
 def manifest_of(config: ConfigDict) -> Manifest:
@@ -36,7 +40,7 @@ def manifest_of(config: ConfigDict) -> Manifest:
 
 @pytest.mark.parametrize(("path", "variant"), VARIANTS, ids=[f"{path.stem}:{variant}" for path, variant in VARIANTS])
 def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str | None):
-    config = tiny.load_config_file(path, variant)
+    config = with_mask_ratio(tiny.load_config_file(path, variant))
     manifest, phases = manifest_of(config), make_phases(config.phases)
     recipe = make_recipe(config)
     assert {resolution for resolution in config.data.resolutions} <= set(manifest.resolutions)
@@ -46,7 +50,9 @@ def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str | No
     # Phases that mask alike differ in sizes and numbers only: the last of them, the largest, stands for all.
     programs = {(p.mask_ratio, p.mask_position): (p, n) for p, n in zip(phases, networks, strict=True)}
     for phase, network in programs.values():
-        params = abstract_params(network)
+        base = params = abstract_params(network)
+        if recipe.lora:
+            params = recipe.lora.abstract(base)
         opt_state = jax.eval_shape(recipe.optimizer(phase).init, params)
         step = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(step, params, opt_state, params if phase.ema_decay else None)
@@ -56,7 +62,7 @@ def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str | No
             for name in ("latent_mean", "latent_std")
         } | {"caption": jax.ShapeDtypeStruct((B, text.tokens, text.channels), jnp.float16)}
         key = jax.eval_shape(lambda: jax.random.key(0))
-        after, metrics = jax.eval_shape(make_train_step(network, phase, 0, recipe), state, batch, key)
+        after, metrics = jax.eval_shape(make_train_step(network, phase, 0, recipe), state, batch, key, base)
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
             lambda leaf: (leaf.shape, leaf.dtype), state
         )
@@ -89,7 +95,7 @@ def test_the_papers_recipe_is_the_papers():
 
 
 def test_an_unknown_variant_is_refused():
-    with pytest.raises(ValueError, match="no variant 'foo'; use one of demo, openmoji, tiny, xl"):
+    with pytest.raises(ValueError, match="no variant 'foo'; use one of demo, small, openmoji, tiny, xl"):
         tiny.load_config_file(MASK75, "foo")
 
 
@@ -99,9 +105,44 @@ def test_every_variant_has_the_same_fields():
             return {prefix}
         return set().union(*(names(value, f"{prefix}.{name}") for name, value in config.items() if name != "model"))
 
-    configs = [tiny.load_config_file(MASK75, variant) for variant in ("demo", "openmoji", "tiny", "xl")]
+    configs = [tiny.load_config_file(MASK75, variant) for variant in MASK75_VARIANTS]
     assert len({frozenset(names(config)) for config in configs}) == 1
-    assert len({config.name for config in configs}) == 4  # each has its own work directory
+    assert len({config.name for config in configs}) == len(configs)  # each has its own work directory
+
+
+COMPARISONS = ("mask75", "mask0", "naive75", "maskdit75", "downscale")
+
+
+@pytest.mark.parametrize("variant", MASK75_VARIANTS)
+def test_the_comparisons_cost_what_they_say(variant: str):
+    """Networks are checked by `network_of`; FLOPs are those of the whole recipe, relative to mask75's."""
+    flops, names = {}, set()
+    for name in COMPARISONS:
+        config = with_mask_ratio(tiny.load_config_file(tiny.CONFIGS / f"{name}.py", variant))
+        manifest, phases = manifest_of(config), make_phases(config.phases)
+        networks = [network_of(phase, config, manifest) for phase in phases]
+        costs = plan(networks, phases, CHIPS["h100"], caption_tokens=manifest.text_encoder.tokens).costs
+        flops[name] = sum(cost.flops for cost in costs)
+        names.add(config.name)
+        masked = [phase.mask_ratio for phase in phases[::2]]
+        assert masked == [0.0 if name in ("mask0", "downscale") else 0.75] * len(masked)
+        assert [phase.mask_ratio for phase in phases[1::2]] == [0.0] * len(masked)
+    relative = {name: value / flops["mask75"] for name, value in flops.items()}
+    assert relative["downscale"] == pytest.approx(1, abs=0.03)
+    assert 1.6 < relative["mask0"] < 2.3
+    assert 0.47 < relative["naive75"] < 0.66
+    assert 1.15 < relative["maskdit75"] / relative["naive75"] < 1.3
+    assert len(names) == len(COMPARISONS)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.875])
+def test_the_mask_ratio_of_all_masked_phases_can_be_set(ratio: float):
+    config = tiny.load_config_file(MASK75, "xl")
+    config.masking.ratio = ratio
+    changed = with_mask_ratio(config)
+    assert [phase["mask_ratio"] for phase in changed.phases] == [ratio, 0.0, ratio, 0.0]
+    assert [phase["mask_ratio"] for phase in config.phases] == [0.75, 0.0, 0.75, 0.0]  # ours is left alone
+    assert make_phases(changed.phases)[0].steps == 250_000
 
 
 def test_a_config_survives_being_written_down():

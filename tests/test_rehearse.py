@@ -1,5 +1,6 @@
 """A run is rehearsed for eight fake devices by the command itself: what fits, what does not, and what it needs."""
 
+import importlib.util
 import json
 import os
 import re
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 import tiny
 
-from micro_dit import budget, rehearse
+from micro_dit import rehearse
+from micro_dit.errors import UserError
 from micro_dit.models.dit import abstract_params, make_config
+from micro_dit.models.flops import training_flops
+from micro_dit.parallel.chips import CHIPS
 from micro_dit.parallel.compile_ahead import Compiled, Topology
 from micro_dit.parallel.mesh import make_mesh
 from micro_dit.train import make_recipe
@@ -23,7 +27,7 @@ from micro_dit.training.phases import Phase, make_phases
 from micro_dit.training.state import TrainState
 
 ROOT = Path(__file__).parent.parent
-IMAGES = 256  # in a step of the first phase
+IMAGES = 4096  # in a step of the first phase
 TOO_MANY = 2**20  # images in a step: more than the machine holds, but nothing is allocated
 # Wide enough that products are nearly all of the work, as in real networks; few operations, so that it compiles fast.
 MODEL = dict(dim=256, depth=1, use_patch_mixer=False, multiple_of=64)
@@ -84,7 +88,7 @@ def test_flops_agree_with_those_counted_by_hand(rehearsed: tuple[Any, dict[str, 
     """Without recomputation; what is no product makes the difference."""
     network = tiny.network(**MODEL)
     for phase, images, mask in zip(rehearsed[1]["phases"], (IMAGES, TOO_MANY), (0.75, 0.0), strict=True):
-        assert phase["flops"] == images * budget.training_flops(network, mask, tiny.TEXT.tokens)
+        assert phase["flops"] == images * training_flops(network, mask, tiny.TEXT.tokens)
         assert phase["compiler_flops"] == pytest.approx(phase["flops"], rel=0.1)
 
 
@@ -108,15 +112,18 @@ def test_what_fits_exits_with_0_and_prints_a_table(tiny_shards: Path, rehearsed:
         assert row in done.stdout
 
 
-def test_what_is_wrong_is_said_in_one_line(tiny_shards: Path):
-    done = run(tiny_shards, "--phase=nothing")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: there is no phase 'nothing'; the phases are masked, unmasked."
+def test_an_unknown_phase_is_refused():
+    with pytest.raises(UserError, match="no phase 'nothing'; the phases are masked, unmasked"):
+        rehearse.rehearse(tiny.get_config("nowhere"), Topology("cpu", (8,)), only="nothing")
 
 
 @pytest.mark.parametrize(
     ("fixed", "per_image", "compilations", "suggestion"),
-    [(1e9, 1e6, 1, ""), (4e9, 4e7, 2, "--config.microbatch=256 "), (2e10, 1e6, 1, "no microbatch")],
+    [
+        (1e9, 1e6, 1, ""),
+        (4e9, 4e7, 2, "--config.microbatch=256 "),
+        (1.599e10, 4e7, 2, "even with 1 images at once it takes 16 GB, 10.7 of them for parameters"),
+    ],
     ids=["fits", "fits in passes", "never fits"],
 )
 def test_search_for_a_microbatch(
@@ -143,9 +150,57 @@ def test_search_for_a_microbatch(
     mesh = make_mesh(devices=jax.devices()[:1])
     found = rehearse._fit(
         make_config("Nano", input_size=8), phase, make_recipe(config), mesh, 4, Topology("v5e", (1, 1)),
-        budget.CHIPS["v5e"], "O0", lambda text: None,
+        CHIPS["v5e"], "O0", None, lambda text: None,
     )  # fmt: skip
     assert found[1] == 512
     assert suggestion in found[2]
     assert bool(found[2]) == bool(suggestion)
     assert len(times) == compilations
+
+
+@pytest.mark.parametrize(
+    "peak_of",
+    [
+        lambda n: 4e9 + 4e7 * n,
+        lambda n: 9e9 + 4e7 * n,
+        lambda n: 4e9 + 1e8 * n**0.8,
+        lambda n: 4e9 + 2e7 * n + 1e4 * n**2,
+        lambda n: 8e9 + 3e6 * n + (4e9 if n > 64 else 0),
+        lambda n: 2e10 + n,
+    ],
+    ids=["line", "more fixed", "concave", "convex", "jump", "never"],
+)
+def test_the_largest_microbatch_that_fits(peak_of: Any):
+    sizes, limit, tried = [8 * 2**i for i in range(8)], 16e9, []
+    peaks = {0: 4e9, 2048: max(peak_of(2048), 1.1 * limit)}
+    found = rehearse.largest_that_fits(sizes, peaks, limit, lambda n: tried.append(n) or peak_of(n))
+    assert found == max((n for n in sizes if peak_of(n) <= limit), default=0)
+    assert len(tried) == len(set(tried)) <= 4
+
+
+def test_passes_save_memory(tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]):
+    """With 32 images on each device at once instead of 512."""
+    whole = rehearsed[1]["phases"][0]
+    done = run(tiny_shards, "--json", "--phase=masked", "--config.microbatch=256")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["phases"][0]
+    assert found["step"]["arguments"] == whole["step"]["arguments"]
+    assert found["step"]["temporaries"] < 0.5 * whole["step"]["temporaries"]
+    assert found["compiler_flops"] == pytest.approx(whole["compiler_flops"], rel=0.1)  # every pass is counted
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, XLA's compiler for TPUs, is missing")
+def test_a_slice_of_tpus_is_rehearsed_without_one(tiny_shards: Path):
+    arguments = ["--topology=v5e:2x2", "--phase=masked", "--json", "--config.mesh.data=1", "--config.mesh.fsdp=4"]
+    narrow = ["--config.model.dim=64", "--config.phases[0].batch_size=16"]  # half a minute of compiling is enough
+    done = run(tiny_shards, *arguments, *narrow)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    phase = found["phases"][0]
+    assert (found["chips"], found["fits"], found["chip"]["memory"]) == (4, True, 16e9)
+    assert "libtpu" in found["versions"]
+    assert 1 < phase["compiler_flops"] / phase["flops"] < 2  # in so narrow a network, much is no product
+    assert phase["state_bytes"] < phase["step"]["arguments"] < phase["peak_bytes"] < 1e9
+    assert phase["step"]["traffic"]["all-gather"]["bytes"] > 0
+    assert phase["sampler"]["temporaries"] > 0
+    assert min(phase["compute"], phase["memory"], phase["interconnect"]) > 0

@@ -16,10 +16,12 @@ from PIL import Image
 from micro_dit import generator as generators
 from micro_dit import sample
 from micro_dit.api import Model, load
-from micro_dit.diffusion.samplers import SAMPLERS, noise_levels
+from micro_dit.diffusion import edm
+from micro_dit.diffusion.guidance import guide
+from micro_dit.diffusion.samplers import SAMPLERS, heun, noise_levels
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
-from micro_dit.generator import Denoising, Generator, Inputs, draw_noise, make_sampler, to_uint8
+from micro_dit.generator import Denoising, Generator, Inputs, draw_noise, to_uint8
 from micro_dit.interop.model_folder import save_model_folder
 
 CONFIG = tiny.network(in_channels=3)
@@ -96,10 +98,28 @@ def test_an_image_depends_on_its_caption_and_seed_and_not_on_the_batch(
 
 def test_call_by_call_is_the_whole_sampler(generator: Generator, params: dict[str, jax.Array]):
     noise = draw_noise(CONFIG, [5, 6])
-    whole = make_sampler(CONFIG, guidance=2.0, steps=3, sigma_data=0.9)(params, CAPTIONS[:2], noise)
+    F = guide(generators.bind(CONFIG, params), 2.0)
+    whole = heun(lambda x, sigma: edm.denoise(F, x, sigma, CAPTIONS[:2], 0.9), noise, noise_levels(3))
     inputs = Inputs(params, CAPTIONS[:2], 0 * CAPTIONS[0])
     calls = generator._denoising(inputs, noise, noise_levels(3), guidance=2.0)
     np.testing.assert_allclose(calls, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_what_is_rehearsed_is_what_is_compiled(params: dict[str, jax.Array], guidance: float):
+    denoising, place = Denoising(CONFIG, sigma_data=0.9), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    call, programs = denoising._call, set()
+
+    def noted(*arguments: Any, **static: Any) -> Any:
+        programs.add(call.lower(*arguments, **static).as_text())
+        return call(*arguments, **static)
+
+    denoising._call = noted
+    inputs = Inputs(jax.device_put(params, place), CAPTIONS[:2], 0 * CAPTIONS[0])
+    denoising(inputs, draw_noise(CONFIG, [5, 6]), noise_levels(2), guidance=guidance)
+    abstract = {n: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place) for n, p in params.items()}
+    function, arguments = denoising.abstract_call(abstract, 2, 4, place, guided=guidance != 1)
+    assert programs == {jax.jit(function, out_shardings=place).lower(*arguments).as_text()}
 
 
 def test_steps_and_scales_compile_nothing_anew(params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch):
@@ -303,7 +323,7 @@ def command(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     flags = SimpleNamespace(
         workdir=str(finished_run), prompt=["one", "two"], prompts_file="", out=str(tmp_path / "out.png"), num=2,
         guidance=2.0, steps=2, seed=3, step=None, sampler="heun", guidance_interval="", negative_prompt="",
-        autoguidance="", image="", mask="", strength=None, batch_size=3,
+        autoguidance="", image="", mask="", strength=None, batch_size=3, params=None,
     )  # fmt: skip
     monkeypatch.setattr(sample, "FLAGS", flags)
     return flags

@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from micro_dit.train import Recipe, make_train_step, train
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.metrics import read_metrics
 from micro_dit.training.phases import Phase
+from micro_dit.training.previews import Previews
 from micro_dit.training.state import TrainState
 
 RECIPE = Recipe(sigma_data=0.9, caption_drop=0.1, dtype="float32", remat="dots", adam={})
@@ -191,8 +193,11 @@ def test_after_damage_the_checkpoint_before_leads_to_the_same_end(
 def test_a_phase_takes_the_weights_alone_to_another_resolution(config: ConfigDict, tmp_path: Path, finished_run: Path):
     """With four times the tokens, another position table, new moments, and a held-out loss."""
     workdir = tmp_path / "run"
-    high = dict(name="high", resolution=128, steps=3, pos_interp_scale=2.0, fresh_optimizer=True, ema_start=1)
+    high = dict(
+        name="high", resolution=128, steps=3, pos_interp_scale=2.0, fresh_optimizer=True, ema_start=1, warmup_steps=2
+    )
     config.phases = (config.phases[0], tiny.UNMASKED | high)
+    config.keep_every = 49
     config.data.update(heldout="validation", heldout_images=3)
     # The first phase is the finished run's, up to its end.
     (workdir / "checkpoints").mkdir(parents=True)
@@ -204,15 +209,53 @@ def test_a_phase_takes_the_weights_alone_to_another_resolution(config: ConfigDic
     (scalars,) = evaluated
     assert scalars["step"] == 51
     assert {"heldout_loss", "heldout_loss_ema"} <= set(scalars)
-    assert len([name for name in scalars if name.startswith("heldout_loss/sigma=")]) == 8
+    assert len([name for name in scalars if name.startswith("heldout_loss/sigma=")]) == 11
     end = tiny.read_checkpoint(workdir)
     assert end["meta"]["model"]["input_size"] == 16
     assert end["meta"]["model"]["pos_interp_scale"] == 2.0
     (count,) = [leaf for leaf in jax.tree.leaves(end["opt"]) if leaf.dtype == np.int32]
     assert count == 3  # the moments began with the phase
-    before = tiny.read_checkpoint(workdir, 48)["params"]
+    # The weights are the same, to the bit: the first step has learning rate 0, and new moments.
+    before, first = tiny.read_checkpoint(workdir, 48)["params"], tiny.read_checkpoint(workdir, 49)
+    for part in ("params", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, first[part], before)
+    (count,) = [leaf for leaf in jax.tree.leaves(first["opt"]) if leaf.dtype == np.int32]
+    assert count == 1
+    assert not [name for name in before if "pos" in name]  # the table of positions is computed, never saved
     moved = max(float(np.abs(end["params"][name] - before[name]).max()) for name in before)
     assert 0 < moved < 4e-3  # three steps of at most 1e-3, not a new network
+
+
+@pytest.mark.parametrize("when", ["evaluating", "drawing"])
+def test_told_to_stop_between_steps_it_saves_without_finishing_them(
+    config: ConfigDict, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, when: str
+):
+    drawn: list[int] = []
+
+    def told_meanwhile(stops: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        assert not stops()
+        signal.raise_signal(signal.SIGTERM)
+        assert stops()
+        return {}
+
+    def draw(self: Previews, network: Any, params: Any, step: int) -> None:
+        drawn.append(step)
+        if when == "drawing":
+            signal.raise_signal(signal.SIGTERM)
+
+    if when == "evaluating":
+        monkeypatch.setattr(loop._Run, "_heldout_loss", lambda *arguments: lambda params, stops: told_meanwhile(stops))
+    monkeypatch.setattr(Previews, "draw", draw)
+    config.evaluate_every = config.sampling.every = 79
+    workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    for later in (80, 84):
+        shutil.rmtree(workdir / "checkpoints" / str(later))
+    train(config, workdir)
+    assert "stopped at step 79 of 84, saved in" in (out := capfd.readouterr().out)
+    assert "resumable" in out
+    assert Checkpoints(workdir).steps[0] == 79
+    assert drawn == ([79] if when == "drawing" else [])
+    assert not [record for record in read_metrics(workdir / "metrics.jsonl") if "heldout_loss" in record]
 
 
 class Poisoned:

@@ -11,11 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from micro_dit.models.embeddings import patchify
 from micro_dit.models.masking import TokenMask
 
 Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # F(x, t, y)
 
 SIGMA_DATA = 0.9  # standard deviation of the latents, as the paper sets it
+RECONSTRUCTION = 0.1  # weight of MaskDiT's reconstruction loss, as its release sets it
 
 
 class Preconditioning(NamedTuple):
@@ -67,6 +69,7 @@ def loss(
     mask: TokenMask | None = None,
     patch_size: int = 2,
     sigma_data: float = SIGMA_DATA,
+    reconstruction: float = 0.0,
 ) -> jax.Array:
     """Each image's weighted squared error, (B,) float32 (EDM, equation 8).
 
@@ -80,13 +83,30 @@ def loss(
         noise: (B, H, W, C) float32, unit normal.
         mask: the tokens kept.
         patch_size: side of a token in latent pixels; used only with a mask.
+        reconstruction: weight of `reconstruction_loss`, which is added; used only with a mask.
     """
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    D_x = denoise(F, x + sigma[:, None, None, None] * noise, sigma, y, sigma_data)
+    noisy = x + sigma[:, None, None, None] * noise
+    D_x = denoise(F, noisy, sigma, y, sigma_data)
     error = weight[:, None, None] * jnp.mean((D_x - x) ** 2, axis=-1)  # (B, H, W)
     if mask is None:
         return error.mean(axis=(1, 2))
     B, H, W = error.shape
     p = patch_size
     per_patch = error.reshape(B, H // p, p, W // p, p).mean(axis=(2, 4)).reshape(B, -1)  # (B, N)
-    return jnp.take_along_axis(per_patch, mask.keep, axis=1).mean(axis=1)
+    kept = jnp.take_along_axis(per_patch, mask.keep, axis=1).mean(axis=1)
+    return kept + reconstruction * reconstruction_loss(D_x, noisy, mask, p) if reconstruction else kept
+
+
+def reconstruction_loss(D_x: jax.Array, noisy: jax.Array, mask: TokenMask, patch_size: int = 2) -> jax.Array:
+    """MaskDiT's second task, on the dropped patches alone, (B,): to tell, as masked autoencoders do, what is there.
+
+    What is there is the noisy image (Zheng et al. 2023, arXiv 2306.09305). As in the release (Anima-Lab/MaskDiT,
+    train_utils/loss.py), each of its patches is normalized by its own mean and unbiased variance, the denoiser's output
+    is not, and the error has no weight by noise level.
+    """
+    target = patchify(noisy, patch_size)  # (B, N, p·p·C)
+    deviation = jnp.sqrt(target.var(axis=-1, ddof=1, keepdims=True) + 1e-6)
+    target = (target - target.mean(axis=-1, keepdims=True)) / deviation
+    error = jnp.mean((patchify(D_x, patch_size) - target) ** 2, axis=-1)  # (B, N)
+    return jnp.sum(error * mask.dropped, axis=1) / jnp.sum(mask.dropped, axis=1)

@@ -52,11 +52,14 @@ class Sampler(NamedTuple):
         table: (steps + 1,) levels that end with 0 → columns with a number for each call; the first is its level.
         start: x at the first level → the first call's carry.
         call: (denoiser, carry, the call's row) → the next call's carry, whose x is the result after the last.
+        denoised: (carry, the call's row, the next call's carry) → what the denoiser returned in that call, up to
+            rounding: the picture as it shows through the noise.
     """
 
     table: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     start: Callable[[jax.Array], Carry]
     call: Callable[[Denoiser, Any, Any], Carry]
+    denoised: Callable[[Any, Any, Any], jax.Array]
 
     def columns(self, sigmas: np.ndarray) -> tuple[np.ndarray, ...]:
         """The table, float32 and bool."""
@@ -111,9 +114,18 @@ def _dpmpp_2m_call(D: Denoiser, carry: Any, row: Any) -> Carry:
     return ratio * x + (1 - ratio) * (D_x + extrapolation * (D_x - previous)), D_x
 
 
-HEUN = Sampler(_heun_table, lambda x: (x, x, jnp.zeros_like(x)), _heun_call)
-EULER = Sampler(lambda sigmas: (sigmas[:-1], np.diff(sigmas)), lambda x: (x,), _euler_call)
-DPMPP_2M = Sampler(_dpmpp_2m_table, lambda x: (x, jnp.zeros_like(x)), _dpmpp_2m_call)
+def _euler_denoised(carry: Any, row: Any, after: Any) -> jax.Array:
+    (x,), (sigma, h), (x_next,) = carry, row, after
+    return x - sigma * (x_next - x) / h
+
+
+HEUN = Sampler(
+    _heun_table, lambda x: (x, x, jnp.zeros_like(x)), _heun_call, lambda carry, row, after: carry[0] - row[0] * after[2]
+)
+EULER = Sampler(lambda sigmas: (sigmas[:-1], np.diff(sigmas)), lambda x: (x,), _euler_call, _euler_denoised)
+DPMPP_2M = Sampler(
+    _dpmpp_2m_table, lambda x: (x, jnp.zeros_like(x)), _dpmpp_2m_call, lambda carry, row, after: after[1]
+)
 SAMPLERS = {"heun": HEUN, "euler": EULER, "dpmpp_2m": DPMPP_2M}
 
 

@@ -102,7 +102,7 @@ class GroupNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         def group_mean(value: jax.Array) -> jax.Array:  # (B, H, W, C) -> (B, 1, 1, C), equal within a group
             per_channel = value.mean((1, 2))
-            per_group = per_channel.reshape(len(value), self.groups, -1).mean(-1)
+            per_group = per_channel.reshape(value.shape[0], self.groups, -1).mean(-1)
             return jnp.repeat(per_group, value.shape[-1] // self.groups, -1)[:, None, None, :]
 
         h = x.astype(jnp.float32)

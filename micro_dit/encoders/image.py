@@ -188,7 +188,7 @@ def load_parameters(folder: str | Path, config: AutoencoderConfig) -> Parameters
             f"No weights in {folder}: there is no {WEIGHTS_FILE}; if there is a .bin file, run "
             f"python -m micro_dit.encoders.convert_weights FILE FOLDER."
         )
-    tensors = {_present_name(name): tensor for name, tensor in read_tensors([file]).items()}
+    tensors = {present_name(name): tensor for name, tensor in read_tensors([file]).items()}
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))))
     return to_parameters(tensors, shapes, file)
 
@@ -222,7 +222,7 @@ def save_autoencoder(
         temporary.replace(folder / name)
 
 
-def _present_name(name: str) -> str:
+def present_name(name: str) -> str:
     """Today's name of a tensor that old diffusers files call by another one."""
     today = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     return re.sub(r"(?<=\.attentions\.)(\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{today[m[2]]}.", name)

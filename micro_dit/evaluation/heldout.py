@@ -13,7 +13,7 @@ from micro_dit.diffusion import edm
 from micro_dit.models.dit import DiTConfig, Params, bind
 from micro_dit.training.state import stream
 
-SIGMA_LEVELS = 8
+SIGMA_LEVELS = 11
 
 
 def make_heldout_loss(
@@ -26,10 +26,10 @@ def make_heldout_loss(
     dtype: Any,
     seed: int = 0,
     sharding: Any = None,
-) -> Callable[[Params], dict[str, float]]:
+) -> Callable[..., dict[str, float]]:
     """A function from parameters to the unmasked EDM loss on held-out data.
 
-    Each image is noised once at each of 8 noise levels, the midpoints of 8 equally likely slices of the training
+    Each image is noised once at each of 11 noise levels, the midpoints of 11 equally likely slices of the training
     distribution; levels and noise are the same at every call.
 
     Args:
@@ -41,7 +41,8 @@ def make_heldout_loss(
         sharding: where the data and the result live, on all devices of the parameters; None with a single device.
 
     Returns:
-        parameters → {'heldout_loss': mean, 'heldout_loss/sigma=0.55': mean at that level, …}.
+        parameters → {'heldout_loss': mean, 'heldout_loss/sigma=0.55': mean at that level, …}. A second argument, a
+        function that says whether to stop, is asked before each level; if it says so, nothing is returned, {}.
     """
     slices = (np.arange(SIGMA_LEVELS) + 0.5) / SIGMA_LEVELS
     sigmas = np.exp([P_mean + P_std * NormalDist().inv_cdf(q) for q in slices]).astype(np.float32)
@@ -51,19 +52,20 @@ def make_heldout_loss(
     )
 
     @functools.partial(jax.jit, out_shardings=sharding)
-    def losses(params: Params, x: jax.Array, y: jax.Array, seed: jax.Array) -> jax.Array:
+    def loss_at(
+        params: Params, x: jax.Array, y: jax.Array, sigma: jax.Array, level: jax.Array, seed: jax.Array
+    ) -> jax.Array:
         network, key = bind(config, params, dtype), stream(jax.random.key(seed), "heldout")
+        noise = jax.random.normal(jax.random.fold_in(key, level), x.shape)
+        return edm.loss(network, x, y, jnp.full(x.shape[:1], sigma), noise, sigma_data=sigma_data).mean()
 
-        def at_level(level: tuple[jax.Array, jax.Array]) -> jax.Array:
-            sigma, index = level
-            noise = jax.random.normal(jax.random.fold_in(key, index), x.shape)
-            return edm.loss(network, x, y, jnp.full(x.shape[:1], sigma), noise, sigma_data=sigma_data).mean()
-
-        return jax.lax.map(at_level, (jnp.asarray(sigmas), jnp.arange(SIGMA_LEVELS)))
-
-    def heldout_loss(params: Params) -> dict[str, float]:
-        by_level = np.asarray(losses(params, latents, captions, np.uint32(seed)))
-        named = {f"heldout_loss/sigma={s:.2f}": float(v) for s, v in zip(sigmas, by_level, strict=True)}
-        return {"heldout_loss": float(by_level.mean())} | named
+    def heldout_loss(params: Params, stops: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        by_level = []
+        for level, sigma in enumerate(sigmas):
+            if stops():
+                return {}
+            by_level.append(float(loss_at(params, latents, captions, sigma, np.uint32(level), np.uint32(seed))))
+        named = {f"heldout_loss/sigma={s:.2f}": loss for s, loss in zip(sigmas, by_level, strict=True)}
+        return {"heldout_loss": float(np.mean(by_level))} | named
 
     return heldout_loss

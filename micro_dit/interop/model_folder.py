@@ -1,10 +1,12 @@
 """A model in a folder: config.json and model.safetensors, all that drawing with a network takes besides its encoders.
 
-config.json holds the network's fields under "model" and the fields of ABOUT, model.safetensors our parameters, float32.
+config.json holds the network's fields under "model", the fields of ABOUT and any of OPTIONAL; model.safetensors holds
+our parameters. The image encoder may be beside them, in the folder VAE.
 """
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,15 @@ FORMAT, VERSION = "micro_dit model", 1
 # What is told of a model: the data's standard deviation, the encoders' names, tokens of a caption, how captions are
 # cleaned (data/captions.py), and in words where the weights come from.
 ABOUT = ("sigma_data", "vae", "text_encoder", "caption_tokens", "caption_cleaning", "source")
+# What may be told besides, and its types: the step of the run, what is sampled with by default, which encoders it was
+# trained with, whether the image encoder is in the folder, and 'raw' if the run has an average and this is not it.
+OPTIONAL: dict[str, tuple[type, ...]] = {
+    "step": (int,), "guidance": (int, float), "steps": (int,), "vae_fingerprint": (str,), "text_fingerprint": (str,),
+    "vae_included": (bool,), "params": (str,),
+}  # fmt: skip
+VAE, VAE_FILES = "vae", ("config.json", "diffusion_pytorch_model.safetensors", "README.md", "LICENSE", "LICENSE.md")
+WEIGHTS_FILE = "model.safetensors"
+DTYPES = ("float32", "bfloat16", "float16")  # of the weights' file
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -28,21 +39,28 @@ def is_model_folder(folder: str | Path) -> bool:
 
 
 def save_model_folder(
-    folder: str | Path, params: Mapping[str, np.ndarray], config: DiTConfig, about: Mapping[str, Any]
+    folder: str | Path,
+    params: Mapping[str, np.ndarray],
+    config: DiTConfig,
+    about: Mapping[str, Any],
+    dtype: str = "float32",
+    vae: Path | None = None,
 ) -> None:
     """Writes a model, in place of one that is there.
 
     Args:
         folder: made if missing.
-        params: by name; float32, or narrower floats, which are widened.
+        params: by name; float32, or narrower floats.
         config: the network's.
-        about: the fields of ABOUT.
+        about: the fields of ABOUT, and any of OPTIONAL; 'vae_included' is added.
+        dtype: of the weights' file, one of DTYPES.
+        vae: a folder with the image encoder, whose files are copied in.
 
     Raises:
-        UserError: the folder belongs to something else, or the parameters are not this network's.
+        UserError: the folder belongs to something else, the parameters are not this network's, or too large for dtype.
     """
-    if set(about) != set(ABOUT):
-        raise ValueError(f"about has the fields {sorted(about)}, not {sorted(ABOUT)}")
+    if not set(ABOUT) <= set(about) <= set(ABOUT) | set(OPTIONAL):
+        raise ValueError(f"about has the fields {sorted(about)}, not {sorted(ABOUT)} and any of {sorted(OPTIONAL)}")
     folder = Path(folder)
     path = folder / "config.json"
     if path.exists() and not is_model_folder(folder):
@@ -52,13 +70,20 @@ def save_model_folder(
     _check(params, config, "the parameters don't")
     folder.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # what is written halfway is no model
-    write_safetensors(folder / "model.safetensors", params)
+    write_safetensors(folder / WEIGHTS_FILE, params, dtype)
     fields = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(config)}
-    path.write_text(json.dumps(fields | {name: about[name] for name in ABOUT}, indent=2) + "\n", encoding="utf-8")
+    fields |= {name: about[name] for name in (*ABOUT, *OPTIONAL) if name in about}
+    if vae is not None:
+        (folder / VAE).mkdir(exist_ok=True)
+        for file in VAE_FILES:
+            if (vae / file).is_file():
+                shutil.copyfile(vae / file, folder / VAE / file)
+        fields["vae_included"] = True
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def load_model_folder(folder: str | Path) -> tuple[dict[str, np.ndarray], DiTConfig, dict[str, Any]]:
-    """The parameters (on the host, float32), the network's configuration, and the fields of ABOUT.
+    """The parameters (on the host, float32), the network's configuration, and what is told of the model.
 
     Raises:
         UserError: the folder holds no model, one of a later version, or one that is damaged or does not fit itself.
@@ -74,14 +99,19 @@ def load_model_folder(folder: str | Path) -> tuple[dict[str, np.ndarray], DiTCon
         raise UserError(f"{folder} is of version {fields.get('version')}, this program reads {VERSION}; update it.")
     if missing := [name for name in ABOUT if name not in fields]:
         raise UserError(f"{folder / 'config.json'} has no {', '.join(missing)}; convert the weights again.")
+    for name, kinds in OPTIONAL.items():
+        if name in fields and type(fields[name]) not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise UserError(f"{folder / 'config.json'}: {name} is {fields[name]!r}, it must be of type {wanted}.")
     config = config_from(fields.get("model"), folder / "config.json")
-    weights = folder / "model.safetensors"
+    weights = folder / WEIGHTS_FILE
     try:
         arrays = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{weights} can't be read ({error}); convert the weights again.") from error
     _check(arrays, config, f"{weights} does not")
-    return {name: arrays[name] for name in abstract_params(config)}, config, {name: fields[name] for name in ABOUT}
+    params = {name: np.asarray(arrays[name], np.float32) for name in abstract_params(config)}
+    return params, config, {name: fields[name] for name in (*ABOUT, *OPTIONAL) if name in fields}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -117,12 +117,23 @@ def _as_array(tensor: Any, where: str) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes float arrays as float32 to a safetensors file, replacing it only when all is written."""
+def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
+    """Writes float arrays as `dtype` to a safetensors file, replacing it only when all is written.
+
+    Raises:
+        UserError: a value is too large for float16.
+    """
     from safetensors.numpy import save_file
 
+    written = _as_float32(arrays)
+    if dtype != "float32":
+        with np.errstate(over="ignore"):
+            written = {name: array.astype(dtype) for name, array in written.items()}  # ml_dtypes adds bfloat16
+        for name, array in written.items():
+            if not np.isfinite(array).all() and np.isfinite(arrays[name]).all():
+                raise UserError(f"{name} has values too large for {dtype}: write it as bfloat16 or float32.")
     with _whole_file(Path(path)) as partial:
-        save_file(_as_float32(arrays), partial, {"format": "pt"})
+        save_file(written, partial, {"format": "pt"})
 
 
 def write_torch(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:

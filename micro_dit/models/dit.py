@@ -4,7 +4,7 @@
 The numbers in the comments of `MicroDiT.__call__` are the steps of the method as the paper and its release take them.
 
 B images · H W latent rows, columns · C latent channels · N tokens · K kept tokens · D backbone width · M mixer width ·
-L caption tokens · Y caption channels.
+G decoder width · L caption tokens · Y caption channels.
 """
 
 import dataclasses
@@ -19,7 +19,16 @@ from flax import nnx
 
 from micro_dit.errors import UserError
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table, unpatchify
-from micro_dit.models.layers import CrossAttention, SelfAttention, SwiGLU, layer_norm, linear, modulate, round_up
+from micro_dit.models.layers import (
+    CrossAttention,
+    SelfAttention,
+    SwiGLU,
+    layer_norm,
+    linear,
+    modulate,
+    normal_init,
+    round_up,
+)
 from micro_dit.models.masking import TokenMask, drop_tokens, kept_tokens, restore_tokens
 from micro_dit.models.moe import EXPERT_PRODUCT, Constrain, ExpertChoiceFFN, anywhere, tokens_per_expert
 
@@ -30,7 +39,8 @@ Params = dict[str, jax.Array]  # one flat dict: "blocks.3.attn.qkv.kernel" → a
 class DiTConfig:
     """Everything the network's constructor takes; the fields are those of the public release.
 
-    A multiplier list shorter than the depth covers depth/len consecutive blocks with each of its values.
+    A multiplier list shorter than the depth covers depth/len consecutive blocks with each of its values. The release
+    has no decoder: that is MaskDiT's, for comparison.
     """
 
     input_size: int  # latent rows = columns
@@ -55,6 +65,8 @@ class DiTConfig:
     num_experts: int = 8
     expert_capacity: float = 2.0
     experts_every_n: int = 2
+    decoder_depth: int = 0
+    decoder_dim: int = 0
 
     @property
     def grid(self) -> int:
@@ -69,7 +81,11 @@ class DiTConfig:
         """Raises UserError if no such network can be built, or if masking would leave a part of it empty."""
         if self.input_size % self.patch_size:
             raise UserError(f"model.input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
-        for name in ("dim", "patch_mixer_dim"):
+        if self.decoder_depth < 0 or (self.decoder_depth > 0) != (self.decoder_dim > 0):
+            raise UserError(
+                f"model.decoder_depth {self.decoder_depth} with decoder_dim {self.decoder_dim}: give both, or neither."
+            )
+        for name in ("dim", "patch_mixer_dim", "decoder_dim"):
             if getattr(self, name) % self.head_dim or getattr(self, name) % 4:
                 raise UserError(
                     f"model.{name} {getattr(self, name)} must be a multiple of head_dim {self.head_dim} and of 4."
@@ -120,6 +136,11 @@ class DiTConfig:
             )
             for i in range(self.depth)
         )
+
+    def decoder_blocks(self) -> tuple["BlockShape", ...]:
+        """MaskDiT's decoder has blocks of one width, without experts."""
+        out_std = 0.02 / np.sqrt(2 * self.depth)
+        return (self._block(self.decoder_dim, 1.0, 4.0, moe=False, out_std=out_std),) * self.decoder_depth
 
     def _block(self, dim: int, qkv_ratio: float, mlp_ratio: float, *, moe: bool, out_std: float) -> "BlockShape":
         attention = dim if qkv_ratio == 1 else round_up(int(dim * qkv_ratio), 2 * self.head_dim)
@@ -244,14 +265,16 @@ def rematerialized(block: DiTBlock, remat: str) -> Callable[[jax.Array, jax.Arra
 
 
 class FinalLayer(nnx.Module):
-    """Modulated LayerNorm and a Linear to pixels of a patch: (B, T, D) → (B, T, p·p·C). Starts at zero."""
+    """Modulated LayerNorm and a Linear, to the pixels of a patch or to the decoder: (B, T, d) → (B, T, out).
 
-    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    Starts at zero.
+    """
+
+    def __init__(self, dim: int, out: int, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros_init()
-        out = config.patch_size**2 * config.in_channels
-        self.adaln = linear(config.dim, 2 * config.dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
-        self.norm = layer_norm(config.dim, eps=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.linear = linear(config.dim, out, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.adaln = linear(config.dim, 2 * dim, kernel_init=zeros, dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(dim, eps=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.linear = linear(dim, out, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         shift, scale = jnp.split(self.adaln(jax.nn.gelu(c, approximate=True)), 2, axis=-1)
@@ -267,6 +290,33 @@ class NormedProjection(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.linear(self.norm(x))
+
+
+class Decoder(nnx.Module):
+    """MaskDiT's decoder: back to all tokens, a learned one in place of each that was dropped: (B, K, D) → (B, N, G).
+
+    Zheng et al. 2023, arXiv 2306.09305, figure 1; shape and initialization as in its release (Anima-Lab/MaskDiT), but
+    of this network's blocks, which attend to the caption.
+    """
+
+    def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        D, G = config.dim, config.decoder_dim
+        self.dtype = dtype
+        self.positions = (G, config.grid, config.pos_interp_scale)
+        self.proj_in = FinalLayer(D, G, config, dtype=dtype, rngs=rngs)
+        self.caption_in = NormedProjection(D, G, config, dtype=dtype, rngs=rngs)
+        self.mask_token = nnx.Param(normal_init(0.02)(rngs.params(), (G,), jnp.float32))
+        self.blocks = nnx.List([DiTBlock(shape, config, dtype=dtype, rngs=rngs) for shape in config.decoder_blocks()])
+
+    def __call__(self, x: jax.Array, y: jax.Array, c: jax.Array, mask: TokenMask | None, remat: str) -> jax.Array:
+        """x (B, K, D) tokens, all N if `mask` is None, y (B, L, D) caption, c (B, D) conditioning."""
+        x, y = self.proj_in(x, c), self.caption_in(y)  # (B, K, G), (B, L, G)
+        if mask is not None:
+            x = restore_tokens(x, mask, fill=self.mask_token[...])  # (B, N, G)
+        x = x + jnp.asarray(position_table(*self.positions), self.dtype)
+        for block in self.blocks:
+            x = rematerialized(block, remat)(x, y, c)
+        return x
 
 
 class MicroDiT(nnx.Module):
@@ -289,7 +339,10 @@ class MicroDiT(nnx.Module):
             self.mixer_out = NormedProjection(M, D, config, **args)
         self.mixer = nnx.List([DiTBlock(shape, config, **args) for shape in config.mixer_blocks()])
         self.blocks = nnx.List([DiTBlock(shape, config, **args) for shape in config.backbone_blocks()])
-        self.final_layer = FinalLayer(config, **args)
+        if config.decoder_depth:
+            self.decoder = Decoder(config, **args)
+        patch = config.patch_size**2 * config.in_channels
+        self.final_layer = FinalLayer(config.decoder_dim or D, patch, config, **args)
 
     def __call__(
         self,
@@ -305,7 +358,7 @@ class MicroDiT(nnx.Module):
             x: (B, H, W, C) latents, already multiplied by c_in.
             t: (B,) or (1,) c_noise.
             y: (B, L, Y) caption embedding; all zeros is the unconditional input.
-            mask: the tokens to keep; None keeps all. Dropped patches come out as zeros.
+            mask: the tokens to keep; None keeps all. Dropped patches come out as zeros, unless there is a decoder.
             mask_position: "after_mixer" (deferred masking) or "before_mixer" (naive masking, for comparison).
 
         Returns:
@@ -341,10 +394,13 @@ class MicroDiT(nnx.Module):
         # 9. Backbone, on the kept tokens.
         for block in self.blocks:
             x = constrain(rematerialized(block, self.remat)(x, y, c), "BKD")
+        # In MaskDiT, for comparison, a decoder goes back to all tokens here.
+        if config.decoder_depth:
+            x = constrain(self.decoder(x, y, c, mask, self.remat), "BNG")
         # 10. Final layer.
         x = self.final_layer(x, c).astype(jnp.float32)  # (B, K, p·p·C)
         # 11. Zeros where tokens were dropped, then back to an image.
-        if mask is not None:
+        if mask is not None and not config.decoder_depth:
             x = restore_tokens(x, mask)  # (B, N, p·p·C)
         return unpatchify(x, config.patch_size, H, W)
 

@@ -56,8 +56,9 @@ def drop_tokens(x: jax.Array, mask: TokenMask) -> jax.Array:
     return jnp.take_along_axis(x, mask.keep[:, :, None], axis=1)
 
 
-def restore_tokens(x: jax.Array, mask: TokenMask) -> jax.Array:
-    """(B, K, D) → (B, N, D): kept tokens back at their positions, zeros where tokens were dropped."""
+def restore_tokens(x: jax.Array, mask: TokenMask, fill: jax.Array | float = 0.0) -> jax.Array:
+    """(B, K, D) → (B, N, D): kept tokens back at their positions, `fill`, (D,) or one number, where others were."""
     B, K, D = x.shape
-    padded = jnp.concatenate([x, jnp.zeros((B, mask.restore.shape[1] - K, D), x.dtype)], axis=1)
+    dropped = jnp.broadcast_to(jnp.asarray(fill, x.dtype), (B, mask.restore.shape[1] - K, D))
+    padded = jnp.concatenate([x, dropped], axis=1)
     return jnp.take_along_axis(padded, mask.restore[:, :, None], axis=1)

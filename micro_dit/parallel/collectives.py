@@ -22,6 +22,8 @@ CALLS = re.compile(
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")  # bf16[8,64], f8e4m3fn[4], pred[3]
 GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
+# replica_groups=mesh['data'=4,'fsdp'=2] {'fsdp'}: they differ along these axes, or along parts of them, 'data':(1)2.
+MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +82,7 @@ def collectives(program: str, devices: int) -> dict[str, Traffic]:
 
 def _one(kind: str, result: str, rest: str, starts: bool, devices: int) -> Traffic:
     """The traffic of one instruction, from the type of its result and what stands behind its name."""
-    match = GROUPS.search(rest)
-    n = devices if match is None else int(match[1]) if match[1] else len((match[2] or "").split(","))
+    n = _group_size(rest) or devices
     size = _bytes(result)
     if starts and kind == "all-gather":
         size *= n / (n + 1)  # an asynchronous one returns its operand too
@@ -91,6 +92,17 @@ def _one(kind: str, result: str, rest: str, starts: bool, devices: int) -> Traff
         size *= n  # its result is one share
     rounds = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}
     return Traffic(1, size, size * rounds.get(kind, (n - 1) / n))
+
+
+def _group_size(rest: str) -> int:
+    """How many devices take part together; 0 if it is not said, which means all."""
+    if match := GROUPS.search(rest):
+        return int(match[1]) if match[1] else len((match[2] or "").split(","))
+    if match := MESH_GROUPS.search(rest):
+        sizes = dict(re.findall(r"('[^']*')=(\d+)", match[1]))
+        axes = re.findall(r"('[^']*')(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return 0
 
 
 def _bytes(types: str) -> float:

@@ -5,13 +5,18 @@ describes GPUs from a few figures; neither needs a driver or a chip. Fake CPU de
 """
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import importlib.util
+import inspect
+import json
 import math
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +27,7 @@ from micro_dit.parallel.compilation import compiler_options
 
 TPUS = ("v5e", "v5p", "v6e")  # a v4 is described as two devices a chip, which share its memory: left out
 GPUS = {"h100": "NVIDIA H100 80GB HBM3"}
+CUDA_WHEELS = ("jax-cuda12-pjrt", "jax-cuda12-plugin")
 # What XLA asks a GPU's driver for, as far as it is known of an H100; not compared with a real one yet.
 H100 = """
 gpu_device_info {
@@ -97,15 +103,15 @@ def describe_devices(topology: Topology) -> Sequence[Any]:
 
     if topology.chip in TPUS:
         if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
-            raise UserError(f"{topology} needs the TPU compiler: pip install 'micro_dit[tpu-rehearsal]' (libtpu).")
+            raise UserError(f"{topology} needs the TPU compiler: pip install 'micro_dit[tpu-rehearsal]'.")
         # What a TPU machine would be asked about itself, and libtpu complains of not being told: any will do.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it guards a chip, and there is none
         arguments: dict[str, Any] = dict(platform="tpu", topology_name=str(topology))
     else:
         if not all(importlib.util.find_spec(module) for module in ("jax_plugins", "jax_plugins.xla_cuda12")):
-            packages = f"jax-cuda12-pjrt=={jax.__version__} jax-cuda12-plugin=={jax.__version__}"
-            raise UserError(f"{topology} needs XLA's compiler for GPUs: pip install --no-deps {packages}.")
+            raise UserError(f"{topology} needs XLA's compiler for GPUs: pip install 'micro_dit[gpu-rehearsal]'.")
         arguments = dict(
             platform="cuda", topology_name=topology.chip, target_config=H100, topology=f"1x1x{topology.size}"
         )
@@ -140,6 +146,12 @@ class Compiled:
     traffic: dict[str, Traffic] = dataclasses.field(default_factory=dict)
     memory_limit: int | None = None
 
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Compiled":
+        """Of what `dataclasses.asdict` made."""
+        traffic = {kind: Traffic(**amounts) for kind, amounts in fields["traffic"].items()}
+        return cls(**fields | {"traffic": traffic})
+
     @property
     def peak(self) -> int:
         """Bytes of memory that the program needs."""
@@ -148,7 +160,7 @@ class Compiled:
 
 def compile_ahead(
     function: Callable[..., Any], arguments: Sequence[Any], topology: Topology, *, out_shardings: Any = None,
-    donate_argnums: tuple[int, ...] = (), optimization: str = "default",
+    donate_argnums: tuple[int, ...] = (), optimization: str = "default", cache: Path | None = None,
     progress: Callable[[float], None] = lambda seconds: None,
 ) -> Compiled:  # fmt: skip
     """Compiles a function for the devices that its arguments' shardings name.
@@ -159,19 +171,24 @@ def compile_ahead(
         topology: whose devices these are.
         out_shardings, donate_argnums: of `jax.jit`.
         optimization: 'default', or 'O0', which is several times faster and finds nearly the same memory.
+        cache: a folder where what was found is kept, for the same program never to be compiled twice.
         progress: called every few seconds with the seconds that have passed.
     """
     started = time.monotonic()
-    options = compiler_options() if topology.chip == "cpu" else {}
+    options: dict[str, Any] = dict(compiler_options()) if topology.chip == "cpu" else {}
     if topology.chip == "cpu" and optimization == "O0":
         options |= {"xla_backend_optimization_level": "0"}
     if topology.chip in GPUS:
         # Without a GPU nothing can be timed, and what Triton would generate is chosen by timing.
-        options |= {"xla_gpu_enable_triton_gemm": "false", "xla_gpu_autotune_level": "0"}
+        options |= {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
     jitted = jax.jit(
         function, donate_argnums=donate_argnums, compiler_options=options,
         **({} if out_shardings is None else {"out_shardings": out_shardings}),
     )  # fmt: skip
+    lowered = jitted.lower(*arguments)
+    known = cache and cache / f"{_fingerprint(lowered, topology, optimization, options)}.json"
+    if known and known.exists():
+        return Compiled.from_json(json.loads(known.read_text()))
     finished = threading.Event()
 
     def report() -> None:
@@ -185,26 +202,56 @@ def compile_ahead(
     try:
         if optimization == "O0":
             settings.update("jax_optimization_level", "O0")
-        program = jitted.lower(*arguments).compile()
+        program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
         if used is None:
             raise
         needed, limit = _bytes(used[1], used[2]), _bytes(used[3], used[4])
-        return Compiled(time.monotonic() - started, temporaries=needed, memory_limit=limit)
+        found = Compiled(time.monotonic() - started, temporaries=needed, memory_limit=limit)
+    else:
+        found = _read(program, topology, time.monotonic() - started)
     finally:
         settings.update("jax_optimization_level", level)
         finished.set()
         thread.join()
-    memory: Any = program.memory_analysis()
-    cost = program.cost_analysis() or {}
+    if known:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        temporary = known.with_suffix(".tmp")  # a kill leaves no half of the file
+        temporary.write_text(json.dumps(dataclasses.asdict(found)))
+        temporary.replace(known)
+    return found
+
+
+def _read(program: Any, topology: Topology, seconds: float) -> Compiled:
+    """What a compiled program tells of itself."""
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     return Compiled(
-        seconds=time.monotonic() - started, arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes, aliased=memory.alias_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes, code=memory.generated_code_size_in_bytes,
-        flops=cost.get("flops"), bytes_accessed=cost.get("bytes accessed"),
+        seconds=seconds, arguments=memory.argument_size_in_bytes, outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes, temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes, flops=cost.get("flops"), bytes_accessed=cost.get("bytes accessed"),
         traffic=collectives(program.as_text() or "", topology.size),
     )  # fmt: skip
+
+
+def _fingerprint(lowered: Any, topology: Topology, optimization: str, options: Any) -> str:
+    """Of a program, what it is compiled for, by what, and of the code that reads the result."""
+    reader = inspect.getsource(inspect.getmodule(collectives) or collectives)
+    about = json.dumps([str(topology), optimization, options, compiler_versions(topology), reader], sort_keys=True)
+    return hashlib.sha256((about + lowered.as_text()).encode()).hexdigest()[:32]
+
+
+def compiler_versions(topology: Topology) -> dict[str, str]:
+    """The packages that compile for a topology, and their versions."""
+    plugin = ["libtpu"] if topology.chip in TPUS else list(CUDA_WHEELS) if topology.chip in GPUS else []
+    return {name: _version(name) for name in ("jax", "jaxlib", *plugin)}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a library that TPU_LIBRARY_PATH names, perhaps
+        return "unknown"
 
 
 def _bytes(number: str, unit: str) -> int:

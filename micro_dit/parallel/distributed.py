@@ -6,7 +6,7 @@ Each process runs the same program on its own devices. Only process 0 writes fil
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
@@ -134,8 +134,12 @@ def main_first(action: Callable[[], T]) -> T:
     return result if main else action()
 
 
+def gather(numbers: Sequence[int]) -> np.ndarray:
+    """What every process says, (processes, numbers) int32. All must ask at the same point."""
+    said = np.asarray(numbers, np.int32)
+    return said[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(said))
+
+
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process. All must ask at the same point."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+    return bool(gather([flag]).any())

@@ -22,7 +22,7 @@ FSDP = ("fsdp", "expert")
 
 # The first rule whose pattern is found in a parameter's name decides. Of the letters below, d is the width of a block.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"\.(scale|bias)$|\.gate\.kernel$", P()),  # small: gathering them would cost more than keeping them
+    (r"\.(scale|bias|mask_token)$|\.gate\.kernel$", P()),  # small: gathering them would cost more than keeping them
     (r"\.mlp\.w1$", P("expert", "fsdp", "tensor")),  # (E, d, F)
     (r"\.mlp\.w2$", P("expert", "tensor", "fsdp")),  # (E, F, d)
     (r"\.(qkv|q|kv|w1|w2)\.kernel$", P(FSDP, "tensor")),  # (d, heads or hidden)
@@ -32,6 +32,8 @@ RULES: tuple[tuple[str, P], ...] = (
     # XLA gathers the activations, as the smaller of the two.
     (r"\.(proj|fc1)\.kernel$", P()),
 )
+
+ADAPTER = re.compile(r"\.lora_[ab]$")  # of micro_dit/training/lora.py
 
 # Dimension letters of activations and the axes that they are split over; letters not named are not split.
 DIMENSIONS = {"B": BATCH_AXES, "E": ("expert",)}
@@ -46,9 +48,13 @@ def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, NamedSha
         mesh: of `make_mesh`.
         shapes: parameters or their ShapeDtypeStructs by name.
 
+    Those of a LoRA adapter are on every device: they are small.
+
     Raises:
         UserError: no rule is for a parameter, a rule is for none, or a dimension can't be split evenly.
     """
+    if all(ADAPTER.search(name) for name in shapes):
+        return dict.fromkeys(shapes, replicated(mesh))
     names = {name: _rule(name) for name in shapes}
     for index, (pattern, spec) in enumerate(RULES):
         # A network without experts is no mistake, but devices that wait for some are.

@@ -4,47 +4,56 @@ One checkpoint is a folder named by its step with separate parts: params, opt, e
 counters and the position in the data. Parameters alone can be read from it without the rest.
 """
 
+import contextlib
 import errno
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from micro_dit.errors import UserError
+from micro_dit.parallel.distributed import any_process
 from micro_dit.training.state import TrainState
 
 KEEP_LATEST = 2
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Checkpoints:
     """The checkpoints of one work directory."""
 
     def __init__(
-        self, workdir: str | Path, keep_steps: tuple[int, ...] = (), keep_latest: int = KEEP_LATEST, clean: bool = False
+        self,
+        workdir: str | Path,
+        keep_steps: tuple[int, ...] = (),
+        keep_every: int = 0,
+        keep_latest: int = KEEP_LATEST,
+        clean: bool = False,
     ):
         """Opens (or makes) the folder `checkpoints`.
 
         Args:
             workdir: of the run.
             keep_steps: checkpoints at these steps are kept for good, such as the ends of phases.
+            keep_every: and at the multiples of so many steps; 0 for none.
             keep_latest: so many of the newest are kept besides.
             clean: remove what a killed run has left half saved. For the run itself alone: whoever reads its checkpoints
                 would remove the one that it is saving.
         """
         self.folder = Path(workdir).absolute() / "checkpoints"
         policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(keep_latest), policies.CustomSteps(list(keep_steps))]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
         self._orbax = ocp.training.Checkpointer(
             self.folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep_latest), policies.CustomSteps(list(keep_steps))]
-            ),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=clean and jax.process_index() == 0,
         )
 
@@ -62,7 +71,7 @@ class Checkpoints:
         parts: dict[str, Any] = {"params": state.params, "opt": state.opt_state, "meta": dict(meta)}
         if state.ema is not None:
             parts["ema"] = state.ema
-        try:
+        with self._full_disk_is_told():
             self._orbax.wait()
             if int(state.step) in self.steps:
                 return
@@ -70,28 +79,39 @@ class Checkpoints:
                 raise RuntimeError(f"Orbax skipped the checkpoint of step {int(state.step)}")
             if wait:
                 self._orbax.wait()
-        except OSError as error:
-            raise self._no_space(error) from error
-        except ValueError as error:
-            # tensorstore reports a full disk in its own words.
-            if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
-                raise self._no_space(OSError(errno.ENOSPC, str(error))) from error
-            raise
 
-    def _no_space(self, error: OSError) -> Exception:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return error
-        whole = f"the newest whole checkpoint is step {self.steps[0]}" if self.steps else "no checkpoint is whole yet"
-        return UserError(f"the disk of {self.folder} is full: {whole}; make room and run the same command again.")
+    @contextlib.contextmanager
+    def _full_disk_is_told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # tensorstore reports a full disk in its own words.
+            words = ("No space left", "RESOURCE_EXHAUSTED")
+            if getattr(error, "errno", 0) not in FULL and not any(part in str(error) for part in words):
+                raise
+            steps = self.steps
+            whole = f"the newest whole checkpoint is step {steps[0]}" if steps else "no checkpoint is whole yet"
+            raise UserError(
+                f"the disk of {self.folder} is full: {whole}; make room and run the same command again."
+            ) from error
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Phase, counters and data position of a checkpoint."""
-        return self._orbax.load_checkpointables(step, {"meta": None})["meta"]
+        return self._read(step, {"meta": None})["meta"]
+
+    def _read(self, step: int, parts: dict[str, Any]) -> dict[str, Any]:
+        """Parts of a checkpoint: each process reads what it needs, and waits for no other, which may fail to."""
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+        )
+        with ocp.Context(multiprocessing_options=alone):
+            return self._orbax.load_checkpointables(step, parts)
 
     def restore(
         self, abstract_of: Callable[[dict[str, Any]], TrainState], warn: Callable[[str], None]
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, with its meta; None if there is no checkpoint.
+        """The newest checkpoint that every process can read, with its meta; None if there is no checkpoint.
 
         Args:
             abstract_of: meta → the state's shapes, dtypes and shardings.
@@ -100,20 +120,23 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but none can be read, or the newest readable one is of another network.
         """
-        steps, unreadable = self.steps, []
+        steps = self.steps
+        unreadable: list[int] = []
         for step in steps:
+            damage = ""
             try:
                 meta = self.read_meta(step)
                 state = self._load(step, abstract_of(meta))
             except UserError:
                 raise
             except Exception as error:  # whatever damage does to a file, the one before may be whole
-                folder = self.folder / str(step)
-                warn(f"checkpoint {folder} can't be read ({_first_line(error)}); trying the one before.")
-                unreadable.append(step)
-            else:
+                damage = _first_line(error)
+            if not any_process(bool(damage)):
                 self._set_aside(unreadable)
                 return state, meta
+            reason = damage or "another process failed to"
+            warn(f"checkpoint {self.folder / str(step)} can't be read ({reason}); trying the one before.")
+            unreadable.append(step)
         if steps:
             raise UserError(f"no checkpoint in {self.folder} can be read; move that folder away to start anew.")
         return None
@@ -135,18 +158,28 @@ class Checkpoints:
         if abstract.ema is not None:
             parts["ema"] = abstract.ema
         self._check(step, parts)
-        loaded = self._orbax.load_checkpointables(step, parts)
-        sharding = abstract.step.sharding
-        return TrainState(
-            jax.device_put(jnp.int32(step), sharding), loaded["params"], loaded["opt"], loaded.get("ema")
-        )
+        loaded = self._read(step, parts)
+        counter = jax.make_array_from_callback((), abstract.step.sharding, lambda index: np.asarray(step, np.int32))
+        return TrainState(counter, loaded["params"], loaded["opt"], loaded.get("ema"))
 
-    def load_params(self, step: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The parameters to sample from (the moving average where there is one) on the host, and the meta.
+    def has_average(self, step: int) -> bool:
+        """Whether a checkpoint holds a moving average besides the parameters."""
+        return "ema" in self._orbax.checkpointables_metadata(step).metadata
+
+    def load_params(
+        self, step: int | None = None, params: str | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The parameters to sample from on the host, and the meta.
+
+        Args:
+            step: of the checkpoint; the newest if None.
+            params: 'ema', the moving average, or 'raw', what was trained; the average where there is one if None.
 
         Raises:
-            UserError: there is no such checkpoint.
+            UserError: there is no such checkpoint, or no average in it.
         """
+        if params not in (None, "ema", "raw"):
+            raise UserError(f"there are no parameters {params!r}; choose ema or raw.")
         steps = self.steps
         if not steps or (step is not None and step not in steps):
             have = f"steps {', '.join(map(str, sorted(steps)))}" if steps else "none"
@@ -154,10 +187,12 @@ class Checkpoints:
             raise UserError(f"{self.folder} has no checkpoint{wanted} (it has {have}).")
         step = steps[0] if step is None else step
         saved = self._orbax.checkpointables_metadata(step).metadata
-        part = "ema" if "ema" in saved else "params"
+        if params == "ema" and "ema" not in saved:
+            raise UserError(f"the checkpoint of step {step} in {self.folder} has no moving average: use raw.")
+        part = "ema" if "ema" in saved and params != "raw" else "params"
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # not where it was saved: that may be gone
         abstract = {n: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here) for n, m in saved[part].items()}
-        loaded = self._orbax.load_checkpointables(step, {part: abstract, "meta": None})
+        loaded = self._read(step, {part: abstract, "meta": None})
         return {name: np.asarray(value) for name, value in loaded[part].items()}, loaded["meta"]
 
     def _check(self, step: int, parts: Mapping[str, Any]) -> None:
@@ -168,6 +203,7 @@ class Checkpoints:
         wanted = {name: leaf for part in readable for name, leaf in _leaves({part: parts[part]}).items()}
         problems = [f"missing {name}" for name in wanted if name not in saved]
         problems += [f"unexpected {name}" for name in saved if name not in wanted]
+        problems += [f"unexpected {part}" for part in metadata if part not in parts and part != "meta"]
         problems += [
             f"{name} is {saved[name].shape} {saved[name].dtype}, expected {leaf.shape} {leaf.dtype}"
             for name, leaf in wanted.items()
@@ -182,10 +218,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for a save in progress."""
-        try:
+        with self._full_disk_is_told():
             self._orbax.close()
-        except OSError as error:
-            raise self._no_space(error) from error
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM ask the loop to save and stop, instead of tearing it down."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -28,4 +29,5 @@ class Interrupt:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step, saving first (Ctrl-C again stops at once, unsaved)", flush=True)
+        # Not print(): the signal may come in the middle of one, which cannot be entered twice.
+        os.write(1, b"\nstopping after this step, saving first (Ctrl-C again stops at once, unsaved)\n")

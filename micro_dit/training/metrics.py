@@ -116,7 +116,8 @@ class MetricWriter:
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`, ordered by step.
 
-    Of lines with the same step and the same names the last one counts: a run that was killed and resumed repeats steps.
+    Of lines with the same step that have a name in common the last one counts: a run that was killed and resumed
+    repeats steps, and the first step after a start has no rate yet.
     A torn last line (of a run that is being killed, or written to, right now) is left out; null becomes NaN.
 
     Raises:
@@ -128,13 +129,14 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
     *lines, unfinished = path.read_bytes().split(b"\n")
     if _is_record(unfinished):
         lines.append(unfinished)
-    records: dict[tuple[Any, ...], dict[str, float]] = {}
+    steps: dict[int, list[dict[str, float]]] = {}
     for number, line in enumerate(lines, start=1):
         if not _is_record(line):
             raise UserError(f"Line {number} of {path} is no metrics record: repair or remove that line.")
         record = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-        records[record["step"], frozenset(record)] = record
-    return sorted(records.values(), key=lambda record: record["step"])
+        at_step = steps.setdefault(int(record["step"]), [])
+        at_step[:] = [*(other for other in at_step if other.keys() & record.keys() <= {"step", "time"}), record]
+    return [record for step in sorted(steps) for record in steps[step]]
 
 
 def _is_record(line: bytes) -> bool:

@@ -1,6 +1,7 @@
 """Sample grids while training: the same prompts and seeds each time, so that progress can be seen."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ class Previews:
             )
         captions = encoder.encode(prompts)
         if jax.process_index() == 0:
-            np.savez(cache, key=key, captions=captions)
+            temporary = cache.with_name("prompts.tmp.npz")  # a kill leaves no half of the file
+            np.savez(temporary, key=key, captions=captions)
+            os.replace(temporary, cache)
         return captions
 
     def draw(self, network: DiTConfig, params: Params, step: int) -> np.ndarray | None:

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from micro_dit import budget
 from micro_dit.models.dit import DiTConfig
+from micro_dit.parallel.chips import Chip
+from micro_dit.training.cost import plan
 from micro_dit.training.phases import Phase
 
 
@@ -28,13 +29,12 @@ def parameter_table(params: Mapping[str, Any]) -> str:
 
 
 def plan_table(
-    networks: Sequence[DiTConfig], phases: Sequence[Phase], chip: budget.Chip, devices: int, mfu: float,
+    networks: Sequence[DiTConfig], phases: Sequence[Phase], chip: Chip, devices: int, mfu: float,
     dollars_per_device_hour: float, caption_tokens: int,
 ) -> str:  # fmt: skip
     """Phases, steps, FLOPs, predicted time and dollars."""
-    planned = budget.planned_phases(phases, networks)
-    return budget.plan(
-        networks[0], planned, chip, devices, mfu=mfu, price=dollars_per_device_hour, caption_tokens=caption_tokens
+    return plan(
+        networks, phases, chip, devices, mfu=mfu, price=dollars_per_device_hour, caption_tokens=caption_tokens
     ).table()
 
 

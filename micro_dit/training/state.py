@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from micro_dit.models.dit import DiTConfig, Params, abstract_params, init_params
+from micro_dit.training.lora import LoRA
 
 
 class TrainState(NamedTuple):
@@ -16,7 +17,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: () int32, optimizer steps since the run began, over all phases.
-        params: the network's parameters.
+        params: what is trained: the network's parameters, or a LoRA adapter for them.
         opt_state: of the optimizer.
         ema: the moving average of the parameters, or None where the phase keeps none.
     """
@@ -33,15 +34,21 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    config: DiTConfig, optimizer: optax.GradientTransformation, seed: int, sharding: Any, with_ema: bool
+    config: DiTConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    sharding: Any,
+    with_ema: bool,
+    lora: LoRA | None = None,
 ) -> TrainState:
     """A fresh state, made where it will live: no full copy on the host or on any device.
 
-    `sharding` is that of everything, or a TrainState of shardings.
+    `sharding` is that of everything, or a TrainState of shardings. With `lora`, an adapter is trained.
     """
 
     def init(seed: jax.Array) -> TrainState:
-        params = init_params(config, stream(jax.random.key(seed), "init"))
+        key = stream(jax.random.key(seed), "init")
+        params = lora.init(abstract_params(config), key) if lora else init_params(config, key)
         ema = jax.tree.map(jnp.copy, params) if with_ema else None
         return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
 
@@ -49,9 +56,24 @@ def init_state(
     return jax.jit(init, out_shardings=sharding)(np.uint32(seed))
 
 
-def abstract_state(config: DiTConfig, optimizer: optax.GradientTransformation, with_ema: bool) -> TrainState:
+def state_from(
+    params: Params, optimizer: optax.GradientTransformation, sharding: TrainState, with_ema: bool
+) -> TrainState:
+    """A fresh state of given parameters, which are where `sharding`, a TrainState of shardings, has them."""
+
+    def rest(params: Params) -> TrainState:
+        return TrainState(
+            jnp.int32(0), {}, optimizer.init(params), jax.tree.map(jnp.copy, params) if with_ema else None
+        )
+
+    return jax.jit(rest, out_shardings=sharding._replace(params={}))(params)._replace(params=params)
+
+
+def abstract_state(
+    config: DiTConfig, optimizer: optax.GradientTransformation, with_ema: bool, lora: LoRA | None = None
+) -> TrainState:
     """Shapes and dtypes of a state, without making it."""
-    params: Any = abstract_params(config)
+    params: Any = lora.abstract(abstract_params(config)) if lora else abstract_params(config)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     return TrainState(step, params, jax.eval_shape(optimizer.init, params), dict(params) if with_ema else None)
 

@@ -9,7 +9,13 @@ from typing import Any
 from micro_dit.errors import UserError
 
 # What may change between two starts of the same run: it has no influence on the trained parameters but by rounding.
-MAY_CHANGE = ("checkpoint_every", "evaluate_every", "sampling", "logging", "cost", "mesh", "microbatch")
+MAY_CHANGE = (
+    "checkpoint_every", "checkpoint_minutes", "keep_every", "evaluate_every", "sampling", "logging", "cost", "mesh",
+    "microbatch", "evaluation",
+)  # fmt: skip
+# What a run of an earlier version has, whose config lacks the field.
+ADDED = {"init_from": "", "lora.rank": 0}
+WITH_LORA = ("lora.alpha", "lora.targets")
 
 
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
@@ -27,7 +33,10 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mappin
     ours = json.loads(json.dumps({"config": dict(config), "shards": dict(shards)}))  # tuples become lists
     if path.exists():
         theirs = json.loads(path.read_text())
-        before, now = _flat(theirs["config"]), _flat(ours["config"])
+        before, now = ADDED | _flat(theirs["config"]), ADDED | _flat(ours["config"])
+        for config in (before, now):
+            if not config["lora.rank"]:
+                config |= dict.fromkeys(WITH_LORA)
         differing = [
             f"{name} ({before.get(name)!r} there, {now.get(name)!r} here)"
             for name in sorted(before.keys() | now.keys())

@@ -58,6 +58,33 @@ def test_narrow_floats_are_widened_and_a_model_may_be_replaced(folder: Path, par
         np.testing.assert_array_equal(back[name], value.astype(np.float32), err_msg=name)
 
 
+def test_what_may_be_told_besides(folder: Path, params: dict[str, np.ndarray]):
+    told = ABOUT | {"step": 7, "guidance": 3, "steps": 14, "vae_fingerprint": "0123", "text_fingerprint": "4567"}
+    save_model_folder(folder, params, CONFIG, told, dtype="float16")
+    back, _, about = load_model_folder(folder)
+    assert about == told
+    for name, value in params.items():
+        np.testing.assert_array_equal(back[name], value.astype(np.float16).astype(np.float32), err_msg=name)
+        assert back[name].dtype == np.float32
+    edit(folder, {"steps": "many"})
+    with pytest.raises(UserError, match=r"config\.json: steps is 'many', it must be of type int\.$"):
+        load_model_folder(folder)
+    with pytest.raises(ValueError, match="about has the fields"):
+        save_model_folder(folder, params, CONFIG, told | {"color": "red"})
+
+
+def test_the_image_encoder_may_be_in_the_folder(folder: Path, params: dict[str, np.ndarray], tmp_path: Path):
+    vae = tmp_path / "somewhere"
+    vae.mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors", "notes.txt"):
+        (vae / name).write_text(name)
+    save_model_folder(folder, params, CONFIG, ABOUT, vae=vae)
+    assert load_model_folder(folder)[2] == ABOUT | {"vae_included": True}
+    assert {file.name for file in (folder / "vae").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    save_model_folder(folder, params, CONFIG, ABOUT)
+    assert load_model_folder(folder)[2] == ABOUT  # what is left of another model's encoder is not this one's
+
+
 def test_nothing_else_is_written_over(tmp_path: Path, params: dict[str, np.ndarray]):
     (tmp_path / "config.json").write_text('{"config": {}}')  # of a run
     assert not is_model_folder(tmp_path)

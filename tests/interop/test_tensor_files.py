@@ -42,6 +42,16 @@ def test_what_is_read_is_mapped_and_not_loaded(tmp_path: Path, name: str):
     np.testing.assert_array_equal(a, np.arange(1024))
 
 
+def test_narrow_files_hold_what_fits_into_them(tmp_path: Path):
+    arrays = {"a": np.float32([1 / 3, 70000.0, np.inf])}
+    write_safetensors(tmp_path / "w.safetensors", arrays, "bfloat16")
+    np.testing.assert_array_equal(read_tensors(tmp_path / "w.safetensors")["a"], arrays["a"].astype(ml_dtypes.bfloat16))
+    before = (tmp_path / "w.safetensors").read_bytes()
+    with pytest.raises(UserError, match="a has values too large for float16: write it as bfloat16 or float32"):
+        write_safetensors(tmp_path / "w.safetensors", {"a": arrays["a"][:2]}, "float16")
+    assert (tmp_path / "w.safetensors").read_bytes() == before
+
+
 def test_written_files_are_float32_contiguous_and_whole(tmp_path: Path):
     value = np.arange(6, dtype=np.float32).reshape(2, 3)
     value.flags.writeable = False

@@ -27,14 +27,14 @@ def stand_in_encoders() -> None:
     text.load_text_encoder = lambda name, tokens: captions
 
 
-def main(shards: str, workdir: str, coordinator: str, index: str, count: str) -> None:
+def main(shards: str, workdir: str, coordinator: str, index: str, count: str, mesh: str) -> None:
     if int(count) > 1:
         distributed.start(coordinator, int(index), int(count), timeout_seconds=120)
     stand_in_encoders()
     config = tiny.get_config(shards)
     config.model.use_patch_mixer, config.remat = False, "none"
-    # Parameters are split over devices of both processes; the batch is read by each in part.
-    config.mesh.update(data=1, fsdp=-1)
+    # By default parameters are split over devices of both processes; the batch is read by each in part.
+    config.mesh.update(json.loads(mesh))
     config.phases = (tiny.UNMASKED | dict(steps=4, batch_size=16, mask_ratio=0.75, ema_start=1),)
     config.data.update(heldout="validation", heldout_images=3)
     config.sampling.update(prompts=("a", "b"), steps=1)

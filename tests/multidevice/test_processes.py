@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,12 +29,13 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run(shards: Path, workdir: Path, count: int) -> dict[str, Any]:
+def run(shards: Path, workdir: Path, count: int, **mesh: int) -> dict[str, Any]:
     """What process 0 of so many found."""
+    axes = json.dumps(mesh or {"data": 1, "fsdp": -1})
     script, address = Path(__file__).with_name("processes.py"), f"localhost:{free_port()}"
     started = [
         subprocess.Popen(
-            [sys.executable, script, shards, workdir, address, str(index), str(count)],
+            [sys.executable, script, shards, workdir, address, str(index), str(count), axes],
             env=environment(8 // count), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(count)
@@ -82,6 +84,20 @@ def test_checkpoints_are_those_of_one(found: dict[int, Any]):
     assert one.keys() == two.keys()
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, atol=1e-6, err_msg=name)
+
+
+def test_another_number_of_processes_and_another_mesh_go_on_with_the_same_batches(
+    found: dict[int, Any], tiny_shards: Path, tmp_path: Path
+):
+    workdir = Path(shutil.copytree(found["folder"] / "2", tmp_path / "run"))
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    resumed = run(tiny_shards, workdir, 1, data=2, fsdp=2, expert=2)
+    assert [r["step"] for r in resumed["metrics"] if "loss" in r] == [1, 2, 3, 4]
+    for ours, theirs in zip(resumed["metrics"], found[2]["metrics"], strict=True):
+        for name in {"step", "loss", "gradient_norm", "heldout_loss"} & theirs.keys():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+    (_, expected), (_, about) = (Checkpoints(folder).load_params() for folder in (found["folder"] / "2", workdir))
+    assert about["data"] == expected["data"]
 
 
 @pytest.mark.parametrize("index", [0, 1])

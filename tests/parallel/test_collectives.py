@@ -57,3 +57,20 @@ def test_a_program_is_added_up():
 
 def test_one_device_sends_nothing():
     assert collectives("ENTRY %main (a: f32[2]) -> f32[2] {\n  ROOT %b = f32[2]{0} negate(%a)\n}", devices=1) == {}
+
+
+@pytest.mark.parametrize(
+    ("groups", "together"),
+    [
+        ("[2,4]<=[8]", 4),
+        ("{{0,1},{2,3},{4,5},{6,7}}", 2),
+        ("mesh['data'=4,'fsdp'=2] {'fsdp'}", 2),
+        ("mesh['data'=4,'fsdp'=2] {'data','fsdp'}", 8),
+        ("mesh['data'=4,'fsdp'=2] {'data':(1)2,'fsdp'}", 4),
+        ("{}", 8),
+    ],
+)
+def test_groups_of_devices(groups: str, together: int):
+    line = f"ROOT %r = f32[64]{{0}} all-reduce(%a), channel_id=1, replica_groups={groups}, to_apply=%add"
+    found = collectives(f"ENTRY %main (a: f32[64]) -> f32[64] {{\n  {line}\n}}", devices=8)
+    assert found["all-reduce"].sent == pytest.approx(256 * 2 * (together - 1) / together)

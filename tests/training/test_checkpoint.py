@@ -1,4 +1,5 @@
 import errno
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -71,8 +72,8 @@ def test_an_empty_folder_restores_nothing(tmp_path: Path):
     assert restore(Checkpoints(tmp_path)) is None
 
 
-def test_the_newest_and_the_ends_of_phases_are_kept(tmp_path: Path):
-    assert saved(tmp_path, (1, 2, 3, 4, 5), keep_steps=(2,)).steps == [5, 4, 2]
+def test_the_newest_the_ends_of_phases_and_some_multiples_are_kept(tmp_path: Path):
+    assert saved(tmp_path, (1, 2, 3, 4, 5, 6, 7), keep_steps=(2,), keep_every=3).steps == [7, 6, 3, 2]
 
 
 def test_a_step_is_saved_once(workdir: Path):
@@ -184,6 +185,21 @@ def test_what_is_sampled_from_is_the_average_where_there_is_one(workdir: Path):
     np.testing.assert_array_equal(checkpoints.load_params(2)[0]["layer.bias"], state_at(2).ema["layer.bias"])
     checkpoints.save(state_at(4, ema=False), meta_at(4), wait=True)
     jax.tree.map(np.testing.assert_array_equal, checkpoints.load_params()[0], state_at(4).params)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from /proc")
+def test_twenty_saves_leave_no_memory_behind(tmp_path: Path):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    checkpoints = Checkpoints(tmp_path)
+    used = []
+    for step in range(1, 26):
+        checkpoints.save(state_at(step, width=32_768), meta_at(step), wait=True)  # 34 MB: four times 8.4
+        used.append(resident())
+    checkpoints.close()
+    # The first saves set up threads and pools. After them, not even one state more is held.
+    assert max(used[-3:]) - max(used[4:7]) < 30e6, [f"{size / 1e6:.0f} MB" for size in used]
 
 
 def test_a_missing_checkpoint_is_named(workdir: Path, tmp_path: Path):

@@ -7,13 +7,13 @@ from micro_dit.training.interrupt import Interrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_handlers_are_given_back(number: int, capsys: pytest.CaptureFixture):
+def test_the_first_signal_asks_and_handlers_are_given_back(number: int, capfd: pytest.CaptureFixture):
     before = signal.getsignal(number)
     with Interrupt() as interrupt:
         assert not interrupt.requested
         signal.raise_signal(number)
         assert interrupt.requested
-    assert "stopping after this step, saving first" in capsys.readouterr().out
+    assert "stopping after this step, saving first" in capfd.readouterr().out
     assert signal.getsignal(number) is before
 
 

@@ -68,7 +68,8 @@ def test_whole_file_is_left_as_it_is_on_reopening(tmp_path):
 
 
 def test_resumed_run_repeats_steps_and_the_last_line_wins(tmp_path):
-    write(tmp_path, [(1, {"loss": 1.0}), (2, {"loss": 2.0}), (2, {"heldout_loss": 7.0}), (4, {"loss": 4.0})])
+    twice = (2, {"loss": 2.0, "images_per_second": 9.0})
+    write(tmp_path, [(1, {"loss": 1.0}), twice, (2, {"heldout_loss": 7.0}), (4, {"loss": 4.0})])
     path = write(tmp_path, [(2, {"loss": 20.0}), (3, {"loss": 30.0})])
     records = read_metrics(path)
     assert [record["step"] for record in records] == [1, 2, 2, 3, 4]

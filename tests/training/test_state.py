@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
+from micro_dit.models.dit import abstract_params
 from micro_dit.training.optimizer import make_optimizer
-from micro_dit.training.state import init_state, stream
+from micro_dit.training.state import TrainState, enter_phase, init_state, stream
 
 NAMES = ("init", "posterior", "caption_drop", "sigma", "noise", "mask", "heldout")
 
@@ -33,3 +34,24 @@ def test_a_fresh_state(with_ema: bool):
     floats = [leaf for leaf in jax.tree.leaves(state) if leaf.shape]
     assert {leaf.dtype for leaf in floats} == {np.dtype("float32")}
     assert state.best_params is (state.ema if with_ema else state.params)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_next_phase_takes_the_weights_to_the_bit_and_the_moments_if_it_shall(fresh: bool):
+    optimizer, generator = make_optimizer(1.0), np.random.default_rng(0)
+    params = {name: generator.standard_normal((3, 4)).astype(np.float32) for name in ("a", "b")}
+    moments = jax.tree.map(lambda leaf: jnp.ones_like(leaf) * 7, optimizer.init(params))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    state = enter_phase(TrainState(jnp.int32(5), params, moments, None), optimizer, True, fresh, sharding)
+    assert state.step == 5
+    for part in (state.params, state.ema):
+        jax.tree.map(np.testing.assert_array_equal, part, params)
+    assert jax.tree.structure(state.opt_state) == jax.tree.structure(moments)
+    for leaf in jax.tree.leaves(state.opt_state):
+        np.testing.assert_array_equal(leaf, 0 if fresh else 7)
+
+
+def test_networks_of_two_resolutions_have_the_same_parameters():
+    """The table of positions is computed from the resolution and the scale."""
+    low, high = (abstract_params(tiny.network(input_size=n, pos_interp_scale=n / 8)) for n in (8, 16))
+    assert low == high

@@ -244,8 +244,8 @@ def open_source(spec: str, px: int) -> Source:
     """Opens a source by name.
 
     Args:
-        spec: `name`, or `name:argument`. OpenMoji takes groups (`openmoji:smileys-emotion,animals-nature`), all others
-            a path and options (`folder:photos`, `listing:photos.csv,caption=title`).
+        spec: `name`, or `name:argument`. OpenMoji takes groups and subgroups (`openmoji:smileys-emotion,animal-bird`),
+            all others a path and options (`folder:photos`, `listing:photos.csv,caption=title`).
         px: Side in pixels at which vector images are drawn; sources of pixel images keep their own sizes.
 
     Raises:

@@ -35,6 +35,7 @@ class Emoji(NamedTuple):
     group: str
     concept: str  # one name for a drawing, its skin tones, and all that look exactly like one of them
     is_tone: bool
+    subgroup: str = ""
 
 
 class OpenMoji:
@@ -53,7 +54,7 @@ class OpenMoji:
         """Reads the captions; draws nothing yet.
 
         Args:
-            groups: Keep only these groups, such as 'smileys-emotion'; None keeps all.
+            groups: Keep only these groups or subgroups, such as 'smileys-emotion' or 'animal-mammal'; None keeps all.
             px: Side of the images in pixels.
 
         Raises:
@@ -63,12 +64,13 @@ class OpenMoji:
         self.folder = _svg_folder()
         emojis = read_emojis()
         known = sorted({emoji.group for emoji in emojis})
+        subgroups = {emoji.subgroup for emoji in emojis}
         for group in groups or ():
-            if group not in known:
+            if group not in known and group not in subgroups:
                 raise UserError(f"OpenMoji has no group '{group}'; known ones: {', '.join(known)}.")
         self._splits: dict[str, list[Emoji]] = {split: [] for split in SPLITS}
         for emoji, split in zip(emojis, assign_splits(emojis), strict=True):
-            if groups is None or emoji.group in groups:
+            if groups is None or emoji.group in groups or emoji.subgroup in groups:
                 self._splits[split].append(emoji)
 
     def parts(self, split: str) -> list[Part]:
@@ -143,7 +145,14 @@ def read_emojis() -> list[Emoji]:
             if first != second:
                 merged[second] = first
     return [
-        Emoji(row["hexcode"], row["annotation"], row["group"], root(concept[row["hexcode"]]), bool(row["skintone"]))
+        Emoji(
+            row["hexcode"],
+            row["annotation"],
+            row["group"],
+            root(concept[row["hexcode"]]),
+            bool(row["skintone"]),
+            row["subgroup"],
+        )
         for row in rows
     ]
 

@@ -1,0 +1,238 @@
+"""A trained model as a folder to keep, give away or serve from: `python -m micro_dit.export --workdir=… --out=…`.
+
+See docs/export.md. The folder's format is that of micro_dit/interop/model_folder.py, in the hub's layout.
+"""
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags
+
+from micro_dit.command import run_command
+from micro_dit.diffusion.samplers import SAMPLERS
+from micro_dit.encoders.hub import ASSETS, HUB_NAME
+from micro_dit.errors import UserError
+from micro_dit.interop.model_folder import (
+    ABOUT,
+    DTYPES,
+    OPTIONAL,
+    VAE,
+    WEIGHTS_FILE,
+    is_model_folder,
+    read_config,
+    save_model_folder,
+)
+
+if TYPE_CHECKING:
+    from micro_dit.api import About, Model
+    from micro_dit.interop.model_card import Recipe
+
+CARD, PICTURE, PROGRAMS = "README.md", "samples.png", "stablehlo"
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+LICENSES = {"CC BY-SA 4.0": "cc-by-sa-4.0", "CC BY 4.0": "cc-by-4.0", "CC0": "cc0-1.0"}  # in attributions: on the hub
+
+
+def export(
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    params: str | None = None,
+    dtype: str = "float32",
+    vae: str | None = None,
+    text_encoder: str | None = None,
+    license: str | None = None,
+    stablehlo: bool = False,
+    sampler: str = "heun",
+    steps: int | None = None,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Makes a model folder of a run; all of it, or nothing.
+
+    Args:
+        workdir: the run's, or a model folder.
+        out: the folder to make.
+        step: the run's checkpoint; the newest if None.
+        params: 'ema' or 'raw'; by default the moving average where there is one.
+        dtype: of the weights' file, one of DTYPES.
+        vae: the image encoder, in place of the name that it was trained under. A folder is copied in, the name of a
+            repository on the hub only told.
+        text_encoder: likewise; it is only told.
+        license: of the weights, an identifier of the hub; by default that of the data's attribution, if it names one.
+        stablehlo: also write a call of the sampler, and the decoder if it is in the folder, as programs.
+        sampler: of that program, one of SAMPLERS.
+        steps: of the noise levels told beside the program; by default the model's.
+        report: is told what was written.
+
+    Raises:
+        UserError: there is no model, `out` holds something, the encoder is not the one it was trained with, or a
+            setting makes no sense.
+    """
+    from micro_dit.api import load
+    from micro_dit.generator import check_steps
+    from micro_dit.interop.model_card import model_card
+
+    workdir, out = Path(workdir), Path(out).resolve()
+    if dtype not in DTYPES:
+        raise UserError(f"weights can't be written as {dtype!r}; choose {', '.join(DTYPES)}.")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there and not empty: give a new folder.")
+    model = load(workdir, step, params=params)
+    check_steps(model.about.steps if steps is None else steps, sampler)
+    about, vae_files = _with_encoders(model.about, vae, text_encoder)
+    model.about = about
+    recipe = _recipe(workdir, about.step, params) if not is_model_folder(workdir) else None
+    pixels = recipe.phase["resolution"] if recipe else None
+    if vae_files:  # what is given away must be the encoder of the training: this reads it, and checks
+        pixels = model.image_encoder.downsample * model.config.input_size
+    told = _told(about)
+    license = license or next((known for words, known in LICENSES.items() if words in about.source), "unknown")
+
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} can't be made ({error.strerror}): give another folder.") from error
+    try:
+        save_model_folder(partial, _on_host(model.params), model.config, told, dtype, vae_files)
+        picture = _picture(workdir, about.step, params)
+        if picture is not None:
+            shutil.copyfile(picture, partial / PICTURE)
+        if stablehlo:
+            _write_programs(partial, model, dtype, sampler, about.steps if steps is None else steps, bool(vae_files))
+        count = sum(value.size for value in model.params.values())
+        card = model_card(
+            out.name, parameters=count, pixels=pixels, dtype=dtype, license=license, about=told,
+            vae_included=bool(vae_files), recipe=recipe, picture=PICTURE if picture else "", programs=stablehlo,
+        )  # fmt: skip
+        (partial / CARD).write_text(card, encoding="utf-8")
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    where = f"step {about.step} of {workdir.name}" if about.step is not None else workdir.name
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    report(f"{out}: {where}, {count:,} parameters as {dtype}, {size / 1e6:.1f} MB in all")
+    report(f"image encoder: {about.vae}, {f'copied to {out / VAE}' if vae_files else 'found by that name on the hub'}")
+    if Path(about.text_encoder).expanduser().is_dir():
+        report(
+            f"warning: the text encoder {about.text_encoder} is a folder here, and not copied: where the hub has it, "
+            "name it by --text_encoder=owner/repository."
+        )
+    unstated = "; give --license before you share it" if license == "unknown" else ""
+    report(f"license in {out / CARD}: {license}{unstated}")
+
+
+def _with_encoders(about: "About", vae: str | None, text_encoder: str | None) -> tuple["About", Path | None]:
+    """What is told of the encoders, and the folder of the image encoder unless it is on the hub."""
+    text_encoder = text_encoder or about.text_encoder
+    files = _vae_files(about.vae_folder if about.vae_folder and vae is None else vae or about.vae)
+    name = vae or about.vae
+    if files is not None and Path(name).expanduser().is_dir():
+        name = Path(name).expanduser().resolve().name  # a path of this machine means nothing elsewhere
+    folder = "" if files is None else str(files)
+    return dataclasses.replace(about, vae=name, text_encoder=text_encoder, vae_folder=folder), files
+
+
+def _vae_files(name: str) -> Path | None:
+    """The folder of an autoencoder that is here or comes with the package; None if it is on the hub."""
+    for folder in (Path(name).expanduser(), ASSETS / name):
+        if folder.is_dir():
+            return folder / VAE if (folder / VAE / "config.json").is_file() else folder
+    if HUB_NAME.fullmatch(name):
+        return None
+    raise UserError(f"the image encoder {name!r} is no folder, nor a repository's name on the hub: give it as --vae.")
+
+
+def _told(about: "About") -> dict[str, Any]:
+    """What the folder's config.json tells of the model."""
+    told = {name: getattr(about, name) for name in ABOUT}
+    optional = {name: getattr(about, name, None) for name in OPTIONAL}
+    return told | {name: value for name, value in optional.items() if value not in (None, "")}
+
+
+def _on_host(params: Mapping[str, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    return {name: np.asarray(value) for name, value in params.items()}
+
+
+def _recipe(workdir: Path, step: int | None, params: str | None) -> "Recipe":
+    """How the model of a run was trained, from what the run has written."""
+    from micro_dit.interop.model_card import Recipe
+    from micro_dit.training.metrics import read_metrics
+
+    assert step is not None
+    config = read_config(workdir / "config.json")["config"]
+    data, started_from = config["data"].get("source", ""), config.get("init_from", "")
+    recipe = Recipe(config["phases"], step, averaged=False, data=data, started_from=started_from)
+    averaged = params != "raw" and recipe.phase.get("ema_decay", 0) > 0
+    recipe = dataclasses.replace(recipe, averaged=averaged)
+    metrics = workdir / "metrics.jsonl"
+    name = "heldout_loss_ema" if averaged else "heldout_loss"
+    records = read_metrics(metrics) if metrics.is_file() else []
+    measured = [record for record in records if name in record and record["step"] <= step]
+    if not measured:
+        return recipe
+    return dataclasses.replace(recipe, heldout_loss=measured[-1][name], heldout_step=int(measured[-1]["step"]))
+
+
+def _picture(workdir: Path, step: int | None, params: str | None) -> Path | None:
+    """The grid of samples of a checkpoint, or of the model folder that is exported again."""
+    if params == "raw":
+        return None  # the grids were drawn with the average
+    picture = workdir / (PICTURE if step is None or is_model_folder(workdir) else f"samples/step_{step:08d}.png")
+    return picture if picture.is_file() else None
+
+
+def _write_programs(
+    folder: Path, model: "Model", dtype: str, sampler: str, steps: int, with_decoder: bool
+) -> None:  # fmt: skip
+    from safetensors.numpy import load_file
+
+    from micro_dit.interop.stablehlo import write_programs
+
+    decoder = (load_file(folder / VAE / VAE_WEIGHTS), model.image_encoder.config) if with_decoder else None
+    write_programs(
+        folder / PROGRAMS, model.config, dtype, caption_tokens=model.about.caption_tokens,
+        sigma_data=model.about.sigma_data, guidance=model.about.guidance, sampler=sampler, steps=steps,
+        weights=f"../{WEIGHTS_FILE}", decoder=decoder, decoder_weights=f"../{VAE}/{VAE_WEIGHTS}",
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+    if not FLAGS.stablehlo and (FLAGS.sampler is not None or FLAGS.steps is not None):
+        raise UserError("--sampler and --steps are those of the program: give --stablehlo too, or leave them out.")
+    export(
+        FLAGS.workdir, FLAGS.out, step=FLAGS.step, params=FLAGS.params, dtype=FLAGS.dtype, vae=FLAGS.vae,
+        text_encoder=FLAGS.text_encoder, license=FLAGS.license, stablehlo=FLAGS.stablehlo,
+        sampler=FLAGS.sampler or "heun", steps=FLAGS.steps,
+    )  # fmt: skip
+
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Work directory of a run, or a model folder.", required=True)
+    flags.DEFINE_string("out", None, "The model folder to make.", required=True)
+    flags.DEFINE_integer("step", None, "Checkpoint of the run to use; by default the newest.")
+    flags.DEFINE_enum("params", None, ["ema", "raw"], "Moving average or not; by default the average if there is one.")
+    flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the weights in the folder.")
+    flags.DEFINE_string("vae", None, "The image encoder: a folder, which is copied in, or a repository on the hub.")
+    flags.DEFINE_string("text_encoder", None, "The text encoder's name, where the one of the run means nothing.")
+    flags.DEFINE_string("license", None, "Of the weights, as the hub names it; by default that of the attribution.")
+    flags.DEFINE_boolean("stablehlo", False, "Also write a call of the sampler as a program that needs no micro_dit.")
+    flags.DEFINE_enum("sampler", None, list(SAMPLERS), "Of the program; by default heun.")
+    flags.DEFINE_integer("steps", None, "Of the table of noise levels beside the program; by default the model's.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(lambda argv: sys.exit(run_command(main, argv)))

@@ -1,0 +1,96 @@
+"""Low-rank adaptation (LoRA, Hu et al. 2021, arXiv:2106.09685): W stays as it is, A·B is trained and added to it."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from micro_dit.errors import UserError
+from micro_dit.models.dit import Params
+
+A, B = ".lora_a", ".lora_b"  # behind the name of the kernel that they adapt
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Which kernels are adapted, and how.
+
+    Attributes:
+        rank: r, the width between A and B.
+        alpha: the kernel in use is W + alpha / r · A·B.
+        targets: a regular expression; the kernels in whose names it is found are adapted: matrices (in, out), and those
+            of experts (E, in, out), of which each gets its own A and B.
+    """
+
+    rank: int
+    alpha: float
+    targets: str
+
+    def __post_init__(self) -> None:
+        """Raises UserError for an impossible value."""
+        if self.rank < 1 or self.alpha <= 0:
+            raise UserError(f"lora.rank {self.rank} and lora.alpha {self.alpha}: both must be above 0.")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise UserError(f"lora.targets {self.targets!r} is no regular expression ({error}); correct it.") from error
+
+    def abstract(self, base: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Names and shapes of the adapter for a network's parameters (or their shapes): A (…, in, r), B (…, r, out).
+
+        Raises:
+            UserError: no kernel is called like `targets`, or an adapter would be no smaller than its kernel.
+        """
+        adapter = {}
+        for name, leaf in base.items():
+            if len(leaf.shape) < 2 or not re.search(self.targets, name):
+                continue
+            *experts, wide, out = leaf.shape
+            if self.rank * (wide + out) >= wide * out:
+                raise UserError(
+                    f"lora.rank {self.rank} makes an adapter no smaller than {name}, which is {wide}×{out}: take a "
+                    "lower rank, or lora.targets that leave that kernel out."
+                )
+            adapter[name + A] = jax.ShapeDtypeStruct((*experts, wide, self.rank), jnp.float32)
+            adapter[name + B] = jax.ShapeDtypeStruct((*experts, self.rank, out), jnp.float32)
+        if not adapter:
+            kernels = [name for name, leaf in base.items() if len(leaf.shape) > 1]
+            some = ", ".join(kernels[:3])
+            raise UserError(f"lora.targets {self.targets!r} is found in no kernel's name; they are called {some}, ….")
+        return adapter
+
+    def init(self, base: Mapping[str, Any], key: jax.Array) -> Params:
+        """A fresh adapter, which changes nothing yet: A normal with variance 1 / in, B zero."""
+        adapter: Params = {}
+        for number, (name, leaf) in enumerate(self.abstract(base).items()):
+            normal = jax.random.normal(jax.random.fold_in(key, number), leaf.shape) / math.sqrt(leaf.shape[-2])
+            adapter[name] = normal if name.endswith(A) else jnp.zeros(leaf.shape)
+        return adapter
+
+    def merge(self, base: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters in use, float32: W + alpha / r · A·B; those that are not adapted are the base's own arrays."""
+        merged = dict(base)
+        for name in adapter:
+            if name.endswith(A):
+                kernel = name.removesuffix(A)
+                product = jnp.matmul(adapter[name], adapter[kernel + B], precision=jax.lax.Precision.HIGHEST)
+                merged[kernel] = base[kernel] + self.alpha / self.rank * product
+        return merged
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return name.endswith((A, B))
+
+
+def make_lora(rank: int, alpha: float, targets: str) -> LoRA | None:
+    """Rank 0 is no LoRA: everything is trained.
+
+    Raises:
+        UserError: an impossible value.
+    """
+    return None if rank == 0 else LoRA(rank, float(alpha), targets)

@@ -1,0 +1,148 @@
+"""MaskDiT's decoder: which tokens reach what, what its loss asks for, and that nothing changes without it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from micro_dit.diffusion import edm
+from micro_dit.errors import UserError
+from micro_dit.interop.model_folder import config_from
+from micro_dit.models.dit import abstract_params, bind, init_params
+from micro_dit.models.flops import forward_flops
+from micro_dit.models.masking import TokenMask, mask_from_noise, restore_tokens
+from micro_dit.parallel.mesh import make_mesh
+from micro_dit.parallel.sharding import param_shardings
+
+CONFIG = tiny.network(use_patch_mixer=False, decoder_depth=2, decoder_dim=16)
+X, T, Y = tiny.inputs(CONFIG)
+NOISE = jax.random.uniform(jax.random.key(0), (3, CONFIG.tokens))
+MASK = mask_from_noise(NOISE, 4)
+
+
+@jax.jit
+def forward(params: Any, x: Any, mask: TokenMask | None) -> jax.Array:
+    return bind(CONFIG, params)(x, T, Y, mask)
+
+
+@jax.jit
+def gradients(params: Any) -> Any:
+    def loss(params: Any) -> jax.Array:
+        model = bind(CONFIG, params)
+        F = lambda x, t, y: model(x, t, y, MASK)  # noqa: E731
+        return edm.loss(F, X, Y, jnp.exp(T), X[::-1], mask=MASK, reconstruction=edm.RECONSTRUCTION).mean()
+
+    return jax.grad(loss)(params)
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, jax.Array]:
+    return tiny.random_params(CONFIG)
+
+
+def test_every_token_comes_back_to_its_place(params: dict[str, jax.Array]):
+    """Keeping all tokens, in random order, is not masking."""
+    everything = mask_from_noise(NOISE, CONFIG.tokens)
+    np.testing.assert_allclose(forward(params, X, everything), forward(params, X, None), atol=2e-5)
+    assert float(jnp.std(forward(params, X, None))) > 0.1
+
+
+def test_dropped_tokens_are_replaced_by_the_mask_token_alone(params: dict[str, jax.Array]):
+    filled = restore_tokens(jnp.zeros((3, 4, 5)), MASK, fill=jnp.arange(5.0))
+    np.testing.assert_array_equal(filled, MASK.dropped[:, :, None] * jnp.arange(5.0))
+    # All patches come out, and of the dropped ones nothing is known but where they are.
+    out = forward(params, X, MASK)
+    assert np.all(np.abs(np.asarray(out)).reshape(3, -1).min(axis=1) > 0)
+    dropped = jnp.repeat(jnp.repeat(MASK.dropped.reshape(3, 4, 4), 2, 1), 2, 2)[..., None]
+    np.testing.assert_array_equal(forward(params, X + 3 * dropped, MASK), out)
+    other = params | {"decoder.mask_token": -2 * params["decoder.mask_token"]}
+    assert not np.allclose(forward(other, X, MASK), out, atol=1e-3)
+    np.testing.assert_array_equal(forward(other, X, None), forward(params, X, None))
+
+
+def test_every_parameter_is_trained(params: dict[str, jax.Array]):
+    assert [name for name, gradient in gradients(params).items() if not np.any(gradient)] == []
+
+
+def test_reconstruction_counts_a_tenth_and_only_with_a_mask():
+    F: edm.Network = lambda x, t, y: jnp.tanh(x) + t[:, None, None, None]  # noqa: E731
+    sigma = jnp.exp(T)
+    noisy = X + sigma[:, None, None, None] * X[::-1]
+    expected = 0.1 * reconstruction_by_hand(edm.denoise(F, noisy, sigma, Y), noisy)
+    plain, with_it = (edm.loss(F, X, Y, sigma, X[::-1], mask=MASK, reconstruction=r) for r in (0, edm.RECONSTRUCTION))
+    np.testing.assert_allclose(with_it - plain, expected, rtol=1e-4)
+    plain, with_it = (edm.loss(F, X, Y, sigma, X[::-1], reconstruction=r) for r in (0, edm.RECONSTRUCTION))
+    np.testing.assert_array_equal(with_it, plain)
+
+
+def reconstruction_by_hand(D_x: jax.Array, noisy: jax.Array) -> np.ndarray:
+    """MaskDiT's loss, patch by patch, in float64."""
+    losses = []
+    for image in range(3):
+        patches = []
+        for token in np.flatnonzero(np.asarray(MASK.dropped[image])):
+            row, column = 2 * (token // 4), 2 * (token % 4)
+            got, target = (
+                np.asarray(a, np.float64)[image, row : row + 2, column : column + 2].ravel() for a in (D_x, noisy)
+            )
+            variance = np.sum((target - target.mean()) ** 2) / (len(target) - 1)
+            patches.append(np.mean((got - (target - target.mean()) / np.sqrt(variance + 1e-6)) ** 2))
+        losses.append(np.mean(patches))
+    return np.asarray(losses)
+
+
+def test_a_fresh_network_starts_at_zero_as_maskdits_does():
+    params = jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(0))
+    assert {name: leaf.shape for name, leaf in params.items()} == {
+        name: leaf.shape for name, leaf in abstract_params(CONFIG).items()
+    }
+    for name in ("decoder.proj_in.linear.kernel", "decoder.proj_in.adaln.kernel", "decoder.blocks.1.adaln.kernel"):
+        assert not np.any(params[name]), name
+    assert 0 < float(jnp.abs(params["decoder.mask_token"]).max()) < 0.1
+    np.testing.assert_array_equal(forward(params, X, MASK), 0)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_flops_are_those_of_all_products(masked: bool):
+    jaxpr = jax.make_jaxpr(lambda params: bind(CONFIG, params)(X[:1], T[:1], Y[:1], one_image if masked else None))
+    one_image = TokenMask(MASK.keep[:1], MASK.restore[:1])
+    counted = sum(product_flops(jaxpr(abstract_params(CONFIG)).jaxpr))
+    assert counted == sum(forward_flops(CONFIG, 0.75 if masked else 0.0, tiny.TEXT.tokens).values())
+
+
+def product_flops(jaxpr: Any) -> list[int]:
+    """2 × MACs of each matrix product in a program."""
+    flops = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            flops.append(2 * equation.outvars[0].aval.size * int(np.prod([shape[i] for i in contracted])))
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                flops += product_flops(getattr(inner, "jaxpr", inner))
+    return flops
+
+
+def test_its_parameters_have_a_place_on_a_mesh():
+    assert set(param_shardings(make_mesh(None), abstract_params(CONFIG))) == set(abstract_params(CONFIG))
+
+
+def test_networks_saved_before_there_were_decoders_can_be_read():
+    fields = dataclasses.asdict(tiny.network())
+    older = {name: value for name, value in fields.items() if not name.startswith("decoder")}
+    assert config_from(older, "here") == tiny.network()
+    assert not any("decoder" in name for name in abstract_params(tiny.network()))
+
+
+def test_half_a_decoder_is_refused():
+    for fields in (dict(decoder_depth=2), dict(decoder_dim=16), dict(decoder_depth=-1, decoder_dim=16)):
+        with pytest.raises(UserError, match="give both, or neither"):
+            tiny.network(**fields).check()
+    with pytest.raises(UserError, match="decoder_dim 24 must be a multiple of head_dim 16"):
+        tiny.network(decoder_depth=1, decoder_dim=24).check()

@@ -1,0 +1,313 @@
+"""The page: bounds, one drawing after the other, the picture that the API draws, and all of it in a browser."""
+
+import base64
+import io
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_sample import Blocks, Words
+
+from micro_dit import playground
+from micro_dit.api import load
+from micro_dit.diffusion.samplers import SAMPLERS, noise_levels
+from micro_dit.encoders import image, text
+from micro_dit.errors import UserError
+from micro_dit.studio import MAX_IMAGES, MAX_LETTERS, MAX_STEPS, Settings, Studio, find_checkpoints
+
+NEWEST, RAW, MASKED = "step 84, unmasked, average", "step 84, unmasked, raw", "step 48, masked"
+SHORT: dict[str, Any] = dict(
+    prompt="one", negative_prompt="", seed=3, steps=2, guidance=2.0, sampler="heun", num=1, checkpoint=NEWEST
+)
+
+
+@pytest.fixture(scope="module")
+def stubs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image, "load_image_encoder", lambda name: Blocks())
+        patch.setattr(text, "load_text_encoder", lambda name, tokens: Words())
+        yield
+
+
+@pytest.fixture(scope="module")
+def studio(finished_run: Path, stubs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    made = Studio([finished_run], tmp_path_factory.mktemp("pictures"))
+    yield made
+    made.close()
+
+
+def pixels(picture: Image.Image | Path) -> np.ndarray:
+    if isinstance(picture, Path):
+        with Image.open(picture) as opened:
+            return np.asarray(opened.convert("RGB"))
+    return np.asarray(picture)
+
+
+# ---- The studio ------------------------------------------------------------------------------------------------------
+
+
+def test_the_checkpoints_of_a_run_can_be_chosen_averaged_and_raw(finished_run: Path, studio: Studio, tmp_path: Path):
+    assert list(studio.choices)[:2] == [NEWEST, RAW]
+    assert list(studio.choices)[-1] == MASKED
+    two = find_checkpoints([finished_run, finished_run])
+    assert f"{finished_run.name}, {RAW}" in two
+    with pytest.raises(UserError, match="is no work directory"):
+        find_checkpoints([finished_run, tmp_path])
+    shutil.copy(finished_run / "config.json", tmp_path)
+    with pytest.raises(UserError, match="has no checkpoints yet"):
+        find_checkpoints([tmp_path])
+
+
+def test_a_drawing_forms_and_ends_as_the_picture_of_the_api(studio: Studio, finished_run: Path):
+    *forming, last = studio.draw(Settings(**SHORT | dict(num=5, beside=RAW)))
+    assert [frame.done for frame in forming] == sorted(frame.done for frame in forming)
+    seen = [frame.pictures[NEWEST][0] for frame in forming]
+    assert any(picture is not None and picture.path is None for picture in seen)
+    assert last.done == 1.0
+    for label, params in ((NEWEST, None), (RAW, "raw")):
+        settings = {name: SHORT[name] for name in ("seed", "steps", "guidance", "sampler")}
+        images = load(finished_run, params=params).generate("one", num=5, **settings)
+        for i, (picture, expected) in enumerate(zip(last.pictures[label], images, strict=True)):
+            assert picture is not None
+            assert picture.path is not None
+            np.testing.assert_array_equal(pixels(picture.path), pixels(expected))
+            assert picture.settings == Settings(**SHORT | dict(seed=3 + i, checkpoint=label))
+    both = [pixels(last.pictures[label][0].image) for label in (NEWEST, RAW)]
+    assert (both[0] != both[1]).any()
+
+
+def test_a_file_tells_what_the_command_would_tell(studio: Studio):
+    *_, last = studio.draw(Settings(**SHORT | dict(checkpoint=RAW, negative_prompt="two")))
+    with Image.open(last.pictures[RAW][0].path) as opened:
+        told = dict(opened.text)
+    model = studio.model(RAW)
+    assert told == {
+        "prompt": "one", "seed": "3", "sampler": "heun, 2 steps", "guidance": "2.0", "negative_prompt": "two",
+        "checkpoint": f"step 84 of {model.about.name}, raw parameters", "config": model.about.config_hash,
+        "attribution": "nobody",
+    }  # fmt: skip
+
+
+def test_checkpoints_of_a_run_share_encoders_and_programs_and_few_stay_in_memory(studio: Studio):
+    first, second = studio.model(NEWEST), studio.model(RAW)
+    assert first._denoising is second._denoising
+    assert first._encoders is second._encoders
+    studio.model(MASKED)
+    assert list(studio._models) == [RAW, MASKED]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_tell_what_the_denoiser_returned(name: str):
+    sampler, x = SAMPLERS[name], np.random.default_rng(0).standard_normal((1, 2, 2, 1)).astype(np.float32)
+    carry = sampler.start(80 * x)
+    returned = []
+
+    def D(x: Any, sigma: Any) -> Any:
+        returned.append(np.tanh(x) / (1 + sigma))
+        return returned[-1]
+
+    for row in zip(*sampler.columns(noise_levels(4)), strict=True):
+        after = sampler.call(D, carry, row)
+        np.testing.assert_allclose(sampler.denoised(carry, row, after), returned[-1], atol=1e-4)
+        carry = after
+
+
+def test_drawings_follow_one_another(studio: Studio, monkeypatch: pytest.MonkeyPatch):
+    model, at_once, most = studio.model(NEWEST), [], []
+    plain = type(model).generate
+
+    def generate(self: Any, *arguments: Any, **settings: Any) -> Any:
+        at_once.append(None)
+        most.append(len(at_once))
+        time.sleep(0.05)
+        drawn = plain(self, *arguments, **settings)
+        at_once.pop()
+        return drawn
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    threads = [threading.Thread(target=lambda: list(studio.draw(Settings(**SHORT)))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
+
+
+def test_a_drawing_that_nobody_looks_at_stops(studio: Studio):
+    before = set(studio._folder.iterdir())
+    frames = studio.draw(Settings(**SHORT | dict(steps=MAX_STEPS)))
+    next(frames)
+    frames.close()
+    list(studio.draw(Settings(**SHORT)))  # comes after it
+    assert len(set(studio._folder.iterdir()) - before) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(prompt="x" * (MAX_LETTERS + 1)), "the prompt has 1001 letters: use at most 1000"),
+        (dict(negative_prompt="x" * (MAX_LETTERS + 1)), "the negative prompt has 1001 letters"),
+        (dict(num=MAX_IMAGES + 1), "number of images is 9: use a whole number from 1 to 8"),
+        (dict(num=0), "number of images is 0"),
+        (dict(steps=MAX_STEPS + 1), "number of steps is 101: use a whole number from 1 to 100"),
+        (dict(steps=1, sampler="dpmpp_2m"), "use at least 2 sampling steps"),
+        (dict(sampler="rm -rf"), "no sampler 'rm -rf'"),
+        (dict(seed=-1), "the seed is -1"),
+        (dict(seed=2**32), "the seed is 4294967296"),
+        (dict(guidance=float("nan")), "the guidance is nan"),
+        (dict(guidance=1e9), "the guidance is 1000000000.0: use a number from 0 to 20"),
+        (dict(checkpoint="/etc/passwd"), "no checkpoint '/etc/passwd'"),
+        (dict(beside="../secret"), "no checkpoint '../secret'"),
+    ],
+)
+def test_settings_are_bounded_whoever_asks(studio: Studio, change: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=re.escape(message)):
+        list(studio.draw(Settings(**SHORT | change)))
+
+
+# ---- HTML ------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_escaped(studio: Studio):
+    prompt = '<script>alert("x")</script>'
+    *_, last = studio.draw(Settings(**SHORT | dict(prompt=prompt, negative_prompt=prompt)))
+    for page in (playground.easel(last), playground.notice(prompt), playground.easel_of(last.pictures[NEWEST][0])):
+        assert "<script" not in page
+        assert "&lt;script&gt;alert(&quot;x&quot;)" in page
+
+
+def test_the_picture_in_the_page_is_the_file(studio: Studio):
+    *_, last = studio.draw(Settings(**SHORT))
+    path = last.pictures[NEWEST][0].path
+    (saved,) = re.findall(r'<a href="data:image/png;base64,([^"]+)" download="([^"]+)"', playground.easel(last))
+    assert base64.b64decode(saved[0]) == path.read_bytes()
+    assert saved[1] == path.name
+
+
+def test_settings_come_back_as_they_were():
+    for settings in (Settings(**SHORT), Settings(**SHORT | dict(beside=RAW, guidance=2.5))):
+        assert playground.read_settings(*playground.controls_of(settings)) == settings
+    with pytest.raises(UserError, match="must be numbers"):
+        playground.read_settings("one", "", None, 2, 2.0, "heun", 1, NEWEST, "none")
+
+
+# ---- The page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def connections() -> Iterator[list[Any]]:
+    """Addresses outside this machine that this process tries to reach."""
+    tried: list[Any] = []
+    plain = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in playground.LOCAL:
+            tried.append(address)
+            raise OSError(f"{address} is not this machine")
+        plain(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect)
+        yield tried
+
+
+@pytest.fixture(scope="module")
+def url(studio: Studio, connections: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    gradio = pytest.importorskip("gradio", reason="the page needs the extra `playground`")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page, folder = playground.build_page(studio), str(tmp_path_factory.mktemp("gradio"))
+    yield playground.serve(page, "127.0.0.1", port, folder)
+    with gradio.Blocks() as another, pytest.raises(UserError, match=f"port {port} of 127.0.0.1 can't be had"):
+        playground.serve(another, "127.0.0.1", port, folder)
+    page.close()
+    assert connections == []
+
+
+def controls(**changes: Any) -> list[Any]:
+    return list(playground.controls_of(Settings(**SHORT | changes)))
+
+
+def test_the_button_draws_and_crafted_requests_are_refused(url: str, studio: Studio, finished_run: Path):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(url, verbose=False, analytics_enabled=False)
+    board, messages, gallery = client.predict(*controls(prompt="one two three four <b>"), api_name="/draw")
+    assert "the prompt has 6 tokens" in messages.lower()
+    assert "<b>" not in messages
+    assert "easel finished" in board
+    expected = load(finished_run).generate("one two three four <b>", seed=3, steps=2, guidance=2.0)[0]
+    (entry,) = gallery
+    np.testing.assert_array_equal(pixels(Path(entry["image"])), pixels(expected))
+    assert entry["caption"] == "one two three four <b> · 3"
+    _, _, gallery = client.predict(*controls(seed=4), api_name="/draw")
+    assert [entry["caption"] for entry in gallery] == ["one · 4", "one two three four <b> · 3"]
+
+    before = set(studio._folder.iterdir())
+    _, messages, _ = client.predict(*controls(prompt="x" * 2000), api_name="/draw")
+    assert "notice error" in messages
+    assert "2000 letters" in messages
+    for crafted in (dict(num=100), dict(steps=10**6), dict(checkpoint="/etc/passwd"), dict(sampler="x")):
+        with pytest.raises(AppError):
+            client.predict(*controls(**crafted), api_name="/draw")
+    assert set(studio._folder.iterdir()) == before
+    with urlopen(url + "config") as config:
+        assert b"googleapis" not in config.read()
+
+
+def test_a_prompt_typed_in_a_browser_becomes_a_picture(url: str):
+    api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("there is no Chromium on this machine")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("dialog", lambda dialog: pytest.fail("a prompt ran as a script"))
+        page.goto(url)
+        prompt = page.get_by_label("Prompt", exact=True)
+        prompt.fill("<img src=http://example.com onerror=alert(1)>")
+        page.locator("#steps input[type=number]").fill("2")
+        page.locator("#steps input[type=number]").press("Tab")
+        page.click("#draw")
+        picture = page.locator(".finished .pictures img")
+        picture.wait_for()
+        encoded = picture.get_attribute("src").removeprefix("data:image/png;base64,")
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as opened:
+            assert opened.size == (16, 16)
+            assert opened.text["prompt"] == "<img src=http://example.com onerror=alert(1)>"
+        page.locator("#session img").wait_for()
+        assert page.locator(".easel img, #session img").count() == 2  # the prompt made none
+
+        prompt.fill("two")
+        page.click("#another")
+        page.locator("#session img").nth(1).wait_for()
+        page.locator("#session img").nth(1).click()  # the first: the newest comes first
+        api.expect(prompt).to_have_value("<img src=http://example.com onerror=alert(1)>")
+        api.expect(page.get_by_label("Seed", exact=True)).to_have_value("0")
+        prompt.fill("one two three four five")
+        prompt.press("Enter")
+        page.locator(".notice.warning").wait_for()
+        assert "not 'four five'" in page.locator(".notice.warning").inner_text()
+        browser.close()
+    outside = [address for address in requests if not address.startswith((url, "data:", "blob:"))]
+    assert outside == []
+
+
+def test_a_missing_gradio_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
+    with pytest.raises(UserError, match=re.escape('pip install "gradio>=6.31,<7"')):
+        playground.import_gradio()

@@ -59,7 +59,7 @@ def base(**fields: Any) -> ConfigDict:
                 heldout_images=64,
             ),
             phases=(),  # see micro_dit/training/phases.py
-            # Of checkpoints, the two newest are kept, those at the ends of phases, and those at multiples of keep_every.
+            # Kept are the two newest checkpoints, those at the ends of phases, and those at multiples of keep_every.
             checkpoint_every=1000,
             checkpoint_minutes=10.0,  # saves whenever nothing was saved for so long; 0 goes by steps alone
             keep_every=0,

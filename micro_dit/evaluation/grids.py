@@ -200,6 +200,11 @@ def _replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 
 TRAIN, HELDOUT, HELDOUT_EMA = "#3b6ea8", "#d07a2d", "#3f8f5f"
+STYLE: Any = {  # of matplotlib
+    "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": FAINT,
+    "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": PAPER,
+    "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.18, "grid.linewidth": 0.6, "legend.frameon": False,
+}  # fmt: skip
 
 
 def plot_curves(
@@ -230,12 +235,7 @@ def plot_curves(
     if not len(steps):
         raise UserError(f"There is no 'loss' in the metrics to draw {path} from: train for some steps first.")
     rates, by_sigma = _series(metrics, "learning_rate"), _loss_by_sigma(metrics)
-    style: Any = {
-        "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": FAINT,
-        "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": PAPER,
-        "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.18, "grid.linewidth": 0.6, "legend.frameon": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.5 if by_sigma else 8.5, 5), dpi=160, facecolor=PAPER, layout="constrained")
         panels: Any = [["loss", "sigma"], ["learning rate", "sigma"]]
         axes = figure.subplot_mosaic(

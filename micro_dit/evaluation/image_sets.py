@@ -1,0 +1,208 @@
+"""Sets of generated images: image i has the seed `seed` + i and the prompt of its number, whoever draws it and when.
+
+So a set does not depend on batch sizes, devices or processes; it can be interrupted, gone on with, and made larger.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from micro_dit.data.images import UnusableImage, crop_image
+from micro_dit.errors import UserError
+
+SETTINGS_FILE = "set.json"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # prompts, seeds → (n, H, W, 3) uint8
+
+
+class Images:
+    """Images that can be read again and again, in the order of their numbers.
+
+    Attributes:
+        prompts: what each shows; empty if nobody knows.
+    """
+
+    prompts: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """All images, (size, H, W, 3) uint8 at once, and what is left at the end."""
+        raise NotImplementedError
+
+
+class InMemory(Images):
+    """Images in an array (n, H, W, 3) uint8."""
+
+    def __init__(self, images: np.ndarray, prompts: Sequence[str] = ()):
+        self._images, self.prompts = images, prompts
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), size):
+            yield self._images[start : start + size]
+
+
+class FromFiles(Images):
+    """Image files, each cropped to a square in the middle."""
+
+    def __init__(self, files: Sequence[Path], side: int | None = None, prompts: Sequence[str] = ()):
+        """`side` is that of the crops in pixels; without one, images are read as they are."""
+        self.files, self._side, self.prompts = list(files), side, prompts
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), size):
+            yield np.stack([self._read(file) for file in self.files[start : start + size]])
+
+    def _read(self, file: Path) -> np.ndarray:
+        try:
+            if self._side is not None:
+                return crop_image(file.read_bytes(), [self._side], 1)[0][self._side]
+            with Image.open(file) as image:
+                return np.asarray(image.convert("RGB"))
+        except (UnusableImage, UnidentifiedImageError, OSError) as error:
+            raise UserError(f"the image {file} can't be read ({error}); repair it or take it out.") from error
+
+
+def image_folder(folder: str | Path, side: int, only: Iterable[str] | None = None) -> FromFiles:
+    """The images of a folder and the folders in it, sorted by name.
+
+    Args:
+        folder: of real images.
+        side: of the crops.
+        only: file names; other files are passed over, and all of these must be there.
+
+    Raises:
+        UserError: there is no such folder, there are no images in it, or some are missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give one of real images, or a statistics file (.npz).")
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if only is not None:
+        by_name = {file.name: file for file in files}
+        wanted = list(only)
+        if missing := [name for name in wanted if name not in by_name]:
+            raise UserError(f"{folder} lacks {len(missing)} of {len(wanted)} images, such as {missing[0]}.")
+        files = [by_name[name] for name in wanted]
+    if not files:
+        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
+    return FromFiles(files, side)
+
+
+# ---- Generated sets --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that an image depends on besides its number.
+
+    Attributes:
+        model: hash of its weights.
+        params: 'ema' or 'raw'.
+        guidance: its scale.
+        steps: of Heun's sampler.
+        seed: of image 0.
+        dtype: of the matrix products.
+        prompts: what they are called, such as 'held-out captions'.
+        prompts_hash: of their texts.
+    """
+
+    model: str
+    params: str
+    guidance: float
+    steps: int
+    seed: int
+    dtype: str
+    prompts: str
+    prompts_hash: str
+
+    @property
+    def folder(self) -> str:
+        """A name that no other settings have."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return f"images_{self.params}_guidance_{self.guidance:g}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def hash_of(prompts: Sequence[str]) -> str:
+    """Twelve hexadecimal digits of a list of prompts."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:12]
+
+
+def hash_of_weights(params: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits of parameters by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(params.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def numbered(prompts: Sequence[str], n: int) -> list[str]:
+    """The prompts of n images: in turn."""
+    return [prompts[i % len(prompts)] for i in range(n)]
+
+
+def plan_files(folder: Path, settings: Settings, n: int) -> list[Path]:
+    """The files of n images; the folder is made, and says by which settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = folder / SETTINGS_FILE
+    if not about.exists():
+        temporary = about.with_suffix(".tmp")
+        temporary.write_text(json.dumps(dataclasses.asdict(settings), indent=2, ensure_ascii=False) + "\n")
+        os.replace(temporary, about)
+    return [folder / f"{number:06d}.png" for number in range(n)]
+
+
+def draw_missing(
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    draw: Draw,
+    *,
+    batch_size: int,
+    share: tuple[int, int] = (0, 1),
+    after_batch: Callable[[int], bool] = lambda done: False,
+) -> bool:
+    """Draws the images whose files are missing, in their order; a file has its name only when it is whole.
+
+    Args:
+        files: of all images.
+        prompts, seeds: of all images.
+        draw: makes the images of some of them.
+        batch_size: images at once.
+        share: (which of how many processes this is); each draws every so-manieth batch.
+        after_batch: is told how many images were drawn, and says whether to stop.
+
+    Returns:
+        Whether all images of this share are there.
+    """
+    from micro_dit.evaluation.grids import save_png
+
+    missing = [i for i, file in enumerate(files) if not file.exists()]
+    # Processes that start at other moments see other files: what is whose must not depend on what is there.
+    index, count = share
+    missing = [i for i in missing if (i // batch_size) % count == index]
+    for start in range(0, len(missing), batch_size):
+        rows = missing[start : start + batch_size]
+        filled = rows + [rows[-1]] * (batch_size - len(rows))  # one shape, compiled once
+        images = draw([prompts[i] for i in filled], [seeds[i] for i in filled])
+        for i, image in zip(rows, images, strict=False):
+            save_png(image, files[i], {"prompt": prompts[i], "seed": str(seeds[i])})
+        if after_batch(len(rows)):
+            return start + batch_size >= len(missing)
+    return True

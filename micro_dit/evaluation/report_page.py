@@ -1,0 +1,336 @@
+"""report.html: what was measured, in one file that needs no other and no network."""
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from micro_dit.evaluation.grids import FAINT, HELDOUT, HELDOUT_EMA, INK, PAPER, TRAIN
+from micro_dit.evaluation.image_sets import SETTINGS_FILE
+from micro_dit.evaluation.measures import Measure, Measures
+
+REPORT_FILE = "report.html"
+SHOWN, COMPARED = 24, 8  # images of a set, and of those that are shown at every scale of guidance
+LARGEST = 256  # pixels of a picture's side
+SIGMA = "heldout_loss/sigma="
+ARROWS = {"higher": "↑", "lower": "↓"}
+TITLES = {
+    "fid": "FID", "cmmd": "CMMD", "clip_score": "CLIP score", "latent_frechet": "latent Fréchet distance",
+    "caption_retrieval_top1": "caption retrieval, first", "caption_retrieval_top5": "caption retrieval, first five",
+    "heldout_loss": "held-out loss", "geneval": "GenEval, overall",
+}  # fmt: skip
+
+
+def write_report(folder: str | Path, measures: Measures, guidance: float) -> Path:
+    """Writes report.html beside metrics.json, whole or not at all.
+
+    Args:
+        folder: of the evaluation, with the image sets.
+        measures: its numbers.
+        guidance: the scale whose images are shown first.
+
+    Returns:
+        The file.
+    """
+    folder = Path(folder)
+    sets = _sets(folder, measures.all, guidance)
+    parts = [
+        _header(measures.about, measures.all),
+        _samples(folder, sets, guidance),
+        _scales(folder, sets),
+        _charts(measures.all),
+        _table(measures.all),
+        _footer(measures.about),
+    ]
+    page = PAGE.replace("{style}", STYLE).replace("{title}", html.escape(_title(measures.about)))
+    path = folder / REPORT_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page.replace("{body}", "\n".join(filter(None, parts))), encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+# ---- Sections --------------------------------------------------------------------------------------------------------
+
+
+def _title(about: Mapping[str, Any]) -> str:
+    return str(about["model"]) + (f", step {about['step']:,}" if about.get("step") is not None else "")
+
+
+def _header(about: Mapping[str, Any], measures: Sequence[Measure]) -> str:
+    size = f"{about['parameters'] / 1e6:,.1f} million parameters" if about.get("parameters") else ""
+    counts = {m.images["folder"]: m.images["count"] for m in measures if "folder" in m.images}
+    drawn = f"{sum(counts.values()):,} images drawn" if counts else ""
+    told = " · ".join(filter(None, [size, drawn, f"{len(measures)} numbers" if measures else "nothing measured yet"]))
+    return f"<header><h1>{html.escape(_title(about))}</h1><p>{told}</p></header>"
+
+
+def _samples(folder: Path, sets: Sequence[Mapping[str, Any]], guidance: float) -> str:
+    """Images of one set for each kind of prompts: the one at the usual scale."""
+    sections, shown = [], set()
+    for one in sorted(sets, key=lambda s: abs(s["guidance"] - guidance)):
+        if (kind := (one["prompts"], one["params"])) in shown:
+            continue
+        shown.add(kind)
+        figures = "".join(
+            f"<figure>{_image(file)}<figcaption>{html.escape(_prompt(file))}</figcaption></figure>"
+            for file in _files(folder, one, SHOWN)
+        )
+        weights = "averaged weights" if one["params"] == "ema" else "raw weights"
+        about = (
+            f"{one['steps']} steps of Heun's method, guidance {one['guidance']:g}, {weights}, seeds from {one['seed']}"
+        )
+        heading = html.escape(f"Images of {one['prompts']}")
+        sections.append(f"<section><h2>{heading}</h2><p>{about}</p><div class=grid>{figures}</div></section>")
+    return "\n".join(sections)
+
+
+def _scales(folder: Path, sets: Sequence[Mapping[str, Any]]) -> str:
+    """The same prompts and seeds at every scale of guidance."""
+    kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for one in sets:
+        kinds.setdefault(tuple(one[n] for n in ("prompts", "params", "steps", "seed", "model")), []).append(one)
+    sections = []
+    for same in kinds.values():
+        if len(same) < 2:
+            continue
+        same.sort(key=lambda one: one["guidance"])
+        columns = [_files(folder, one, COMPARED) for one in same]
+        head = "".join(f"<th>{html.escape(_prompt(file))}</th>" for file in columns[0])
+        rows = [
+            f"<tr><th>{one['guidance']:g}</th>{''.join(f'<td>{_image(file)}</td>' for file in files)}</tr>"
+            for one, files in zip(same, columns, strict=True)
+        ]
+        sections.append(
+            f"<section><h2>Scales of guidance, {html.escape(same[0]['prompts'])}</h2>"
+            "<p>A row for each scale; the same prompt and seed in each column.</p><div class=wide><table class=scales>"
+            f"<tbody>{''.join(rows)}</tbody><tfoot><tr><td></td>{head}</tr></tfoot></table></div></section>"
+        )
+    return "\n".join(sections)
+
+
+def _charts(measures: Sequence[Measure]) -> str:
+    charts = [*_sweeps(measures), *_losses(measures)]
+    if not charts:
+        return ""
+    figures = "".join(
+        f"<figure><h3>{html.escape(title)}</h3><p>{better} is better</p>{picture}</figure>"
+        for title, better, picture in charts
+    )
+    return f"<section><h2>Curves</h2><div class=charts>{figures}</div></section>"
+
+
+def _sweeps(measures: Sequence[Measure]) -> list[tuple[str, str, str]]:
+    """Each metric over the scale of guidance."""
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    better = {}
+    for m in measures:
+        if "guidance" in m.images:
+            line = f"{m.images['prompts']}{', raw weights' * (m.images['params'] == 'raw')}"
+            curves.setdefault(m.name, {}).setdefault(line, []).append((m.images["guidance"], m.value))
+            better[m.name] = m.better
+    return [
+        (TITLES.get(name, name), better[name], _chart(lines, "scale of guidance"))
+        for name, lines in curves.items()
+        if any(len(points) > 1 for points in lines.values())
+    ]
+
+
+def _losses(measures: Sequence[Measure]) -> list[tuple[str, str, str]]:
+    lines: dict[str, list[tuple[float, float]]] = {}
+    names = {"ema": "averaged weights", "raw": "raw weights"}
+    for m in measures:
+        if m.name.startswith(SIGMA):
+            kind = m.images.get("params", "")
+            lines.setdefault(names.get(kind, kind), []).append((float(m.name.removeprefix(SIGMA)), m.value))
+    return [("held-out loss by noise level", "lower", _chart(lines, "noise level σ", log=True))] if lines else []
+
+
+def _table(measures: Sequence[Measure]) -> str:
+    levels = [m for m in measures if m.name.startswith(SIGMA)]
+    rest = sorted((m for m in measures if m not in levels), key=_order)
+    rows = []
+    for m in rest:
+        rows.append(
+            f"<tr><td>{html.escape(TITLES.get(m.name, m.name))}&nbsp;{ARROWS[m.better]}</td>"
+            f"<td class=number>{_number(m.value)}</td>"
+            f"<td>{html.escape(_drawn(m.images))}</td>"
+            f"<td><details><summary>{html.escape(_short(m.pipeline))}</summary>{_definition(m.pipeline)}</details></td>"
+            "</tr>"
+        )
+    if not rows:
+        return ""
+    heads = ("metric", "value", "measured on", "pipeline")
+    head = "".join(f"<th{' class=number' * (name == 'value')}>{name}</th>" for name in heads)
+    table = f"<table class=numbers><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    about = "Each with the pipeline that it came by: unfold it for all of it. ↑ higher is better, ↓ lower."
+    return f"<section><h2>Numbers</h2><p>{about}</p><div class=wide>{table}</div></section>"
+
+
+def _footer(about: Mapping[str, Any]) -> str:
+    source = f" {html.escape(str(about['attribution']))}." if about.get("attribution") else ""
+    return f"<footer>Written by <code>python -m micro_dit.evaluate</code>.{source}</footer>"
+
+
+# ---- Pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _sets(folder: Path, measures: Sequence[Measure], guidance: float) -> list[dict[str, Any]]:
+    """The settings of each set of images that something was measured on."""
+    names = dict.fromkeys(str(m.images["folder"]) for m in measures if "folder" in m.images)
+    found = [(folder / name / SETTINGS_FILE, name) for name in names]
+    return [json.loads(file.read_text(encoding="utf-8")) | {"folder": name} for file, name in found if file.exists()]
+
+
+def _files(folder: Path, one: Mapping[str, Any], most: int) -> list[Path]:
+    """Some of a set: from all over it, or the first where prompts soon repeat."""
+    files = sorted((folder / one["folder"]).glob("*.png"))
+    few = len({_prompt(file) for file in files[:most]}) < most
+    return files[:most] if few else [files[i * len(files) // most] for i in range(most)]
+
+
+def _prompt(file: Path) -> str:
+    with Image.open(file) as image:
+        return str(image.info.get("prompt", ""))
+
+
+def _image(file: Path) -> str:
+    with Image.open(file) as image:
+        small, prompt = image.convert("RGB"), str(image.info.get("prompt", ""))
+    small.thumbnail((LARGEST, LARGEST))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=90, subsampling=0)
+    return f'<img alt="{html.escape(prompt)}" src="{_uri("image/jpeg", data.getvalue())}">'
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+
+
+def _order(measure: Measure) -> tuple[Any, ...]:
+    names = ["fid", "cmmd", "clip_score", "geneval"]
+    place = names.index(measure.name) if measure.name in names else len(names)
+    return (
+        place,
+        measure.name,
+        str(measure.images.get("prompts")),
+        measure.images.get("guidance", 0),
+        str(measure.images),
+    )
+
+
+def _drawn(images: Mapping[str, Any]) -> str:
+    weights = {"ema": "averaged weights", "raw": "raw weights"}.get(images.get("params", ""), "")
+    if "count" not in images:
+        return weights
+    return f"{images['count']:,} images of {images['prompts']}, guidance {images['guidance']:g}, {weights}"
+
+
+def _short(pipeline: Mapping[str, Any]) -> str:
+    """The most telling entry."""
+    name = next((n for n in ("network", "features", "loss", "scorer") if n in pipeline), next(iter(pipeline), ""))
+    text = str(pipeline.get(name, ""))
+    return text if len(text) <= 60 else text[:59].rstrip() + "…"
+
+
+def _definition(pipeline: Mapping[str, Any]) -> str:
+    def tell(value: Any) -> str:
+        return "; ".join(f"{k}: {tell(v)}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+
+    rows = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(tell(value))}</dd>" for name, value in pipeline.items())
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def _chart(lines: Mapping[str, Iterable[tuple[float, float]]], x_label: str, log: bool = False) -> str:
+    """A picture of some curves."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": FAINT,
+        "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": PAPER,
+        "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.18, "grid.linewidth": 0.6, "legend.frameon": False,
+        "svg.hashsalt": "report",
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(3.9, 2.5), facecolor=PAPER, layout="constrained")
+        panel = figure.add_subplot()
+        colors = (HELDOUT_EMA, HELDOUT, TRAIN, FAINT)
+        for number, (label, points) in enumerate(lines.items()):
+            x, y = zip(*sorted(points), strict=True)
+            panel.plot(x, y, color=colors[number % len(colors)], marker="o", markersize=4, linewidth=1.8, label=label)
+        if log:
+            panel.set_xscale("log", subs=[])
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.set_ylim(bottom=min(0, panel.get_ylim()[0]) if log else None)
+        panel.set_xlabel(x_label)
+        if len(lines) > 1 or log:
+            panel.legend(fontsize=8)
+        data = io.BytesIO()
+        figure.savefig(data, format="svg", facecolor=PAPER, metadata={"Date": None})
+    names = html.escape(", ".join(lines))
+    return f'<img alt="{names} over {html.escape(x_label)}" src="{_uri("image/svg+xml", data.getvalue())}">'
+
+
+STYLE = f"""
+:root {{ color-scheme: light; }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0; background: {PAPER}; color: {INK}; font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }}
+header, section, footer {{ max-width: 1120px; margin: 0 auto; padding: 0 28px; }}
+header {{ padding-top: 40px; }}
+h1 {{ font-size: 30px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em; }}
+h2 {{ font-size: 19px; margin: 44px 0 2px; }}
+h3 {{ font-size: 15px; font-weight: 600; margin: 0; }}
+p {{ margin: 0 0 14px; color: {FAINT}; }}
+img {{ display: block; width: 100%; height: auto; }}
+figure {{ margin: 0; }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); gap: 18px 14px; }}
+.grid img, .scales img {{ border-radius: 4px; background: #fff; }}
+figcaption {{ font-size: 12.5px; line-height: 1.3; margin-top: 5px; text-align: center; overflow-wrap: anywhere; }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); gap: 26px; margin-top: 14px; }}
+.charts figure {{ max-width: 540px; }}
+.charts p {{ margin: 0 0 6px; font-size: 13px; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; }}
+.scales td {{ padding: 4px; width: 124px; }}
+.scales tbody th {{ font-weight: 600; padding-right: 10px; text-align: right; }}
+.scales tfoot th {{ font-weight: 400; font-size: 12.5px; line-height: 1.3; vertical-align: top; padding: 2px 4px; }}
+.numbers {{ width: 100%; }}
+.numbers th {{ text-align: left; font-weight: 600; border-bottom: 1.5px solid {INK}; padding: 5px 14px 5px 0; }}
+.numbers td {{ vertical-align: top; border-bottom: 1px solid #e7e3d9; padding: 6px 14px 6px 0; }}
+.numbers td:first-child {{ min-width: 190px; }}
+.numbers th.number, .number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+.numbers td.number {{ font-weight: 600; }}
+summary {{ cursor: pointer; }}
+dl {{ margin: 6px 0 2px; font-size: 13px; display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; }}
+dt {{ color: {FAINT}; }}
+dd {{ margin: 0; overflow-wrap: anywhere; }}
+footer {{ color: {FAINT}; font-size: 13px; margin: 48px auto 40px; }}
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""

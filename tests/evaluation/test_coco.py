@@ -1,0 +1,55 @@
+"""COCO's captions: one for an image, the same choice for everybody."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from micro_dit.errors import UserError
+from micro_dit.evaluation.coco import read_coco_prompts
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    """50 images with 5 captions each, in the format of captions_val2014.json."""
+    images = [{"id": n, "file_name": f"COCO_val2014_{n:012}.jpg", "height": 9, "width": 9} for n in range(50)]
+    annotations = [
+        {"image_id": n, "id": 5 * n + k, "caption": f"image {n},\ncaption {k} "} for n in range(50) for k in range(5)
+    ]
+    path = tmp_path / "captions_val2014.json"
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    return path
+
+
+def test_a_caption_an_image_in_an_order_of_their_own(captions: Path):
+    chosen = read_coco_prompts(captions)
+    assert len(chosen) == len({c.file_name for c in chosen}) == 50
+    for prompt, file_name in chosen:
+        image, caption = prompt.removeprefix("image ").split(", caption ")
+        assert file_name == f"COCO_val2014_{int(image):012}.jpg"
+        assert caption in "01234"
+    assert len({c.prompt[-1] for c in chosen}) == 5
+    assert chosen != sorted(chosen, key=lambda c: c.file_name)
+    # The list is fixed: whoever reads the file gets these.
+    assert [c.prompt for c in chosen[:3]] == ["image 31, caption 0", "image 33, caption 0", "image 43, caption 3"]
+
+
+def test_a_shorter_list_is_the_beginning_and_a_seed_another_one(captions: Path):
+    content = json.loads(captions.read_text())
+    content["annotations"].reverse()
+    captions.with_name("reversed.json").write_text(json.dumps(content))
+    chosen = read_coco_prompts(captions)
+    assert read_coco_prompts(captions, limit=7) == chosen[:7]
+    assert read_coco_prompts(captions.with_name("reversed.json")) == chosen
+    assert read_coco_prompts(captions, seed=1) != chosen
+
+
+def test_other_files_are_refused(tmp_path: Path):
+    for text, message in (
+        ('{"images": []}', "is no file of COCO captions .*annotations.*take captions_val2014.json"),
+        ("[", "is no file of COCO captions"),
+        ('{"images": [], "annotations": []}', "has no captions of its images"),
+    ):
+        (tmp_path / "captions.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_coco_prompts(tmp_path / "captions.json")

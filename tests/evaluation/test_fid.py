@@ -1,0 +1,263 @@
+"""FID: the network against another implementation's features, the distance against closed forms, what damage does."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from pictures import encoded
+from PIL import Image
+from random_inception import images as two_images
+from random_inception import random_tensors
+
+from micro_dit.errors import UserError
+from micro_dit.evaluation import inception
+from micro_dit.evaluation.evaluators import Evaluators
+from micro_dit.evaluation.fid import (
+    FidNetwork,
+    Statistics,
+    fid,
+    frechet_distance,
+    load_statistics,
+    save_statistics,
+    statistics,
+)
+from micro_dit.evaluation.image_sets import InMemory
+from micro_dit.interop.tensor_files import write_torch
+
+GOLDEN = Path(__file__).parent / "golden" / "inception_features.npz"
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, np.ndarray]:
+    return random_tensors()
+
+
+@pytest.fixture(scope="module")
+def params(tensors: dict[str, np.ndarray]) -> inception.Params:
+    return inception.fold(tensors, "here")
+
+
+# ---- The network -----------------------------------------------------------------------------------------------------
+
+
+def test_features_are_those_of_torch_fidelity(params: inception.Params):
+    """Computed by torch-fidelity 0.4.0 in float32, with the same weights and images."""
+    expected = np.load(GOLDEN)["features"]
+    features = np.asarray(jax.jit(inception.features)(params, two_images()))
+    assert np.abs(features - expected).max() <= 1e-4 * np.abs(expected).max()
+    # The images are told apart, which is less than what they have in common.
+    apart, expected_apart = features[0] - features[1], expected[0] - expected[1]
+    assert np.linalg.norm(apart - expected_apart) <= 1e-3 * np.linalg.norm(expected_apart)
+
+
+def test_resizing_is_tensorflows():
+    """Pixel i comes from i·size/299; the last ones repeat, and nothing is smoothed."""
+    ramp = np.arange(100, dtype=np.uint8)[None, None, :, None].repeat(598, 1).repeat(3, 3)
+    resized = np.asarray(inception.resize(ramp))
+    assert resized.shape == (1, 299, 299, 3)
+    np.testing.assert_allclose(resized[0, 7, :, 1], np.minimum(np.arange(299) * 100 / 299, 99), atol=1e-4)
+    rows = np.arange(598)[None, :, None, None].repeat(2, 2).repeat(3, 3) % 2 * 200
+    assert np.asarray(inception.resize(rows.astype(np.uint8))).max() == 0  # every other row alone
+
+
+def test_other_weights_are_refused(tensors: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    damaged = tensors | {"Mixed_7c.branch_pool.conv.weight": np.zeros((192, 2048, 3, 3), np.float32)}
+    with pytest.raises(
+        UserError, match=r"not the FID network: Mixed_7c.branch_pool.conv.weight is \(192, 2048, 3, 3\)"
+    ):
+        inception.fold(damaged, "here")
+    few = {name: tensor for name, tensor in tensors.items() if name.startswith("Conv2d_1a")}
+    write_torch(tmp_path / "few.pth", few)
+    with pytest.raises(UserError, match=r"few.pth is not the FID network: Conv2d_2a_3x3.conv.weight is missing; get"):
+        inception.load_params(tmp_path / "few.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match=rf"not at {tmp_path}/hub/checkpoints/{inception.WEIGHTS}: download https://"):
+        inception.find_weights()
+    with pytest.raises(UserError, match=r"not at nowhere\.pth"):
+        inception.find_weights("nowhere.pth")
+
+
+# ---- The distance ----------------------------------------------------------------------------------------------------
+
+
+def gaussian(mean: np.ndarray, covariance: np.ndarray) -> Statistics:
+    return Statistics(mean, covariance, 0, {})
+
+
+def random_covariance(seed: int, size: int = 12) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((3 * size, size))
+    return x.T @ x / len(x)
+
+
+def test_distance_in_closed_form():
+    zero, one = np.zeros(12), np.ones(12)
+    diagonal = np.arange(1.0, 13.0)
+    ours, theirs = gaussian(zero, np.diag(diagonal)), gaussian(2 * one, np.diag(4 * diagonal))
+    # Of commuting covariances: |mu|² + Σ (√a - √b)².
+    assert frechet_distance(ours, theirs) == pytest.approx(48 + diagonal.sum(), rel=1e-12)
+    covariance = random_covariance(0)
+    assert frechet_distance(gaussian(zero, covariance), gaussian(one, covariance)) == pytest.approx(12)
+    scaled = gaussian(zero, 9 * covariance)
+    assert frechet_distance(gaussian(zero, covariance), scaled) == pytest.approx(4 * np.trace(covariance))
+
+
+def test_distance_by_the_usual_formula():
+    from scipy.linalg import sqrtm
+
+    a, b = random_covariance(1), random_covariance(2)
+    mean = np.random.default_rng(3).standard_normal(12)
+    expected = mean @ mean + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    assert frechet_distance(gaussian(mean, a), gaussian(0 * mean, b)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(gaussian(0 * mean, b), gaussian(mean, a)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_covariances_without_full_rank():
+    x = np.random.default_rng(4).standard_normal((10, 300))
+    ours = statistics([x], {})
+    assert abs(frechet_distance(ours, ours)) < 1e-9
+    assert frechet_distance(ours, gaussian(ours.mu, 0 * ours.sigma)) == pytest.approx(np.trace(ours.sigma))
+
+
+def test_statistics_are_gathered_batch_by_batch():
+    x = 1000 + np.random.default_rng(5).standard_normal((57, 7)).astype(np.float32)
+    found = statistics(np.split(x, [1, 20, 33]), {"network": "n"})
+    assert found.n == 57
+    assert found.mu.dtype == found.sigma.dtype == np.float64
+    np.testing.assert_allclose(found.mu, x.astype(np.float64).mean(0), rtol=1e-13)
+    np.testing.assert_allclose(found.sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
+    with pytest.raises(UserError, match="statistics of 1 images"):
+        statistics([x[:1]], {})
+
+
+# ---- Sets of images --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network(params: inception.Params) -> FidNetwork:
+    """The network at a size that a CPU computes in no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "SIDE", 107)
+        patch.setattr("micro_dit.evaluation.fid.BATCH_SIZE", 16)
+        network = FidNetwork(params, "random")
+        network(np.zeros((16, 64, 64, 3), np.uint8))  # compiled while the size is patched
+        yield network
+
+
+def drawings(n: int, seed: int) -> np.ndarray:
+    """Smooth random color fields with an edge: (n, 64, 64, 3) uint8."""
+    generator = np.random.default_rng(seed)
+    images = []
+    for _ in range(n):
+        coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), np.uint8))
+        image = np.array(coarse.resize((64, 64), Image.Resampling.BICUBIC))
+        top, left = generator.integers(4, 30, 2)
+        image[top : top + 24, left : left + 24] = generator.integers(0, 256, 3)
+        images.append(image)
+    return np.stack(images)
+
+
+def as_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
+    import io
+
+    damaged = [encoded(Image.fromarray(image), "JPEG", quality=quality) for image in images]
+    return np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in damaged])
+
+
+def test_what_damage_does(network: FidNetwork):
+    images, others = drawings(48, 0), drawings(48, 1)
+
+    def of_some_features(images: np.ndarray) -> Statistics:  # all of them would take minutes
+        return statistics([network(images[start : start + 16])[:, ::16] for start in (0, 16, 32)], {})
+
+    real = of_some_features(images)
+
+    def distance(found: np.ndarray) -> float:
+        return frechet_distance(of_some_features(found), real)
+
+    noise = np.random.default_rng(2).integers(0, 256, images.shape).astype(np.uint8)
+    other_half, jpeg = distance(others), [distance(as_jpeg(images, quality)) for quality in (90, 30, 5)]
+    assert abs(distance(images)) < 1e-3 * distance(noise)
+    assert abs(distance(images)) < 1e-3
+    assert other_half < distance(noise) / 5
+    assert jpeg == sorted(jpeg)
+    assert jpeg[0] > 0
+    assert jpeg[2] > 2 * jpeg[0]
+
+
+def test_a_number_says_how_it_came_about(network: FidNetwork, tmp_path: Path):
+    images, warnings = InMemory(drawings(20, 0)), []
+    real = network.statistics(InMemory(drawings(33, 1)), set="val2014")
+    save_statistics(tmp_path / "real.npz", real)
+    measure = fid(images, network, load_statistics(tmp_path / "real.npz"), warnings.append)
+    assert measure.value > 0
+    assert measure.pipeline["network"] == "pt_inception-2015-12-05-6726825d, sha256 random"
+    assert measure.pipeline["reference"] == {"images": 33, "set": "val2014"}
+    assert measure.pipeline["generated images"] == "20, 64 px"
+    assert {"preprocessing", "rounding", "statistics"} <= set(measure.pipeline)
+    json.dumps(measure.pipeline)
+    assert [re.findall(r"with (\d+) (\w+)", text)[0] for text in warnings] == [("20", "generated"), ("33", "real")]
+    assert "not full rank" in warnings[0]
+
+
+# ---- Statistics files ------------------------------------------------------------------------------------------------
+
+
+def test_wrong_statistics_files(network: FidNetwork, tmp_path: Path):
+    zeros = Statistics(np.zeros(2048), np.eye(2048), 5, {"network": "other, sha256 0123"})
+    save_statistics(tmp_path / "other.npz", zeros)
+    with pytest.raises(UserError, match=r"made with another network \(other, sha256 0123\) than pt_inception"):
+        fid(InMemory(drawings(2, 0)), network, load_statistics(tmp_path / "other.npz"), print)
+    np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(UserError, match=r"small.npz is no statistics file of 2048 features: its mu is \(3,\)"):
+        load_statistics(tmp_path / "small.npz")
+    (tmp_path / "text.npz").write_text("mu, sigma")
+    with pytest.raises(UserError, match=r"text.npz is no statistics file \(.npz\), or is damaged"):
+        load_statistics(tmp_path / "text.npz")
+    with pytest.raises(UserError, match="there is no statistics file"):
+        load_statistics(tmp_path / "none.npz")
+
+
+def test_statistics_of_other_programs_are_read(tmp_path: Path):
+    np.savez(tmp_path / "theirs.npz", mu=np.ones(2048), sigma=np.eye(2048))
+    found = load_statistics(tmp_path / "theirs.npz")
+    assert (found.n, found.pipeline) == (0, {"network": "not told by the file"})
+
+
+@pytest.fixture
+def weights(params: inception.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file that stands for the weights."""
+    monkeypatch.setattr(inception, "load_params", lambda path: (params, "random"))
+    (tmp_path / "weights.pth").touch()
+    return str(tmp_path / "weights.pth")
+
+
+def test_references_that_make_no_sense(tmp_path: Path, weights: str):
+    for reference, message in (
+        ("", "fid compares with real images: give --reference"),
+        (str(tmp_path / "nowhere"), "there is no folder .*nowhere; give one of real images, or a statistics file"),
+        (str(tmp_path), "holds no images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Evaluators(["fid"], side=64, reference=reference, inception=weights)
+    with pytest.raises(UserError, match="there is no metric 'fidd'; choose some of fid, cmmd, clip_score, domain"):
+        Evaluators(["fidd"], side=64)
+
+
+def test_statistics_of_a_folder_are_kept(
+    network: FidNetwork, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "real").mkdir()
+    for number, image in enumerate(drawings(5, 3)):
+        Image.fromarray(image).resize((96, 80)).save(tmp_path / "real" / f"{number}.png")
+    monkeypatch.setattr("micro_dit.evaluation.fid.FidNetwork", lambda *arguments: network)
+    said = []
+    for _ in range(2):
+        settings = dict(reference=str(tmp_path / "real"), inception=weights, cache=tmp_path / "kept")
+        evaluators = Evaluators(["fid"], side=64, say=said.append, **settings)
+        assert evaluators._statistics.n == 5
+        assert "center crop" in evaluators._statistics.pipeline["crop"]
+    assert len(said) == 1  # computed once
+    assert len(list((tmp_path / "kept").iterdir())) == 1

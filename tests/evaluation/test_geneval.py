@@ -1,0 +1,76 @@
+"""GenEval's files: prompts in its format, its folders, and the summary of what its scorer writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from micro_dit.errors import UserError
+from micro_dit.evaluation.geneval import TASKS, plan_files, read_prompts, summarize
+
+
+def write_lines(path: Path, records: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_prompts_and_folders(tmp_path: Path):
+    """A line as the public file has it."""
+    line = {
+        "tag": "color_attr",
+        "include": [{"class": "wine glass", "count": 1, "color": "purple"}],
+        "prompt": "a glass",
+    }
+    prompts = read_prompts(write_lines(tmp_path / "evaluation_metadata.jsonl", [line] * 3))
+    assert prompts == [line] * 3
+    files, texts = plan_files(tmp_path / "images", prompts)
+    assert len(files) == len(texts) == 12
+    assert files[4] == tmp_path / "images" / "00001" / "samples" / "0000.png"
+    assert json.loads((tmp_path / "images" / "00002" / "metadata.jsonl").read_text()) == line
+    assert files[4].parent.is_dir()
+
+
+def result(tag: str, correct: Any) -> dict[str, Any]:
+    """A line of the scorer's file."""
+    return {
+        "filename": "images/00000/samples/0000.png", "tag": tag, "prompt": "a photo", "correct": correct, "reason": "",
+        "metadata": "{}", "details": "{}",
+    }  # fmt: skip
+
+
+def test_every_task_counts_the_same(tmp_path: Path):
+    results = [result(task, False) for task in TASKS] + [result("counting", True)] * 3 + [result("colors", True)]
+    measures = {m.name: m for m in summarize(write_lines(tmp_path / "results.jsonl", results))}
+    assert next(iter(measures)) == "geneval"
+    assert len(measures) == 7
+    assert measures["geneval_counting"].value == 0.75
+    assert measures["geneval_colors"].value == 0.5
+    assert measures["geneval"].value == pytest.approx(1.25 / 6)  # not 4 of 10 images
+    assert measures["geneval"].pipeline["images"] == 10
+    assert measures["geneval_counting"].pipeline["images"] == 4
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([result(task, True) for task in TASKS[:4]], "has no images of the tasks position, color_attr"),
+        ([result("dogs", True)], "is not of GenEval's scorer: it has 'dogs'"),
+        ([result("colors", "yes")], "is not of GenEval's scorer: it has 'colors': 'yes'"),
+        ([{"tag": "colors"}], r"line 1 of GenEval's results .* lacks 'tag' or 'correct'"),
+        ([], "results .* are empty"),
+    ],
+)
+def test_wrong_results(tmp_path: Path, records: list[Any], message: str):
+    with pytest.raises(UserError, match=message):
+        summarize(write_lines(tmp_path / "results.jsonl", records))
+
+
+def test_wrong_prompts(tmp_path: Path):
+    with pytest.raises(UserError, match=r"GenEval's prompts .* can't be read"):
+        read_prompts(tmp_path / "none.jsonl")
+    (tmp_path / "prompts.jsonl").write_text("a photo of a bench\n")
+    with pytest.raises(UserError, match=r"line 1 of GenEval's prompts .* is not JSON"):
+        read_prompts(tmp_path / "prompts.jsonl")
+    with pytest.raises(UserError, match="the task 'dogs' is none of GenEval's"):
+        read_prompts(write_lines(tmp_path / "prompts.jsonl", [{"tag": "dogs", "prompt": "a dog"}]))

@@ -1,0 +1,66 @@
+"""Run by test_evaluated.py on 8 fake devices: draws and measures on all of them and on one; prints JSON."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tiny
+
+from micro_dit.evaluation.domain import domain_measures, real_images
+from micro_dit.evaluation.drawing import Drawing
+from micro_dit.evaluation.image_sets import FromFiles, draw_missing
+from micro_dit.parallel.mesh import make_mesh
+
+PROMPTS = [f"number {i % 5}" for i in range(21)]
+
+
+class Blocks:
+    """An image encoder whose latents are the colors of blocks of 2×2 pixels."""
+
+    name, fingerprint, channels, downsample = "noise", "0123", 4, 2
+
+    def decode(self, latents: Any) -> Any:
+        return jnp.clip(jnp.asarray(latents)[..., :3].repeat(2, 1).repeat(2, 2), -1, 1)
+
+    def encode(self, images: np.ndarray) -> tuple[np.ndarray, None]:
+        colors = images[:, ::2, ::2].astype(np.float32) / 127.5 - 1
+        return np.concatenate([colors, np.zeros_like(colors[..., :1])], -1), None
+
+
+def embed(prompts: list[str]) -> np.ndarray:
+    rows = [np.random.default_rng(list(p.encode())).standard_normal((4, 12)) for p in prompts]
+    return np.asarray(rows, np.float32)
+
+
+def main(folder: str) -> None:
+    network = tiny.network()
+    params = tiny.random_params(network)
+    real = real_images(tiny.write_shards(Path(folder) / "shards"), 64)
+    found: dict[str, Any] = {"devices": jax.local_device_count()}
+    images = {}
+    for name, devices, batch_size in (("one", jax.devices()[:1], 3), ("eight", jax.devices(), 16)):
+        drawing = Drawing(network, params, Blocks(), embed, steps=2, sigma_data=0.9, mesh=make_mesh(None, devices))
+        files = [Path(folder) / name / f"{i:06d}.png" for i in range(len(PROMPTS))]
+        # Two processes would share the set like this.
+        for index in (1, 0):
+            draw_missing(
+                files, PROMPTS, range(len(PROMPTS)), lambda p, s, d=drawing: d(p, s, 2.0), batch_size=batch_size,
+                share=(index, 2),
+            )  # fmt: skip
+        images[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+        measures = domain_measures(FromFiles(files, prompts=PROMPTS), real, Blocks())
+        found[name] = {measure.name: measure.value for measure in measures}
+    found["pixels apart"] = int(np.abs(images["one"] - images["eight"]).max())
+    found["different"] = len({image.tobytes() for image in images["one"]})
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,24 @@
+"""An evaluation on 8 devices draws and measures what one device does, with another batch size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+
+def test_devices_and_batches_change_nothing(tmp_path: Path):
+    script, root = Path(__file__).with_name("evaluated.py"), str(Path(__file__).parents[2])
+    environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, script, tmp_path], env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["devices"] == 8
+    assert found["different"] == 21
+    assert found["pixels apart"] <= 1
+    assert found["eight"] == pytest.approx(found["one"], rel=1e-3)
+    assert found["one"]["latent_frechet"] > 0

@@ -1,0 +1,245 @@
+"""The command on a tiny run, with encoders that can be checked: what it draws, keeps, goes on with, and refuses."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from micro_dit import evaluate as command
+from micro_dit.encoders import image, text
+from micro_dit.errors import UserError
+from micro_dit.evaluate import Stopped, evaluate
+from micro_dit.evaluation.during_training import make_training_evaluation
+
+STEPS = dict(steps=2, guidance=(2.0,), say=lambda text: None)
+
+
+class Blocks:
+    """An image encoder whose latents are the colors of blocks of 2×2 pixels, and alpha that says nothing."""
+
+    name, fingerprint, channels, downsample = "noise", "0123", 4, 2
+
+    def decode(self, latents: Any) -> Any:
+        return jnp.clip(jnp.asarray(latents)[..., :3].repeat(2, 1).repeat(2, 2), -1, 1)
+
+    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        colors = images[:, ::2, ::2].astype(np.float32) / 127.5 - 1
+        return np.concatenate([colors, np.zeros_like(colors[..., :1])], -1), np.zeros(0)
+
+
+class Words:
+    """A text encoder with four numbers from a prompt's letters."""
+
+    name, fingerprint, tokens, channels = "noise", "4567", 4, 12
+
+    def encode(self, captions: list[str]) -> np.ndarray:
+        rows = [np.random.default_rng(list(caption.encode())).standard_normal((4, 12)) for caption in captions]
+        return np.asarray(rows, np.float32)
+
+    def count_tokens(self, captions: list[str]) -> list[int]:
+        return [1 for _ in captions]
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny run whose config names its held-out split, and small encoders in place of real ones."""
+    monkeypatch.setattr(image, "load_image_encoder", lambda name: Blocks())
+    monkeypatch.setattr(text, "load_text_encoder", lambda name, tokens: Words())
+    shutil.copytree(finished_run, tmp_path / "run")
+    file = tmp_path / "run" / "config.json"
+    config = json.loads(file.read_text())
+    config["config"]["data"]["heldout"] = "validation"
+    config["config"]["sampling"].update(guidance=2.0, steps=2)
+    for phase in config["config"]["phases"]:
+        phase["resolution"] = 64  # of the shards; the stand-in for an encoder draws 16 pixels
+    file.write_text(json.dumps(config))
+    return tmp_path / "run"
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
+
+
+def only_set(workdir: Path) -> Path:
+    (folder,) = (workdir / "evaluation" / "84").glob("images_*")
+    return folder
+
+
+def test_an_evaluation(run: Path):
+    said: list[str] = []
+    found = evaluate(
+        run, ("heldout_loss", "domain"), num_images=7, **STEPS | {"guidance": (1.0, 2.0), "say": said.append}
+    )
+    folder = run / "evaluation" / "84"
+    saved = json.loads((folder / "metrics.json").read_text())
+    assert saved["about"]["model"] == "run"
+    assert saved["about"]["step"] == 84
+    values = {(m["name"], m["images"].get("params"), m["images"].get("guidance")): m["value"] for m in saved["metrics"]}
+    assert len(values) == len(found) == 2 * 12 + 2 * 3  # the loss with 11 levels, averaged and raw; three of each set
+    assert all(np.isfinite(value) for value in values.values())
+    assert values["heldout_loss", "ema", None] != values["heldout_loss", "raw", None]
+    assert values["latent_frechet", "ema", 1.0] != values["latent_frechet", "ema", 2.0]
+    assert all(m["pipeline"] for m in saved["metrics"])
+    assert len(list(folder.glob("images_*"))) == 2
+    assert any("too large" in line for line in said)
+    assert "report.html" in said[-1]
+    page = (folder / "report.html").read_text()
+    assert page.count("<img") == 7 + 2 * 7 + 3 + 1
+    with Image.open(sorted(next(folder.glob("images_*")).glob("*.png"))[6]) as last:
+        assert last.info == {"prompt": "number 1", "seed": "6"}  # the five held-out captions in turn
+
+
+def test_images_do_not_depend_on_the_batch_and_more_of_them_begin_alike(run: Path):
+    evaluate(run, ("domain",), num_images=6, batch_size=6, **STEPS)
+    six = pixels(only_set(run))
+    assert len({image.tobytes() for image in six}) == 6
+    shutil.rmtree(run / "evaluation")
+    first = evaluate(run, ("domain",), num_images=6, batch_size=4, **STEPS)
+    assert np.abs(pixels(only_set(run)).astype(int) - six).max() <= 1
+    said: list[str] = []
+    more = evaluate(run, ("domain",), num_images=8, batch_size=3, **STEPS | {"say": said.append})
+    assert "6 of 8 images are there already" in said[0]
+    assert np.abs(pixels(only_set(run))[:6].astype(int) - six).max() <= 1
+    assert [m.images["count"] for m in more] == [8, 8, 8]  # in place of those of six
+    assert [m.name for m in more] == [m.name for m in first]
+
+
+def test_an_interrupted_evaluation_goes_on(run: Path):
+    asked = iter([False, True])
+    with pytest.raises(Stopped, match="4 of 7 images are in"):
+        evaluate(run, ("domain",), num_images=7, batch_size=2, stops=lambda: next(asked), **STEPS)
+    folder = only_set(run)
+    before = {file: file.stat().st_mtime_ns for file in folder.glob("*.png")}
+    assert sorted(file.name for file in before) == ["000000.png", "000001.png", "000002.png", "000003.png"]
+    (folder / ".000004.png.99.tmp").write_bytes(b"half of an image")
+    evaluate(run, ("domain",), num_images=7, batch_size=2, **STEPS)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert len(pixels(folder)) == 7
+
+
+def test_other_weights_are_another_set(run: Path):
+    evaluate(run, ("domain",), num_images=2, **STEPS)
+    evaluate(run, ("domain",), num_images=2, params="raw", **STEPS)
+    sets = sorted((run / "evaluation" / "84").glob("images_*"))
+    assert [folder.name.split("_")[1] for folder in sets] == ["ema", "raw"]
+    assert np.abs(pixels(sets[0]).astype(int) - pixels(sets[1])).max() > 1
+
+
+def test_geneval(run: Path, tmp_path: Path):
+    prompts = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+               {"tag": "colors", "include": [], "prompt": "a photo of a red cake"}]  # fmt: skip
+    file = tmp_path / "evaluation_metadata.jsonl"
+    file.write_text("\n".join(map(json.dumps, prompts)))
+    evaluate(run, ("geneval",), geneval_prompts=str(file), **STEPS)
+    (folder,) = (run / "evaluation" / "84").glob("geneval_*")
+    assert sorted(p.name for p in folder.iterdir()) == ["00000", "00001"]
+    assert json.loads((folder / "00001" / "metadata.jsonl").read_text()) == prompts[1]
+    samples = sorted((folder / "00001" / "samples").iterdir())
+    assert [sample.name for sample in samples] == ["0000.png", "0001.png", "0002.png", "0003.png"]
+    assert len({Image.open(sample).tobytes() for sample in samples}) == 4
+
+
+@pytest.mark.parametrize(
+    ("metrics", "settings", "message"),
+    [
+        (
+            ("fidd",),
+            {},
+            "there is no metric 'fidd'; choose some of heldout_loss, fid, cmmd, clip_score, domain, geneval",
+        ),
+        (("domain", "domain"), {}, "a metric is named twice"),
+        (("domain",), {"step": 5}, "has no checkpoint of step 5"),
+        (("domain",), {"num_images": 0}, "--batch_size and --num_images must be at least 1"),
+        (
+            ("fid",),
+            {"inception": "nowhere.pth"},
+            "the weights of the FID network are not at nowhere.pth: download https",
+        ),
+        (("clip_score",), {}, "need a CLIP model: give --clip"),
+        (("clip_score",), {"clip": "/nowhere"}, "no CLIP model at '/nowhere'"),
+        (("domain",), {"prompts": "nowhere.txt"}, r"prompts file nowhere.txt can't be read"),
+        (("domain",), {"prompts": "coco.json"}, r"the captions coco.json can't be read"),
+        (("geneval",), {}, "GenEval needs --geneval_prompts"),
+        (("domain",), {"shards": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_what_is_refused(run: Path, metrics: tuple[str, ...], settings: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message) as raised:
+        evaluate(run, metrics, **STEPS | settings)
+    assert "\n" not in str(raised.value)
+    assert not list((run / "evaluation").rglob("*.png"))
+
+
+def test_folders_without_a_model_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="is no work directory"):
+        evaluate(tmp_path, ("domain",))
+    (tmp_path / "config.json").write_text('{"config": {}, "shards": {}}')
+    with pytest.raises(UserError, match="has no checkpoints yet"):
+        evaluate(tmp_path, ("domain",))
+
+
+def test_prompts_that_are_no_captions(run: Path, tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("number 0\na lighthouse\n")
+    with pytest.raises(UserError, match="needs captions of the shards as prompts, and 'a lighthouse' is none"):
+        evaluate(run, ("domain",), prompts=str(tmp_path / "prompts.txt"), num_images=2, **STEPS)
+    assert not list((run / "evaluation").rglob("*.png"))
+
+
+def test_a_file_of_another_model_is_kept(run: Path):
+    folder = run / "evaluation" / "84"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text('{"about": {"model": "other"}, "metrics": []}')
+    with pytest.raises(UserError, match=r"metrics\.json is of another model"):
+        evaluate(run, ("domain",), **STEPS)
+    (folder / "metrics.json").write_text("{")
+    with pytest.raises(UserError, match=r"metrics\.json is damaged"):
+        evaluate(run, ("domain",), **STEPS)
+
+
+def test_the_command(run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    monkeypatch.setattr(command, "FLAGS", values)
+    for name in ("DEFINE_string", "DEFINE_list", "DEFINE_integer", "DEFINE_enum", "DEFINE_bool"):
+        define = getattr(flags, name)
+        monkeypatch.setattr(flags, name, lambda *a, define=define, **k: define(*a, flag_values=values, **k))
+    command.define_flags()
+    values([sys.argv[0], f"--workdir={run}", "--metrics=domain", "--num_images=2", "--guidance=1.5,3"])
+    command.main([""])
+    printed = capsys.readouterr().out
+    assert "caption_retrieval_top1" in printed
+    assert "guidance=1.5 count=2" in printed
+    with pytest.raises(UserError, match="unknown argument 'x'"):
+        command.main(["", "x"])
+    with pytest.raises(UserError, match=r"--guidance=3,a: give numbers"):
+        command.read_scales(["3", "a"])
+
+
+def test_while_training(run: Path, finished_run: Path):
+    from micro_dit.api import load
+
+    shards = json.loads((run / "config.json").read_text())["config"]["data"]["shards"]
+    model = load(run)
+    settings: dict[str, Any] = dict(
+        every=1, num_images=6, shards=shards, split="validation", resolution=64, vae="noise", guidance=2.0, steps=2,
+        sigma_data=0.9, dtype=jnp.float32,
+    )  # fmt: skip
+    told: list[str] = []
+    evaluation = make_training_evaluation(model.config, metrics=("domain",), warn=told.append, **settings)
+    assert evaluation is not None
+    found = evaluation(model.params)
+    assert set(found) == {
+        "evaluation/caption_retrieval_top1", "evaluation/caption_retrieval_top5", "evaluation/latent_frechet"
+    }  # fmt: skip
+    assert evaluation(model.params) == found
+    assert len(told) == 1
+    with pytest.raises(UserError, match="there is no metric 'geneval'"):
+        make_training_evaluation(model.config, metrics=("geneval",), **settings)
+    assert make_training_evaluation(model.config, metrics=("domain",), **settings | {"every": 0}) is None

@@ -41,11 +41,11 @@ def full() -> ConfigDict:
     config.data.update(shards="data/openmoji_mammals_128", source="openmoji:animal-mammal")
     config.adam.update(b2=0.99, weight_decay=0.0)
     config.phases = (
-        dict(name="finetune", resolution=128, mask_ratio=0.0, batch_size=16, steps=300, learning_rate=5e-4,
+        dict(name="finetune", resolution=128, mask_ratio=0.0, batch_size=16, steps=1000, learning_rate=1.5e-3,
              warmup_steps=20, final_lr_ratio=0.1, clip=1.0, ema_decay=0.98),
     )  # fmt: skip
-    config.sampling.update(every=100, guidance=3.0, steps=14, prompts=MAMMALS)
-    config.checkpoint_every, config.evaluate_every = 100, 100
+    config.sampling.update(every=200, guidance=3.0, steps=14, prompts=MAMMALS)
+    config.checkpoint_every, config.evaluate_every = 500, 200
     return config
 
 
@@ -53,7 +53,7 @@ def lora() -> ConfigDict:
     config = full()
     config.name = "finetune-lora"
     config.lora.rank = 4
-    config.phases = tuple(dict(phase, learning_rate=5e-3) for phase in config.phases)
+    config.phases = tuple(dict(phase, learning_rate=3e-3) for phase in config.phases)
     return config
 
 

@@ -25,7 +25,6 @@ OPENMOJI = json.loads((Path(tiny.CONFIGS).parent / "micro_dit/assets/openmoji_va
 CHANNELS = {"openmoji_vae": OPENMOJI["latent_channels"]}
 VARIANTS = [(path, None) for path in sorted(tiny.CONFIGS.glob("*.py")) if path != MASK75]
 MASK75_VARIANTS = ("demo", "small", "openmoji", "tiny", "xl")
-VARIANTS += [(tiny.CONFIGS / "finetune.py", "xl")]
 VARIANTS += [(MASK75, variant) for variant in MASK75_VARIANTS]
 
 

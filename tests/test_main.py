@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
     ("arguments", "message"),
     [
         (["--config=configs/mask75.py", "--config.sampling.stpes=3"], "'sampling.stpes'; did you mean sampling.steps"),
-        (["--config=configs/mask75.py:foo"], "no variant 'foo'; use one of demo, openmoji, tiny, xl"),
+        (["--config=configs/mask75.py:foo"], "no variant 'foo'; use one of demo, small, openmoji, tiny, xl"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
         (["--config=configs/mask75.py", "--config.seed=many"], "many"),
         ([], "no config given; try --config=configs/mask75.py"),

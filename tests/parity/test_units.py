@@ -73,7 +73,8 @@ def build(unit: str, about: dict[str, Any], args: dict[str, Any]) -> tuple[nnx.M
         assert (shape.attention_width, shape.hidden_width) == (a["qkv_hidden_dim"], a["mlp_hidden_dim"])
         return DiTBlock(BlockShape(**dataclasses.asdict(shape)), config, **args), "blocks.0."
     if unit.startswith("final_layer"):
-        return FinalLayer(network_config(a, a["hidden_size"]), **args), "final_layer."
+        config = network_config(a, a["hidden_size"])
+        return FinalLayer(config.dim, config.patch_size**2 * config.in_channels, config, **args), "final_layer."
     raise AssertionError(f"no module of ours is known for the golden unit {unit}")
 
 

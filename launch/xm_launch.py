@@ -1,0 +1,137 @@
+"""Launches an experiment, one work unit for each set of overrides, with XManager.
+
+    pip install xmanager                 # best in an environment of its own: it brings some hundred packages
+    python launch/xm_launch.py --config=configs/mask75.py:small --sweep=mask_ratio --xm_dry_run
+    python launch/xm_launch.py --config=configs/mask75.py:small --sweep=mask_ratio --workdir=runs/mask_ratio
+
+What it needs, by `--executor`:
+    local    nothing else; --python=.venv/bin/python if XManager is in another environment than requirements.txt. Work
+             units run on this machine, one after another.
+    vertex   a Google Cloud project and credentials as XManager's README says, IMAGE: an image made with
+             launch/docker/Dockerfile, and BUCKET, which Vertex AI mounts at /gcs/BUCKET
+             (https://cloud.google.com/vertex-ai/docs/training/cloud-storage-file-system).
+    tpu      what launch/tpu_vm.sh needs: each work unit is a slice of its own, named TPU_NAME-1, TPU_NAME-2 …
+What it costs: of each work unit what `python -m micro_dit.budget` with its config says. The dry run costs nothing.
+How to watch: here; `xmanager list` shows experiments, metrics.jsonl and TensorBoard are in the work directories.
+How to stop: Ctrl-C. XManager ends local work units by SIGTERM, upon which they save, and the same command goes on with
+    them; vertex: in its console; tpu: `TPU_NAME=… launch/tpu_vm.sh delete`, for each.
+"""
+
+import asyncio
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each is a list of overrides, a work unit for each. Add your own.
+SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "none": [{}],
+    "mask_ratio": [{"masking.ratio": ratio} for ratio in (0.0, 0.25, 0.5, 0.75, 0.875)],
+    "seed": [{"seed": seed} for seed in range(3)],
+    "learning_rate": [{"phases[0].learning_rate": rate} for rate in (1e-3, 3e-3)],
+}
+
+CONFIG = flags.DEFINE_string("config", None, "The recipe, as of micro_dit.main.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", "runs/xm", "Folder of the work directories, one for each work unit.")
+SWEEP = flags.DEFINE_enum("sweep", "none", sorted(SWEEPS), "Which list of overrides.")
+OVERRIDE = flags.DEFINE_multi_string("override", [], "FIELD=VALUE for all work units, as --config.FIELD=VALUE.")
+EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "vertex", "tpu"], "Where.")
+PYTHON = flags.DEFINE_string("python", sys.executable, "With --executor=local: the interpreter that trains.")
+ACCELERATOR = flags.DEFINE_string("accelerator", "a100=8", "With --executor=vertex: XManager's resource=count.")
+DRY_RUN = flags.DEFINE_bool("xm_dry_run", False, "Print every job, its arguments and resources; launch nothing.")
+
+
+def work_units(
+    config: str, workdir: str, overrides: Sequence[Mapping[str, Any]], common: Sequence[str] = ()
+) -> list[list[str]]:
+    """The flags of micro_dit.main for each work unit."""
+    units = []
+    for override in overrides:
+        name = ",".join(f"{field}={value}" for field, value in override.items()) or "run"
+        fields = [*common, *(f"{field}={value}" for field, value in override.items())]
+        units.append([f"--config={config}", f"--workdir={workdir}/{name}", *(f"--config.{field}" for field in fields)])
+    return units
+
+
+def training_command(python: str, arguments: Sequence[str]) -> list[str]:
+    return [python, "launch/until_done.py", python, "-m", "micro_dit.main", *arguments]
+
+
+def commands(executor: str, units: Sequence[Sequence[str]]) -> list[tuple[list[str], dict[str, str], str]]:
+    """Command, environment and resources of each work unit."""
+    if executor == "local":
+        return [(training_command(PYTHON.value, unit), {}, "this machine") for unit in units]
+    if executor == "vertex":
+        return [(training_command("python", unit), {}, ACCELERATOR.value) for unit in units]
+    name, kind = environment("TPU_NAME"), environment("ACCELERATOR_TYPE")
+    found = []
+    for number, unit in enumerate(units, 1):
+        given = dict(flag.removeprefix("--").split("=", 1) for flag in unit[:2])
+        variables = {"TPU_NAME": f"{name}-{number}", "CONFIG": given["config"], "RUN_NAME": given["workdir"]}
+        found.append((["launch/tpu_vm.sh", "up", *unit[2:]], variables, kind))
+    return found
+
+
+def environment(name: str) -> str:
+    """A variable that has to be set."""
+    if not os.environ.get(name):
+        sys.exit(f"error: {name} is not set; --executor={EXECUTOR.value} needs it, see the top of launch/xm_launch.py.")
+    return os.environ[name]
+
+
+def requirements() -> dict[str, int]:
+    resource, _, count = ACCELERATOR.value.partition("=")
+    if not count.isdigit():
+        sys.exit(f"error: --accelerator={ACCELERATOR.value} should be RESOURCE=COUNT, such as a100=8.")
+    return {resource: int(count)}
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: unknown argument {argv[1]!r}; config fields are set by --override=FIELD=VALUE.")
+    workdir = f"/gcs/{environment('BUCKET')}/{WORKDIR.value}" if EXECUTOR.value == "vertex" else WORKDIR.value
+    units = work_units(CONFIG.value, workdir, SWEEPS[SWEEP.value], OVERRIDE.value)
+    jobs = commands(EXECUTOR.value, units)
+    for number, (command, variables, resources) in enumerate(jobs, 1):
+        settings = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
+        print(f"work unit {number} of {len(jobs)} on {resources}: {settings}{shlex.join(command)}", flush=True)
+    if DRY_RUN.value:
+        return
+    os.chdir(ROOT)
+    try:
+        from xmanager import xm, xm_local
+    except ImportError as error:
+        sys.exit(f"error: XManager can't be imported ({error}); pip install xmanager, or look with --xm_dry_run.")
+
+    if EXECUTOR.value == "vertex":
+        executor = xm_local.Vertex(requirements=xm.JobRequirements(**requirements()))
+        specification = xm.Container(image_path=environment("IMAGE"))
+    else:
+        executor = xm_local.Local()
+        specification = xm.Binary(path="/usr/bin/env")
+
+    async def launch() -> None:
+        async with xm_local.create_experiment(experiment_title=f"{CONFIG.value} {SWEEP.value}") as experiment:
+            [executable] = experiment.package([xm.Packageable(specification, executor.Spec())])
+            for command, variables, _ in jobs:
+                # The image's entry point is the command up to the flags.
+                arguments = command[command.index("micro_dit.main") + 1 :] if EXECUTOR.value == "vertex" else command
+                job = xm.Job(executable, executor, args=arguments, env_vars=variables)
+                unit = await experiment.add(job)
+                if EXECUTOR.value == "local":  # they share the machine
+                    await unit.wait_until_complete()
+
+    try:
+        asyncio.run(launch())
+    except xm.ExperimentUnitError as error:
+        sys.exit(f"error: a work unit ended before it was done ({error}); the same command goes on with it.")
+
+
+if __name__ == "__main__":
+    app.run(main)

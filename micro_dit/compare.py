@@ -1,0 +1,352 @@
+"""Compares recipes at the same training FLOPs: which makes the most of a budget?
+
+    python -m micro_dit.compare --configs=configs/mask75.py:small,configs/naive75.py:small --budget_flops=2e12,4e12 \\
+        --seeds=0,1,2 --out=runs/compare
+
+Each recipe's phases are shortened or lengthened alike until they cost the budget, as `budget` counts it. Each run has a
+work directory of its own in the folder, and is trained, measured and told of in results.md, results.json and
+isoflop.png, before the next one starts. The same command goes on where it was stopped. See docs/ablations.md.
+"""
+
+import ast
+import copy
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from micro_dit.budget import manifest_of
+from micro_dit.command import load_config, run_command
+from micro_dit.errors import UserError
+from micro_dit.evaluate import Stopped, evaluate
+from micro_dit.evaluation.evaluators import check_names
+from micro_dit.evaluation.isoflop import plot, table
+from micro_dit.models.dit import abstract_params
+from micro_dit.models.flops import training_flops
+from micro_dit.train import network_of, train, with_mask_ratio
+from micro_dit.training.checkpoint import Checkpoints
+from micro_dit.training.interrupt import Interrupt
+from micro_dit.training.phases import make_phases
+
+RESULT = "result.json"
+METRICS = ("heldout_loss", "domain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: of the recipe.
+        budget: training FLOPs that were asked for.
+        seed: of everything random.
+        config: what `train` gets.
+        workdir: where.
+        flops: what the phases cost; less than the budget by less than a step of the last phase.
+        steps, images, parameters: how many.
+    """
+
+    name: str
+    budget: float
+    seed: int
+    config: Any
+    workdir: Path
+    flops: int
+    steps: int
+    images: int
+    parameters: int
+
+    def result(self) -> dict[str, Any]:
+        """What results.json tells of the run, less what was measured."""
+        told = ("name", "budget", "seed", "flops", "steps", "images", "parameters")
+        return {name: getattr(self, name) for name in told}
+
+
+def compare(
+    configs: Sequence[str],
+    budgets: Sequence[float],
+    out: str | Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    metrics: Sequence[str] = METRICS,
+    num_images: int = 64,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Trains and measures every recipe with every budget and seed.
+
+    Args:
+        configs: config files, each with a variant after ':' and fields after '+', if any, as in
+            'configs/mask75.py:small+masking.ratio=0.5+name=mask50'.
+        budgets: training FLOPs.
+        out: folder of all runs and of what comes out.
+        seeds: a run each.
+        metrics: some of METRICS.
+        num_images: that are drawn of each model, with held-out captions, for 'domain'.
+        say: is told what is going on.
+
+    Returns:
+        The results of all runs in the folder, of earlier calls too.
+
+    Raises:
+        UserError: a recipe can't be read or trained, a budget is too small, or runs would share a folder; before the
+            first is trained.
+        Stopped: the user has asked to stop.
+    """
+    check_names(metrics, METRICS)
+    if num_images < 1:
+        raise UserError("--num_images must be at least 1.")
+    out = Path(out)
+    runs = plan_runs([read_config(text) for text in configs], budgets, seeds, out)
+    settings = {"metrics": sorted(metrics), "num_images": num_images if "domain" in metrics else 0}
+    todo = [run for run in runs if not _is_done(run, settings)]
+    if len(todo) < len(runs):
+        say(f"{len(runs) - len(todo)} of {len(runs)} runs are done already")
+    started, flops = time.monotonic(), 0
+    for number, run in enumerate(todo):
+        left = ""
+        if flops:
+            minutes = (time.monotonic() - started) / flops * sum(run.flops for run in todo[number:]) / 60
+            left = f", about {minutes:.0f} minutes left"
+        say(f"—— run {len(runs) - len(todo) + number + 1} of {len(runs)}{left}: {run.workdir}, {run.steps:,} steps")
+        _train_and_measure(run, settings, say)
+        flops += run.flops
+        write_report(out)
+    results = write_report(out)
+    say(f"{table(results)}\n\n{out / 'results.md'}, results.json and isoflop.png keep it")
+    return results
+
+
+# ---- Planning --------------------------------------------------------------------------------------------------------
+
+
+def read_config(text: str) -> ConfigDict:
+    """The config of 'FILE:VARIANT+FIELD=VALUE+…'.
+
+    Raises:
+        UserError: there is no such file, variant or field, or the value is of the wrong type.
+    """
+    path, *fields = text.split("+")
+    file = path.partition(":")[0]
+    if not Path(file).is_file():
+        raise UserError(f"there is no config file {file}; see the folder configs/ for those there are.")
+    try:
+        config = load_config(path)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} can't be read as a config: {error}") from error
+    for field in fields:
+        name, _, value = field.partition("=")
+        *parents, last = name.split(".")
+        group = config
+        for parent in parents:
+            group = group.get(parent, {}) if isinstance(group, ConfigDict) else {}
+        if last not in group:
+            raise UserError(f"{path} has no field {name!r}.")
+        try:
+            group[last] = _literal(value)
+        except TypeError as error:
+            raise UserError(f"{text}: the value of {name} is of the wrong type ({error}).") from error
+    return config
+
+
+def plan_runs(configs: Sequence[Any], budgets: Sequence[float], seeds: Sequence[int], out: Path) -> list[Run]:
+    """The runs, seed after seed, so that a comparison that is cut short has all recipes.
+
+    Raises:
+        UserError: a recipe can't be trained, a budget is too small, or two runs would have the same folder.
+    """
+    if not configs or not budgets or not seeds:
+        raise UserError("there is nothing to compare: give --configs, --budget_flops and --seeds.")
+    names = [config.name for config in configs]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"several configs are named {', '.join(repeated)}: give one another name, as in …+name=mine.")
+    if bad := [budget for budget in budgets if not 0 < budget < math.inf]:
+        raise UserError(f"--budget_flops={bad[0]:g}: give a number above 0, such as 4e12.")
+    if len({f"{budget:g}" for budget in budgets}) < len(budgets) or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise UserError("give each budget and each seed once, and seeds of at least 0.")
+    shortened = [(budget, _within(config, budget)) for budget in budgets for config in configs]
+    runs = []
+    for seed in seeds:
+        for budget, (config, costs) in shortened:
+            config = copy.deepcopy(config)
+            config.seed = seed
+            workdir = out / f"{config.name}-{budget:g}-{seed}".replace("e+", "e")
+            runs.append(Run(config.name, budget, seed, config, workdir, **costs))
+    return runs
+
+
+def _within(config: Any, budget: float) -> tuple[Any, dict[str, int]]:
+    """The config with fewer or more steps, so that it costs the budget; and flops, steps, images and parameters."""
+    asked = with_mask_ratio(config)
+    phases = make_phases(asked.phases)
+    manifests = [manifest_of(asked, phase.shards or asked.data.shards) for phase in phases]
+    networks = [network_of(phase, asked, manifest) for phase, manifest in zip(phases, manifests, strict=True)]
+    tokens = manifests[0].text_encoder.tokens
+    costs = [
+        phase.batch_size * training_flops(network, phase.mask_ratio, tokens, phase.mask_position)
+        for phase, network in zip(phases, networks, strict=True)
+    ]
+    if budget < sum(costs):
+        raise UserError(
+            f"a budget of {budget:g} FLOPs is too small for {config.name}, of whose phases a step each costs "
+            f"{sum(costs):.3g}."
+        )
+    steps = fit_steps([phase.steps for phase in phases], costs, budget)
+    config = copy.deepcopy(config)
+    config.phases = tuple(_lengthened(phase, n) for phase, n in zip(config.phases, steps, strict=True))
+    # What is measured is measured at the end, and nothing else is drawn.
+    config.evaluate_every = config.sampling.every = 0
+    config.sampling.prompts = ()
+    config.logging.tensorboard = False
+    sizes = (math.prod(leaf.shape) for leaf in abstract_params(networks[-1]).values())
+    return config, {
+        "flops": sum(n * cost for n, cost in zip(steps, costs, strict=True)),
+        "steps": sum(steps),
+        "images": sum(n * phase.batch_size for n, phase in zip(steps, phases, strict=True)),
+        "parameters": sum(sizes),
+    }
+
+
+def fit_steps(steps: Sequence[int], costs: Sequence[int], budget: float) -> list[int]:
+    """Steps of each phase that come to the budget, less a part of a step of the last, at 1 or more steps a phase.
+
+    Args:
+        steps: of each phase; their shares of the FLOPs are kept.
+        costs: FLOPs of a step of each phase, together at most the budget.
+        budget: FLOPs.
+    """
+    fitted, left = [], budget
+    for index, cost in enumerate(costs):
+        rest = [n * c for n, c in zip(steps[index:], costs[index:], strict=True)]
+        most = int((left - sum(costs[index + 1 :])) // cost)  # that leaves a step to each later phase
+        last = index == len(costs) - 1
+        fitted.append(most if last else min(max(1, round(left * rest[0] / sum(rest) / cost)), most))
+        left -= fitted[-1] * cost
+    return fitted
+
+
+def _lengthened(phase: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The phase with so many steps; what it does in its first steps takes the same share of them."""
+    first = (name for name in ("warmup_steps", "ema_start") if name in phase)
+    return {**phase, **{name: round(phase[name] * steps / phase["steps"]) for name in first}, "steps": steps}
+
+
+def _literal(text: str) -> Any:
+    """The Python value that the text stands for, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+# ---- Running ---------------------------------------------------------------------------------------------------------
+
+
+def _is_done(run: Run, settings: Mapping[str, Any]) -> bool:
+    path = run.workdir / RESULT
+    if not path.exists():
+        return False
+    done = json.loads(path.read_text(encoding="utf-8"))
+    return done["settings"] == settings and done["config"] == json.loads(json.dumps(run.config.to_dict()))
+
+
+def _train_and_measure(run: Run, settings: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Leaves result.json in the work directory.
+
+    Raises:
+        Stopped: the user has asked to stop.
+    """
+    started = time.monotonic()
+    train(run.config, run.workdir)
+    checkpoints = Checkpoints(run.workdir)
+    trained = checkpoints.steps[:1] == [run.steps]
+    meta = checkpoints.read_meta(run.steps) if trained else {}
+    checkpoints.close()
+    if not trained:
+        raise Stopped(f"{run.workdir} is trained in part")
+    averaged = bool(run.config.phases[-1].get("ema_decay"))
+    with Interrupt() as interrupt:
+        measures = evaluate(
+            run.workdir, settings["metrics"], params="ema" if averaged else "raw",
+            num_images=settings["num_images"] or None, stops=lambda: interrupt.requested, say=say,
+        )  # fmt: skip
+    other = "raw" if averaged else "ema"
+    values = {m.name + (f" ({other})" if m.images.get("params") == other else ""): m.value for m in measures}
+    result = run.result() | {
+        "training_seconds": meta["seconds"], "seconds": time.monotonic() - started, "measures": values,
+        "settings": settings, "config": run.config.to_dict(),
+    }  # fmt: skip
+    _write(run.workdir / RESULT, json.dumps(result, indent=2) + "\n")
+
+
+# ---- Telling ---------------------------------------------------------------------------------------------------------
+
+
+def write_report(out: Path) -> list[dict[str, Any]]:
+    """Writes results.md, results.json and isoflop.png of all runs in the folder that are done, and returns these."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob(f"*/{RESULT}"))]
+    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
+    _write(out / "results.md", table(results) + "\n")
+    if results:
+        plot(results, out / "isoflop.png")
+    return results
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    def numbers(flag: str, texts: Sequence[str], kind: type) -> list[Any]:
+        try:
+            return [kind(text) for text in texts]
+        except ValueError as error:
+            raise UserError(f"--{flag}={','.join(texts)}: {error}; give numbers with commas between.") from error
+
+    try:
+        compare(
+            FLAGS.configs, numbers("budget_flops", FLAGS.budget_flops, float), FLAGS.out,
+            seeds=numbers("seeds", FLAGS.seeds, int), metrics=FLAGS.metrics, num_images=FLAGS.num_images, say=say,
+        )  # fmt: skip
+    except Stopped as stopped:
+        say(f"stopped: {stopped}; the same command goes on from there.")
+
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_list(
+        "configs", None, "FILE[:VARIANT][+FIELD=VALUE…], with commas between; e.g. configs/mask75.py:small+name=mine.",
+        required=True,
+    )  # fmt: skip
+    flags.DEFINE_list("budget_flops", None, "Training FLOPs of a run, such as 2e12,4e12.", required=True)
+    flags.DEFINE_list("seeds", ["0"], "A run each.")
+    flags.DEFINE_string("out", "runs/compare", "Folder of the runs, the table and the plot.")
+    flags.DEFINE_list("metrics", list(METRICS), f"Some of {', '.join(METRICS)}; see docs/evaluation.md.")
+    flags.DEFINE_integer("num_images", 64, "Drawn of each model with held-out captions, for 'domain'.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(lambda argv: sys.exit(run_command(main, argv)))

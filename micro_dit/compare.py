@@ -233,9 +233,12 @@ def fit_steps(steps: Sequence[int], costs: Sequence[int], budget: float) -> list
 
 
 def _lengthened(phase: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The phase with so many steps; what it does in its first steps takes the same share of them."""
-    first = (name for name in ("warmup_steps", "ema_start") if name in phase)
-    return {**phase, **{name: round(phase[name] * steps / phase["steps"]) for name in first}, "steps": steps}
+    """The phase with so many steps; warm-up and moving average reach over the same share of them."""
+    factor = steps / phase["steps"]
+    changed = {name: round(phase[name] * factor) for name in ("warmup_steps", "ema_start") if name in phase}
+    if phase.get("ema_decay"):
+        changed["ema_decay"] = phase["ema_decay"] ** (1 / factor)
+    return {**phase, **changed, "steps": steps}
 
 
 def _literal(text: str) -> Any:
@@ -330,6 +333,8 @@ def main(argv: Sequence[str]) -> None:
         )  # fmt: skip
     except Stopped as stopped:
         say(f"stopped: {stopped}; the same command goes on from there.")
+    except KeyboardInterrupt:  # between two runs, or a second time
+        say("stopped; the same command goes on from what is on the disk.")
 
 
 FLAGS = flags.FLAGS

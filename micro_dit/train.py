@@ -477,7 +477,7 @@ class _Run:
                 f"{phase.name!r}; {kept}; lower learning_rate or clip and start anew in another --workdir."
             )
         progress.update(step - first_step, values)
-        if self.config.logging.every and step % self.config.logging.every == 0:
+        if (every := self.config.logging.every) and (step % every == 0 or step == first_step + phase.steps):
             self.writer.write_scalars(step, values | progress.scalars())
 
     def _heldout_loss(self, phase: Phase, network: DiTConfig) -> Callable[..., dict[str, float]] | None:

@@ -69,6 +69,7 @@ def test_phases_keep_their_shares_and_beginnings(file: str):
     assert unmasked["steps"] == pytest.approx(36 * factor, abs=1)
     assert masked["warmup_steps"] == round(2 * factor) > 2
     assert unmasked["ema_start"] == round(3 * unmasked["steps"] / 36) > 3
+    assert unmasked["ema_decay"] ** unmasked["steps"] == pytest.approx(0.9**36)
     assert whole.steps == masked["steps"] + unmasked["steps"]
     assert whole.images == 4 * whole.steps
     assert config.phases[0]["steps"] == 48  # ours is left alone

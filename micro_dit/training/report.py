@@ -71,8 +71,10 @@ def finish(
         shutil.copyfile(frames[-1], workdir / "final.png")
         save_gif([Image.open(frame) for frame in frames], workdir / "progress.gif", seconds_per_frame=0.4)
         made += ["final.png (samples)", "progress.gif (how they came about)"]
-    plot_curves(read_metrics(workdir / "metrics.jsonl"), workdir / "curves.png", phases)
-    made += ["curves.png", "metrics.jsonl", "tensorboard/", "checkpoints/"]
+    if (metrics := workdir / "metrics.jsonl").exists():  # not if nothing was to be logged
+        plot_curves(read_metrics(metrics), workdir / "curves.png", phases)
+        made += ["curves.png", "metrics.jsonl", "tensorboard/"]
+    made.append("checkpoints/")
     spent = f", ${meta['dollars']:.2f}" if meta["dollars"] else ""
     lines = [
         f"done: {meta['step']:,} steps, {meta['images']:,} images, {meta['seconds'] / 60:.1f} minutes{spent}",

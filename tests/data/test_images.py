@@ -51,7 +51,8 @@ def test_color_modes():
     np.testing.assert_array_equal(corners(encoded(quadrants().quantize(8))), QUADRANTS)
     assert np.abs(corners(encoded(quadrants().convert("CMYK"), "JPEG", quality=95)) - QUADRANTS).max() <= 6
     np.testing.assert_array_equal(corners(encoded(quadrants().convert("CMYK"), "TIFF")), QUADRANTS)
-    assert np.abs(corners(encoded(quadrants().convert("YCbCr"), "TIFF")) - QUADRANTS).max() <= 2
+    # Compressed, as they are found: Pillow 12 can't read the uncompressed ones that it writes.
+    assert np.abs(corners(encoded(quadrants().convert("YCbCr"), "TIFF", compression="jpeg")) - QUADRANTS).max() <= 6
 
 
 def test_transparency_becomes_white():

@@ -64,13 +64,14 @@ class OpenMoji:
         self.folder = _svg_folder()
         emojis = read_emojis()
         known = sorted({emoji.group for emoji in emojis})
-        subgroups = {emoji.subgroup for emoji in emojis}
+        # A name that is both, such as 'flags', is that of the group.
+        subgroups = {emoji.subgroup for emoji in emojis} - set(known)
         for group in groups or ():
             if group not in known and group not in subgroups:
                 raise UserError(f"OpenMoji has no group '{group}'; known ones: {', '.join(known)}.")
         self._splits: dict[str, list[Emoji]] = {split: [] for split in SPLITS}
         for emoji, split in zip(emojis, assign_splits(emojis), strict=True):
-            if groups is None or emoji.group in groups or emoji.subgroup in groups:
+            if groups is None or emoji.group in groups or emoji.subgroup in subgroups.intersection(groups):
                 self._splits[split].append(emoji)
 
     def parts(self, split: str) -> list[Part]:

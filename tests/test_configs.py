@@ -1,4 +1,4 @@
-"""Every shipped recipe is built, checked and traced, without compiling or allocating anything."""
+"""Every shipped recipe is built and checked, and each kind traced, without compiling or allocating anything."""
 
 import dataclasses
 import json
@@ -23,7 +23,8 @@ from micro_dit.training.state import TrainState
 MASK75 = tiny.CONFIGS / "mask75.py"
 OPENMOJI = json.loads((Path(tiny.CONFIGS).parent / "micro_dit/assets/openmoji_vae/config.json").read_text())
 CHANNELS = {"openmoji_vae": OPENMOJI["latent_channels"]}
-VARIANTS = [(path, None) for path in sorted(tiny.CONFIGS.glob("*.py")) if path != MASK75]
+# The others are mask75's network in another size or without a part; test_the_comparisons_cost_what_they_say builds them.
+VARIANTS = [(tiny.CONFIGS / name, None) for name in ("finetune.py", "maskdit75.py")]
 MASK75_VARIANTS = ("demo", "small", "openmoji", "tiny", "xl")
 VARIANTS += [(MASK75, variant) for variant in MASK75_VARIANTS]
 

@@ -3,6 +3,7 @@
 So a set does not depend on batch sizes, devices or processes; it can be interrupted, gone on with, and made larger.
 """
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -23,7 +24,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # prompts, seeds → (n, H, W, 3) uint8
 
 
-class Images:
+class Images(abc.ABC):
     """Images that can be read again and again, in the order of their numbers.
 
     Attributes:
@@ -32,12 +33,12 @@ class Images:
 
     prompts: Sequence[str] = ()
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
+    @abc.abstractmethod
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """All images, (size, H, W, 3) uint8 at once, and what is left at the end."""
-        raise NotImplementedError
 
 
 class InMemory(Images):

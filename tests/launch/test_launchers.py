@@ -241,3 +241,10 @@ def test_each_header_says_what_it_needs_costs_and_how_to_watch_and_stop(path: Pa
     header = re.match(r"(?:#.*\n)+", path.read_text())
     assert header
     assert all(f"# {word}:  " in header[0] for word in ("Needs", "Costs", "Watch", "Stop"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/running.md"])
+def test_a_page_names_the_work_directory_that_the_loop_asks_for(page: str):
+    commands = re.findall(r"launch/until_done\.py python [^\n`]*", (ROOT / page).read_text())
+    assert commands
+    assert all("--workdir=" in command for command in commands)

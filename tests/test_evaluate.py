@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
+from tiny import Blocks, Words
 
 from micro_dit import evaluate as command
 from micro_dit.encoders import image, text
@@ -19,32 +20,6 @@ from micro_dit.evaluate import Stopped, evaluate
 from micro_dit.evaluation.during_training import make_training_evaluation
 
 STEPS = dict(steps=2, guidance=(2.0,), say=lambda text: None)
-
-
-class Blocks:
-    """An image encoder whose latents are the colors of blocks of 2×2 pixels, and alpha that says nothing."""
-
-    name, fingerprint, channels, downsample = "noise", "0123", 4, 2
-
-    def decode(self, latents: Any) -> Any:
-        return jnp.clip(jnp.asarray(latents)[..., :3].repeat(2, 1).repeat(2, 2), -1, 1)
-
-    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        colors = images[:, ::2, ::2].astype(np.float32) / 127.5 - 1
-        return np.concatenate([colors, np.zeros_like(colors[..., :1])], -1), np.zeros(0)
-
-
-class Words:
-    """A text encoder with four numbers from a prompt's letters."""
-
-    name, fingerprint, tokens, channels = "noise", "4567", 4, 12
-
-    def encode(self, captions: list[str]) -> np.ndarray:
-        rows = [np.random.default_rng(list(caption.encode())).standard_normal((4, 12)) for caption in captions]
-        return np.asarray(rows, np.float32)
-
-    def count_tokens(self, captions: list[str]) -> list[int]:
-        return [1 for _ in captions]
 
 
 @pytest.fixture

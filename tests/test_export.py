@@ -17,6 +17,7 @@ from flax import nnx
 from jax import export as jax_export
 from PIL import Image
 from safetensors.numpy import load_file
+from tiny import Words
 
 from micro_dit.api import Model, load
 from micro_dit.encoders import text
@@ -28,19 +29,6 @@ from micro_dit.interop.stablehlo import write_programs
 
 ROOT = Path(__file__).parent.parent
 ATTRIBUTION = "All emojis designed by OpenMoji, license CC BY-SA 4.0"
-
-
-class Words:
-    """A text encoder with the tokens and channels of tests/tiny.py."""
-
-    name, fingerprint, tokens, channels = "noise", "4567", 4, 12
-
-    def encode(self, captions: list[str]) -> np.ndarray:
-        rows = [np.random.default_rng(list(caption.encode())).standard_normal((4, 12)) for caption in captions]
-        return np.asarray(rows, np.float32)
-
-    def count_tokens(self, captions: list[str]) -> list[int]:
-        return [len(caption.split()) + 1 for caption in captions]
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 from PIL import Image
-from test_sample import Blocks, Words
+from tiny import Blocks, Words
 
 from micro_dit import playground
 from micro_dit.api import load

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -21,19 +20,6 @@ from micro_dit.parallel.mesh import make_mesh
 PROMPTS = [f"number {i % 5}" for i in range(21)]
 
 
-class Blocks:
-    """An image encoder whose latents are the colors of blocks of 2×2 pixels."""
-
-    name, fingerprint, channels, downsample = "noise", "0123", 4, 2
-
-    def decode(self, latents: Any) -> Any:
-        return jnp.clip(jnp.asarray(latents)[..., :3].repeat(2, 1).repeat(2, 2), -1, 1)
-
-    def encode(self, images: np.ndarray) -> tuple[np.ndarray, None]:
-        colors = images[:, ::2, ::2].astype(np.float32) / 127.5 - 1
-        return np.concatenate([colors, np.zeros_like(colors[..., :1])], -1), None
-
-
 def embed(prompts: list[str]) -> np.ndarray:
     rows = [np.random.default_rng(list(p.encode())).standard_normal((4, 12)) for p in prompts]
     return np.asarray(rows, np.float32)
@@ -46,7 +32,7 @@ def main(folder: str) -> None:
     found: dict[str, Any] = {"devices": jax.local_device_count()}
     images = {}
     for name, devices, batch_size in (("one", jax.devices()[:1], 3), ("eight", jax.devices(), 16)):
-        drawing = Drawing(network, params, Blocks(), embed, steps=2, sigma_data=0.9, mesh=make_mesh(None, devices))
+        drawing = Drawing(network, params, tiny.Blocks(), embed, steps=2, sigma_data=0.9, mesh=make_mesh(None, devices))
         files = [Path(folder) / name / f"{i:06d}.png" for i in range(len(PROMPTS))]
         # Two processes would share the set like this.
         for index in (1, 0):
@@ -55,7 +41,7 @@ def main(folder: str) -> None:
                 share=(index, 2),
             )  # fmt: skip
         images[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
-        measures = domain_measures(FromFiles(files, prompts=PROMPTS), real, Blocks())
+        measures = domain_measures(FromFiles(files, prompts=PROMPTS), real, tiny.Blocks())
         found[name] = {measure.name: measure.value for measure in measures}
     found["pixels apart"] = int(np.abs(images["one"] - images["eight"]).max())
     found["different"] = len({image.tobytes() for image in images["one"]})

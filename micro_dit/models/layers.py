@@ -7,6 +7,7 @@ B images · T tokens · d block width · w attention width · h head width · L 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,18 @@ def linear(
         bias_init=bias_init or nnx.initializers.zeros_init(),
         dtype=dtype,
         param_dtype=jnp.float32,
+        dot_general=_row_product,
         rngs=rngs,
     )
+
+
+def _row_product(x: jax.Array, kernel: jax.Array, *_: Any, **options: Any) -> jax.Array:
+    """(..., d) times (d, out), as one matrix of rows.
+
+    With its dimensions apart, XLA would copy the output's gradient to a transposed layout for the kernel's gradient.
+    """
+    rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def layer_norm(dim: int, *, eps: float, affine: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -107,16 +118,52 @@ class CrossAttention(nnx.Module):
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
     """Scaled dot-product attention, head-major: q (B, T, w), k and v (B, L, w) → (B, T, w)."""
     B, T, w = q.shape
-    q, k, v = (a.reshape(B, a.shape[1], heads, w // heads) for a in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v).reshape(B, T, w)
+    h = w // heads
+    q, k, v = (a.reshape(B, a.shape[1], heads, h).transpose(0, 2, 1, 3) for a in (q * h**-0.5, k, v))
+    return attention(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, w)
+
+
+@jax.custom_vjp
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q kᵀ) v for each head: q (B, n, T, h), already scaled, k and v (B, n, L, h) → (B, n, T, h).
+
+    Between the products, the derived gradient would go over (T, L) matrices many times. This one does so as rarely as
+    it can: rows are divided by the softmax's denominator once they are only h wide, and the sum over L in the softmax's
+    gradient is taken over h instead (Dao et al. 2022, arXiv 2205.14135, appendix B.2).
+    """
+    return _attention_forward(q, k, v)[0]
+
+
+def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    logits = jnp.einsum("bnth,bnlh->bntl", q, k, preferred_element_type=jnp.float32)
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    scale = 1 / weights.sum(axis=-1, keepdims=True)  # (B, n, T, 1) float32
+    weights = weights.astype(v.dtype)
+    out = (jnp.einsum("bntl,bnlh->bnth", weights, v, preferred_element_type=jnp.float32) * scale).astype(v.dtype)
+    return out, (q, k, v, weights, scale, out)
+
+
+def _attention_backward(saved: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v, weights, scale, out = saved
+    d_out = d_out * scale  # float32 from here on
+    along = (d_out * out).sum(axis=-1, keepdims=True)
+    d_out = d_out.astype(v.dtype)
+    # Transposed products, so that only matrices of width h need to be transposed.
+    d_v = jnp.einsum("bnth,bntl->bnhl", d_out, weights).swapaxes(2, 3)
+    d_weights = jnp.einsum("bnth,bnlh->bntl", d_out, v, preferred_element_type=jnp.float32)
+    d_logits = (weights * (d_weights - along)).astype(q.dtype)
+    d_q = jnp.einsum("bntl,bnlh->bnth", d_logits, k)
+    d_k = jnp.einsum("bnth,bntl->bnhl", q, d_logits).swapaxes(2, 3)
+    return d_q, d_k, d_v
+
+
+attention.defvjp(_attention_forward, _attention_backward)
 
 
 class SwiGLU(nnx.Module):
     """The dense feed-forward, w3(silu(w1 x)·w2 x): (B, T, d) → (B, T, d)."""
 
-    def __init__(
-        self, dim: int, hidden: int, *, use_bias: bool, out_std: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, dim: int, hidden: int, *, use_bias: bool, out_std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         # w2 is initialized as a residual writer, as in the release.
         self.w1 = linear(dim, hidden, use_bias=use_bias, kernel_init=normal_init(0.02), dtype=dtype, rngs=rngs)
         self.w2 = linear(dim, hidden, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)

@@ -411,9 +411,7 @@ class _Run:
             out_shardings=(sharding.shardings_of(state), meshes.replicated(self.mesh)),
             compiler_options=compiler_options(),
         )
-        compile_started = time.monotonic()
-        compiled = step_function.lower(state, batch, key, self.base).compile()
-        self.say(report.compilation(phase.name, compiled, time.monotonic() - compile_started))
+        compiled = report.compile_step(phase.name, step_function, (state, batch, key, self.base), self.say)
 
         step, previous = meta["step"], None
         while True:

@@ -1,7 +1,9 @@
 """What a run says in words and pictures before it starts and after it ends."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +40,38 @@ def plan_table(
     ).table()
 
 
-def compilation(phase: str, compiled: Any, seconds: float) -> str:
-    """One line about a compiled step: seconds, memory, FLOPs."""
+def compile_step(
+    phase: str, step: Any, arguments: Sequence[Any], say: Callable[[str], None], every: float = 15.0
+) -> Any:
+    """Compiles a jitted step for its arguments; says every so many seconds that it is at it, and at the end what came.
+
+    The last line tells seconds, memory and FLOPs.
+    """
+    started, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(every):
+            say(f"{phase}: compiling, {time.monotonic() - started:.0f} s")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        compiled = step.lower(*arguments).compile()
+    finally:
+        done.set()
+        teller.join()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    parts = [f"{phase}: compiled in {seconds:.1f} s"]
+    parts = [f"{phase}: compiled in {time.monotonic() - started:.1f} s"]
     if memory is not None:
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         parts.append(f"{peak / 2**30:.2f} GiB per device ({memory.temp_size_in_bytes / 2**30:.2f} temporary)")
     if cost.get("flops", 0) > 0:
         parts.append(f"{cost['flops'] / 1e9:,.1f} GFLOP per step and device")
-    return ", ".join(parts)
+    say(", ".join(parts))
+    return compiled
 
 
-def finish(
-    workdir: Path, phases: Sequence[tuple[str, int, int]], meta: Mapping[str, Any], example: str | None
-) -> str:
+def finish(workdir: Path, phases: Sequence[tuple[str, int, int]], meta: Mapping[str, Any], example: str | None) -> str:
     """Makes final.png, progress.gif and curves.png, and says where everything is.
 
     Args:

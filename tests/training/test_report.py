@@ -1,7 +1,11 @@
+import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from micro_dit.training.metrics import MetricWriter
-from micro_dit.training.report import finish
+from micro_dit.training.report import compile_step, finish
 
 META = {"step": 6, "images": 24, "seconds": 90.0, "dollars": 0.0}
 
@@ -18,3 +22,17 @@ def test_what_is_there_is_told(tmp_path: Path):
     assert "curves.png, metrics.jsonl" in told
     assert (tmp_path / "curves.png").exists()
     assert '--prompt="a cat"' in told
+
+
+def test_a_long_compilation_shows_that_it_goes_on():
+    @jax.jit
+    def double(x: jax.Array) -> jax.Array:
+        time.sleep(0.2)
+        return 2 * x
+
+    said: list[str] = []
+    compiled = compile_step("masked", double, [jnp.ones(3)], said.append, every=0.05)
+    assert len(said) >= 3
+    assert all(line.startswith("masked: compiling, ") for line in said[:-1])
+    assert said[-1].startswith("masked: compiled in ")
+    assert compiled(jnp.ones(3)).sum() == 6

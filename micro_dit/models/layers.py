@@ -28,6 +28,7 @@ def linear(
     use_bias: bool = True,
     kernel_init: Initializer | None = None,
     bias_init: Initializer | None = None,
+    precision: jax.lax.Precision | None = None,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
@@ -40,6 +41,7 @@ def linear(
         bias_init=bias_init or nnx.initializers.zeros_init(),
         dtype=dtype,
         param_dtype=jnp.float32,
+        precision=precision,
         dot_general=_row_product,
         rngs=rngs,
     )

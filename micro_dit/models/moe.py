@@ -49,10 +49,12 @@ class ExpertChoiceFFN(nnx.Module):
         self.constrain: Constrain = anywhere
         self.w1 = nnx.Param(normal_init(0.02)(rngs.params(), (experts, dim, hidden), jnp.float32))
         self.w2 = nnx.Param(normal_init(out_std)(rngs.params(), (experts, hidden, dim), jnp.float32))
-        # The router stays in float32: a rounded score would change which tokens are chosen.
+        # The router stays in float32: a rounded score would change which tokens are chosen. By default, TPUs and some
+        # GPUs round float32 factors to bfloat16 or TF32.
         self.gate = linear(
-            dim, experts, use_bias=False, kernel_init=normal_init(0.02), dtype=jnp.dtype(jnp.float32), rngs=rngs
-        )
+            dim, experts, use_bias=False, kernel_init=normal_init(0.02), precision=jax.lax.Precision.HIGHEST,
+            dtype=jnp.dtype(jnp.float32), rngs=rngs,
+        )  # fmt: skip
 
     @staticmethod
     def hidden_width(dim: int, ratio: float, multiple_of: int) -> int:

@@ -14,9 +14,7 @@ B, N, D, HIDDEN = 3, 12, 8, 16
 
 
 def layer(experts: int, capacity: float) -> tuple[nnx.GraphDef, nnx.State]:
-    module = ExpertChoiceFFN(
-        D, HIDDEN, experts, capacity, out_std=0.5, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(0)
-    )
+    module = ExpertChoiceFFN(D, HIDDEN, experts, capacity, out_std=0.5, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(module)
     keys = iter(jax.random.split(jax.random.key(1), 3))
     return graphdef, jax.tree.map(lambda leaf: 0.5 * jax.random.normal(next(keys), leaf.shape), state)
@@ -97,3 +95,13 @@ def test_images_do_not_influence_each_other():
 )
 def test_tokens_per_expert_are_rounded_down(tokens: int, experts: int, capacity: float, T: int):
     assert tokens_per_expert(tokens, experts, capacity) == T
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_routers_product_is_of_whole_float32_factors_on_every_device(dtype: jnp.dtype):
+    graphdef, state = layer(experts=4, capacity=2.0)
+    x = jnp.ones((B, N, D), dtype)
+    traced = jax.make_jaxpr(lambda x: nnx.merge(graphdef, state).route(x))(x)
+    (product,) = (line for line in str(traced).splitlines() if "f32[" in line and "dot_general" in line)
+    assert f"f32[{B * N},4] = dot_general" in product
+    assert "HIGHEST" in str(traced)

@@ -16,13 +16,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks.train_step $(ARGS)
 
 bench-gpu: $(VENV)/.installed
-	$(RUN) -m benchmarks.train_step --gpu $(ARGS)
+	$(RUN) -m benchmarks.gpu $(ARGS)
 
 # Runs, shards and the compilation cache stay: they are dear.
 clean:

@@ -1,193 +1,179 @@
-"""Times the training step of micro_dit/train.py on random data.
+"""Times the training step of micro_dit beside its PyTorch twin's, on the CPU.
 
-    make bench                                     MicroDiT-Tiny/2 at 256 px on two CPU threads: a few minutes
-    make bench-gpu                                 MicroDiT-XL/2 at 256 px in bfloat16, at several batch sizes
-    python -m benchmarks.train_step --json=PATH    also writes the figures to a file
+    make bench                                     MicroDiT-Tiny/2 at 256 px on two CPU threads
+    make bench ARGS=--without_compile              leaves torch.compile out: its C++ compiler takes minutes, once
+    make bench ARGS=--json=PATH                    also writes the figures to a file
+    make bench ARGS=--update_baseline              makes them what later runs are compared with
 
-The step is the real one: forward, backward, gradient clipping, AdamW; no moving average. Masked (75%) and unmasked
-steps take turns, so that both see the same machine, and the medians are kept. On a machine that others use too, the CPU
-seconds mean more than the wall seconds.
+The steps are the real ones, in float32: forward, backward, gradient clipping, AdamW; no moving average. The contenders
+are micro_dit and benchmarks/torch_twin.py, the latter eager and compiled by torch.compile. Each has a process of its
+own, and they take turns, one step at a time, while the others sleep. Medians are kept; on a machine that others use
+too, the CPU seconds mean more than the wall seconds.
+
+Figures of two machines can't be compared, but ratios to the eager twin of the same run can: those are compared with
+benchmarks/baseline.json, and one that is worse by more than 10% is a regression, which makes the exit status 1.
 """
 
 import argparse
-import datetime
-import itertools
+import contextlib
 import json
 import os
-import platform
-import resource
 import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
-from micro_dit.models.dit import REMAT, make_config
+from benchmarks.contenders import Contender, Setting, describe_machine, twin_is_there
+from micro_dit.models.dit import REMAT, SIZES
 from micro_dit.models.flops import training_flops
-from micro_dit.parallel.chips import chip_of
-from micro_dit.parallel.compilation import compiler_options
-from micro_dit.train import Recipe, make_train_step
-from micro_dit.training.phases import Phase
-from micro_dit.training.state import init_state
 
-RESOLUTION, LATENT_SIDE, CAPTION_TOKENS = 256, 32, 77
 MASK_RATIOS = (0.75, 0.0)
+OURS, EAGER, COMPILED = "micro_dit", "twin, eager", "twin, torch.compile"
+BASELINE = Path(__file__).with_name("baseline.json")
+REGRESSION = 1.1  # times as much as in the baseline
 
 
-def measure(size: str, dtype: str, remat: str, batch_size: int, repeats: int, steps: int) -> list[dict[str, Any]]:
-    """One row of figures for each mask ratio.
+def measure(setting: Setting, names: Sequence[str], repeats: int, threads: int) -> list[dict[str, Any]]:
+    """One row of figures for each contender.
 
     Args:
-        size: a row of the table of network sizes.
-        dtype: of the matrix products.
-        remat: what the backward pass computes again.
-        batch_size: images per step.
-        repeats: how many times each is timed.
-        steps: that one timing comprises.
+        setting: of the step.
+        names: the contenders.
+        repeats: how many steps of each are timed.
+        threads: of the CPU.
     """
-    network = make_config(size, input_size=LATENT_SIDE)
-    recipe = Recipe(sigma_data=0.9, caption_drop=0.1, dtype=dtype, remat=remat, adam={})
-    phases = [
-        Phase(f"mask {ratio:.0%}", RESOLUTION, 1000, batch_size, learning_rate=2.4e-4, mask_ratio=ratio)
-        for ratio in MASK_RATIOS
-    ]
-    random = np.random.default_rng(0)
-    shapes = {
-        "latent_mean": (batch_size, LATENT_SIDE, LATENT_SIDE, network.in_channels),
-        "caption": (batch_size, CAPTION_TOKENS, network.caption_channels),
-    }
-    batch = {name: jax.device_put(random.standard_normal(shape).astype(np.float16)) for name, shape in shapes.items()}
-    key = jax.random.key(0)
-    device = jax.devices()[0]
-    state = init_state(network, recipe.optimizer(phases[0]), 0, None, with_ema=False)
-    chip = chip_of(device.device_kind)
-
-    rows, compiled = [], []
-    for phase in phases:  # the masked one first: peak memory only ever grows
-        started, cpu = time.monotonic(), time.process_time()
-        function = make_train_step(network, phase, 0, recipe)
-        jitted = jax.jit(function, donate_argnums=0, compiler_options=compiler_options())
-        step = jitted.lower(state, batch, key).compile()
-        row: dict[str, Any] = {
-            "size": size, "dtype": dtype, "batch": batch_size, "mask": phase.mask_ratio,
-            "compile_s": time.monotonic() - started, "compile_cpu_s": time.process_time() - cpu,
-        }  # fmt: skip
-        memory: Any = step.memory_analysis()
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        limit = (device.memory_stats() or {}).get("bytes_limit", needed)
-        if needed > limit:
-            gigabytes = f"{needed / 1e9:.0f} of {limit / 1e9:.0f} GB"
-            print(f"{size}, batch {batch_size}, {phase.name}: left out, it needs {gigabytes}")
-            continue
-        state, metrics = step(state, batch, key)  # warm-up
-        jax.block_until_ready((state, metrics))
-        row["peak_gb"] = peak_bytes(device) / 1e9
-        rows.append(row)
-        compiled.append(step)
-
-    times: list[list[tuple[float, float]]] = [[] for _ in rows]
-    for _ in range(repeats):
-        for taken, step in zip(times, compiled, strict=True):
-            wall, cpu = time.monotonic(), time.process_time()
-            for _ in range(steps):
-                state, metrics = step(state, batch, key)
-            jax.block_until_ready((state, metrics))
-            taken.append(((time.monotonic() - wall) / steps, (time.process_time() - cpu) / steps))
-    for row, taken in zip(rows, times, strict=True):
-        row["wall_s"], row["cpu_s"] = map(statistics.median, zip(*taken, strict=True))
-        row["all_wall_s"], row["all_cpu_s"] = map(list, zip(*taken, strict=True))
-        row["images_per_s"] = batch_size / row["wall_s"]
-        flops = training_flops(network, row["mask"], CAPTION_TOKENS) * batch_size
+    rows = []
+    with contextlib.ExitStack() as stack:
+        contenders = []
+        for name in names:
+            job = "benchmarks.jax_jobs.Training" if name == OURS else "benchmarks.torch_jobs.Training"
+            own = {**vars(setting), "compiled": name == COMPILED}
+            contender = stack.enter_context(Contender(job, Setting(**own), threads))
+            prepared = contender.ask("prepare")
+            contender.ask("run", times=1)  # warm-up
+            contenders.append(contender)
+            rows.append({"contender": name, "mask": setting.mask_ratio, "batch": setting.batch_size} | prepared)
+        turns = [[contender.ask("run", times=1) for contender in contenders] for _ in range(repeats)]
+    flops = training_flops(setting.network(), setting.mask_ratio, setting.caption_tokens) * setting.batch_size
+    for row, taken in zip(rows, zip(*turns, strict=True), strict=True):
+        for seconds in ("wall_s", "cpu_s"):
+            row[f"all_{seconds}"] = [turn[seconds] for turn in taken]
+            row[seconds] = statistics.median(row[f"all_{seconds}"])
+        row["peak_gb"] = taken[-1]["peak_gb"]
+        row["images_per_s"] = setting.batch_size / row["wall_s"]
         row["gflops_per_cpu_s"] = flops / row["cpu_s"] / 1e9
-        row["mfu"] = flops / row["wall_s"] / chip.peak_flops if chip else None
     return rows
 
 
-def peak_bytes(device: Any) -> int:
-    """Peak memory so far: of the device where it counts it, else of this process."""
-    in_use = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    if in_use is not None:
-        return in_use
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What is comparable between machines, and better if smaller: ours relative to the twin in the same run.
+
+    A masked step relative to an unmasked one is not among them: it grows when the unmasked gets faster.
+    """
+    found = {}
+    for mask in dict.fromkeys(row["mask"] for row in rows):
+        row = {row["contender"]: row for row in rows if row["mask"] == mask}
+        if EAGER not in row:
+            continue
+        ours, eager, best = row[OURS], row[EAGER], min(row[name]["cpu_s"] for name in row if name != OURS)
+        found |= {
+            f"mask {mask:.0%}: CPU seconds, micro_dit / eager twin": ours["cpu_s"] / eager["cpu_s"],
+            f"mask {mask:.0%}: CPU seconds, micro_dit / best of the twins": ours["cpu_s"] / best,
+            f"mask {mask:.0%}: peak memory, micro_dit / eager twin": ours["peak_gb"] / eager["peak_gb"],
+            f"mask {mask:.0%}: compiling micro_dit / a step of the eager twin, CPU seconds":
+                ours["compile_cpu_s"] / eager["cpu_s"],
+        }  # fmt: skip
+    return found
 
 
-def table(rows: Sequence[dict[str, Any]], on_gpu: bool) -> str:
+def compare(found: Mapping[str, float], of: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> tuple[str, int]:
+    """The ratios beside the baseline's, and how many are regressions.
+
+    Args:
+        found: of this run.
+        of: what it measured; a baseline of something else is not compared with.
+        baseline: as `--update_baseline` writes it, if there is one.
+    """
+    comparable = baseline is not None and baseline["of"] == of
+    before = baseline["ratios"] if comparable else {}
+    lines, regressions = [f"{'ratio (less is better)':72}  now  baseline"], []
+    for name, ratio in found.items():
+        lines.append(f"{name:72}{ratio:5.2f}" + (f"{before[name]:10.2f}" if name in before else "         –"))
+        if name in before and ratio > REGRESSION * before[name]:
+            regressions.append(f"regression: {name} is {ratio:.2f}, {ratio / before[name] - 1:.0%} over the baseline")
+    if baseline is None:
+        lines.append(f"no {BASELINE.name} to compare with; --update_baseline writes it")
+    elif not comparable:
+        lines.append(f"not compared with {BASELINE.name}, which is of {baseline['of']}")
+    return "\n".join(lines + regressions), len(regressions)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The figures as lines of text."""
-    lines = ["batch  mask   s/step  images/s  compile s  peak GB  "]
-    lines[0] += "   MFU" if on_gpu else "CPU-s/step  GFLOP/CPU-s  compile CPU-s"
+    lines = ["mask  contender              CPU-s/step  s/step  images/s  GFLOP/CPU-s  peak GB  compile CPU-s (s)"]
     for row in rows:
-        last = f"{row['cpu_s']:10.2f}  {row['gflops_per_cpu_s']:11.0f}  {row['compile_cpu_s']:13.1f}"
-        if on_gpu:
-            last = "     –" if row["mfu"] is None else f"{row['mfu']:6.1%}"
         lines.append(
-            f"{row['batch']:5}  {row['mask']:4.0%}  {row['wall_s']:7.3f}  {row['images_per_s']:8.2f}  "
-            f"{row['compile_s']:9.1f}  {row['peak_gb']:7.1f}  {last}"
+            f"{row['mask']:4.0%}  {row['contender']:22} {row['cpu_s']:10.2f}  {row['wall_s']:6.2f}  "
+            f"{row['images_per_s']:8.2f}  {row['gflops_per_cpu_s']:11.0f}  {row['peak_gb']:7.1f}  "
+            f"{row['compile_cpu_s']:13.1f} ({row['compile_s']:.1f})"
         )
-    for masked, unmasked in itertools.pairwise(rows):
-        if masked["batch"] == unmasked["batch"]:
-            seconds = "wall_s" if on_gpu else "cpu_s"
-            lines.append(
-                f"batch {masked['batch']}: a masked step takes 1/{unmasked[seconds] / masked[seconds]:.2f} "
-                f"of an unmasked one's {'time' if on_gpu else 'CPU time'}"
-            )
+    by_name: dict[str, list[float]] = {}
+    for row in rows:
+        by_name.setdefault(row["contender"], []).append(row["cpu_s"])
+    for name, seconds in by_name.items():
+        if len(seconds) == len(MASK_RATIOS):
+            masked, unmasked = seconds
+            lines.append(f"{name}: a masked step takes 1/{unmasked / masked:.2f} of an unmasked one's CPU time")
     return "\n".join(lines)
 
 
-def describe_machine() -> dict[str, Any]:
-    """Where and with what the figures came about."""
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
-        "threads": threads,
-        "load_before": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Times the training step.")
-    parser.add_argument("--gpu", action="store_true", help="XL/2 in bfloat16 on the first GPU")
-    parser.add_argument("--batch", type=int, nargs="+", help="batch sizes; default: 16, on a GPU 32 64 128")
-    parser.add_argument("--remat", choices=REMAT, default="dots", help="what the backward pass computes again")
-    parser.add_argument("--repeats", type=int, default=3, help="timings of each; the median is kept")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads, without --gpu")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="MicroDiT_Tiny_2")
+    parser.add_argument("--batch", type=int, default=16, help="images per step")
+    parser.add_argument("--remat", choices=REMAT, default="dots", help="what our backward pass computes again")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each that are timed; the median is kept")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--without_compile", action="store_true", help="leaves torch.compile out")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    parser.add_argument("--baseline", type=Path, default=BASELINE, help="what to compare with")
+    parser.add_argument("--update_baseline", action="store_true", help="writes it instead")
+    options = parser.parse_args(argv)
 
-    if arguments.gpu and jax.default_backend() != "gpu":
-        print(f"skipped: JAX finds no GPU here, only {jax.devices()[0].device_kind}; see requirements.txt.")
-        return 0
-    if not arguments.gpu:
-        jax.config.update("jax_platforms", "cpu")
-        if hasattr(os, "sched_setaffinity"):  # before JAX makes its threads
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
-    jax.config.update("jax_enable_compilation_cache", False)  # compile seconds are one of the figures
-
+    if hasattr(os, "sched_setaffinity"):  # the contenders inherit it
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    names = [OURS]
+    if twin_is_there():
+        names += [EAGER] if options.without_compile else [EAGER, COMPILED]
+    of = {"size": options.size, "pixels": 256, "dtype": "float32", "batch": options.batch, "threads": options.threads,
+          "contenders": names}  # fmt: skip
     machine = describe_machine()
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    size, dtype, steps = ("MicroDiT_XL_2", "bfloat16", 10) if arguments.gpu else ("MicroDiT_Tiny_2", "float32", 1)
-    print(f"{size}, {dtype}, {RESOLUTION} px, captions of {CAPTION_TOKENS} tokens; {versions}")
-    cpu = f"{machine['cpu']}, {machine['threads']} threads, load before {machine['load_before']:.1f}"
-    print(f"{machine['device']} ({cpu})")
+    print(f"{options.size}, float32, 256 px, batch {options.batch}, captions of 77 tokens; {versions}")
+    print(f"{machine['cpu']}, {machine['threads']} threads, load before {machine['load_before']:.1f}", flush=True)
+
     rows: list[dict[str, Any]] = []
-    for batch_size in arguments.batch or ([32, 64, 128] if arguments.gpu else [16]):
-        rows += measure(size, dtype, arguments.remat, batch_size, arguments.repeats, steps)
-    print(table(rows, arguments.gpu))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
-    return 0
+    for mask_ratio in MASK_RATIOS:
+        setting = Setting(options.size, {"input_size": 32}, mask_ratio, options.batch, remat=options.remat)
+        rows += measure(setting, names, options.repeats, options.threads)
+        print(table(rows) + "\n", flush=True)
+    found = ratios(rows)
+    baseline = json.loads(options.baseline.read_text()) if options.baseline.exists() else None
+    regressions = 0
+    if not found:
+        print("nothing to compare with the baseline: its ratios are relative to the twin")
+    elif options.update_baseline:
+        report = {"of": of, "ratios": {name: round(ratio, 4) for name, ratio in found.items()}, "machine": machine}
+        options.baseline.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"{options.baseline} is written")
+    else:
+        text, regressions = compare(found, of, baseline)
+        print(text)
+    if options.json:
+        figures = {"of": of, "machine": machine, "rows": rows, "ratios": found}
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 1 if regressions else 0
 
 
 if __name__ == "__main__":

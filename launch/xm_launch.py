@@ -54,6 +54,7 @@ def work_units(
     units = []
     for override in overrides:
         name = ",".join(f"{field}={value}" for field, value in override.items()) or "run"
+        name = name.replace("[", ".").replace("]", "")  # brackets in a path are a pattern to Orbax
         fields = [*common, *(f"{field}={value}" for field, value in override.items())]
         units.append([f"--config={config}", f"--workdir={workdir}/{name}", *(f"--config.{field}" for field in fields)])
     return units

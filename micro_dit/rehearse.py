@@ -32,6 +32,7 @@ from micro_dit.parallel import compile_ahead as ahead
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel.chips import CHIPS, Chip, measure_chip
 from micro_dit.parallel.compile_ahead import Compiled, Topology, compile_ahead, describe_devices
+from micro_dit.parallel.padding import MATRIX_UNITS, padding
 from micro_dit.parallel.sharding import bytes_per_device
 from micro_dit.train import Recipe, lowered_arguments, make_recipe, network_of, with_mask_ratio
 from micro_dit.training.cost import lines_of
@@ -52,6 +53,7 @@ class Rehearsal:
         flops: of a step on all chips: the network's, counted by hand.
         compiler_flops: of a step on all chips: what the compiler counts, recomputed activations and all that is no
             matrix product included; for GPUs, whose compiler counts none, of the program that it is given.
+        padding: share of a TPU's matrix units' work that is padding; it is not in `compute`.
         compute, memory, interconnect: seconds that a step needs at least for each.
         hours, dollars: of the whole phase at that speed; dollars are None where no price is known.
         suggestion: what to change if the step does not fit.
@@ -67,6 +69,7 @@ class Rehearsal:
     sampler_images: int
     flops: float
     compiler_flops: float
+    padding: float | None
     compute: float
     memory: float
     interconnect: float
@@ -152,8 +155,9 @@ def rehearse(
                 state_bytes=bytes_per_device(state, jax.tree.map(lambda leaf: leaf.sharding, state)),
                 batch_size=images, microbatch=microbatch, step=step, sampler=samplers[network],
                 sampler_images=_sampler_images(config), flops=float(per_image) * images,
-                compiler_flops=counted * topology.size, compute=compute, memory=memory,
-                interconnect=interconnect, hours=hours,
+                compiler_flops=counted * topology.size,
+                padding=_padding(network, phase, recipe, microbatch, mesh, text_tokens, topology.chip),
+                compute=compute, memory=memory, interconnect=interconnect, hours=hours,
                 dollars=None if price is None else hours * topology.size * price,
                 fits=not suggestion and samplers[network].peak <= chip.memory, suggestion=suggestion,
             )
@@ -247,6 +251,19 @@ def _flops_before_optimization(network: DiTConfig, phase: Phase, recipe: Recipe,
     return (jax.jit(function).lower(state, batch, key).cost_analysis() or {}).get("flops", 0.0)
 
 
+def _padding(
+    network: DiTConfig, phase: Phase, recipe: Recipe, microbatch: int, mesh: jax.sharding.Mesh, text_tokens: int,
+    chip: str,
+) -> float | None:  # fmt: skip
+    """Of a pass with one chip's images; None if it is no TPU. Widths are whole: 'tensor' shares are not considered."""
+    if chip not in MATRIX_UNITS:
+        return None
+    phase = dataclasses.replace(phase, batch_size=microbatch // meshes.batch_shards(mesh))
+    recipe, one = dataclasses.replace(recipe, microbatch=0), meshes.make_mesh(devices=jax.devices()[:1])
+    function, state, batch, key, _ = lowered_arguments(network, phase, recipe, one, text_tokens)
+    return padding(jax.make_jaxpr(function)(state, batch, key), chip)
+
+
 def _sampler_images(config: Any) -> int:
     return min(MAX_BATCH, len(config.sampling.prompts) or MAX_BATCH)
 
@@ -274,7 +291,7 @@ def table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: Chip) -> st
     rows = [["phase"], ["parameters"], ["images a step"], ["  in passes of"]]
     rows += [[f"GB per chip, of {chip.memory / 1e9:.1f}"], ["  arguments"], ["  temporaries"], ["  peak"]]
     rows += [["  sampler's peak"], ["fits"], ["TFLOP per step, counted by hand"], ["  by the compiler"]]
-    rows += [["collectives per step, MB per chip"]]
+    rows += [["padding of the products, on TPUs"], ["collectives per step, MB per chip"]]
     kinds = sorted({kind for rehearsal in rehearsals for kind in rehearsal.step.traffic})
     rows += [[f"  {kind}"] for kind in kinds]
     rows += [["ms per step, at least: compute"], ["  memory"], ["  interconnect"], ["images/s, at most"]]
@@ -285,7 +302,7 @@ def table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: Chip) -> st
         column += [f"{b / 1e9:.3g}" if known else "–" for b in (r.step.arguments, r.step.temporaries)]
         column += [f"{b / 1e9:.3g}" for b in (r.step.peak, r.sampler.peak)]
         column += ["yes" if r.fits else "NO", f"{r.flops / 1e12:,.3g}"]
-        column += [f"{r.compiler_flops / 1e12:,.3g}", ""]
+        column += [f"{r.compiler_flops / 1e12:,.3g}", "–" if r.padding is None else f"{r.padding:.1%}", ""]
         for kind in kinds:
             traffic = r.step.traffic.get(kind)
             column.append("–" if traffic is None else f"{traffic.count:,} × {traffic.bytes / traffic.count / 1e6:,.3g}")

@@ -1,22 +1,38 @@
 """Options and settings that every test shares."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Optimizing machine code takes most of the time of a program that runs once or twice.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Making machine code takes most of the time of a program that runs once or twice: it is not optimized, and made the old
+# way, in half the time, where there are two (later versions stop at a flag that they don't know).
+XLA_FLAGS = ["--xla_backend_optimization_level=0"]
+if version("jaxlib").startswith("0.10."):
+    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(XLA_FLAGS))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 GOLDEN = Path(__file__).parent / "golden"
+# What takes longest comes first, so that with several workers none of them is left alone with it at the end.
+LONGEST = (
+    "test_train", "parity/test_network", "test_resume", "test_evaluate", "test_playground", "parity/test_full_size",
+    "multidevice/test_processes", "launch/test_notebooks", "test_sample", "multidevice/test_sharded", "test_export",
+    "test_finetune", "test_four_ways", "test_rehearse", "test_configs", "encoders/test_published_sizes",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-dir", default=str(GOLDEN), help="folder of golden tensors for tests/parity")
     parser.addoption("--kills", type=int, default=3, help="how often tests/test_resume.py kills a run")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 
 
 @pytest.fixture(scope="session")

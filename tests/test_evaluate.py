@@ -72,7 +72,7 @@ def test_an_evaluation(run: Path):
 
 
 def test_images_do_not_depend_on_the_batch_and_more_of_them_begin_alike(run: Path):
-    evaluate(run, ("domain",), num_images=6, batch_size=6, **STEPS)
+    evaluate(run, ("domain",), num_images=6, **STEPS)  # as the first of eight
     six = pixels(only_set(run))
     assert len({image.tobytes() for image in six}) == 6
     shutil.rmtree(run / "evaluation")
@@ -88,13 +88,13 @@ def test_images_do_not_depend_on_the_batch_and_more_of_them_begin_alike(run: Pat
 
 def test_an_interrupted_evaluation_goes_on(run: Path):
     asked = iter([False, True])
-    with pytest.raises(Stopped, match="4 of 7 images are in"):
-        evaluate(run, ("domain",), num_images=7, batch_size=2, stops=lambda: next(asked), **STEPS)
+    with pytest.raises(Stopped, match="6 of 7 images are in"):
+        evaluate(run, ("domain",), num_images=7, batch_size=3, stops=lambda: next(asked), **STEPS)
     folder = only_set(run)
     before = {file: file.stat().st_mtime_ns for file in folder.glob("*.png")}
-    assert sorted(file.name for file in before) == ["000000.png", "000001.png", "000002.png", "000003.png"]
-    (folder / ".000004.png.99.tmp").write_bytes(b"half of an image")
-    evaluate(run, ("domain",), num_images=7, batch_size=2, **STEPS)
+    assert sorted(file.name for file in before) == [f"{number:06}.png" for number in range(6)]
+    (folder / ".000006.png.99.tmp").write_bytes(b"half of an image")
+    evaluate(run, ("domain",), num_images=7, batch_size=3, **STEPS)
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert len(pixels(folder)) == 7
 

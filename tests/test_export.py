@@ -211,7 +211,7 @@ def test_the_command_says_what_is_wrong_in_one_line(folder: Path, tmp_path: Path
 
 
 def test_the_programs_draw_the_same_without_this_package(folder: Path, tmp_path: Path):
-    model, prompts = load(folder, batch_size=3), ["one", "two", ""]
+    model, prompts = load(folder), ["one", "two", ""]
     np.save(tmp_path / "captions.npy", model.embed(prompts))
     (script,) = re.findall(r'```python\n("""python draw\.py.*?)```', (ROOT / "docs/export.md").read_text(), re.DOTALL)
     script += "\nassert not [name for name in sys.modules if name.partition('.')[0] in ('micro_dit', 'flax')]\n"

@@ -25,7 +25,7 @@ from micro_dit.errors import UserError
 from micro_dit.generator import Denoising, Generator, Inputs, draw_noise, to_uint8
 from micro_dit.interop.model_folder import save_model_folder
 
-CONFIG = tiny.network(in_channels=3)
+CONFIG = tiny.network()
 CAPTIONS = np.random.default_rng(0).standard_normal((4, 4, 12)).astype(np.float32)
 
 
@@ -85,10 +85,10 @@ def test_what_is_rehearsed_is_what_is_compiled(params: dict[str, jax.Array], gui
         return call(*arguments, **static)
 
     denoising._call = noted
-    inputs = Inputs(jax.device_put(params, place), CAPTIONS[:2], 0 * CAPTIONS[0])
-    denoising(inputs, draw_noise(CONFIG, [5, 6]), noise_levels(2), guidance=guidance)
+    inputs = Inputs(jax.device_put(params, place), CAPTIONS, 0 * CAPTIONS[0])
+    denoising(inputs, draw_noise(CONFIG, [5, 6, 7, 8]), noise_levels(2), guidance=guidance)
     abstract = {n: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place) for n, p in params.items()}
-    function, arguments = denoising.abstract_call(abstract, 2, 4, place, guided=guidance != 1)
+    function, arguments = denoising.abstract_call(abstract, 4, 4, place, guided=guidance != 1)
     assert programs == {jax.jit(function, out_shardings=place).lower(*arguments).as_text()}
 
 
@@ -97,7 +97,7 @@ def test_steps_and_scales_compile_nothing_anew(params: dict[str, jax.Array], mon
     bind = generators.bind
     monkeypatch.setattr(generators, "bind", lambda *arguments: traced.append(1) or bind(*arguments))
     denoising = Denoising(CONFIG, sigma_data=0.9)
-    inputs, noise = Inputs(params, CAPTIONS[:2], 0 * CAPTIONS[0]), draw_noise(CONFIG, [5, 6])
+    inputs, noise = Inputs(params, CAPTIONS, 0 * CAPTIONS[0]), draw_noise(CONFIG, [5, 6, 7, 8])
     images = [
         denoising(inputs, noise, noise_levels(steps), guidance=guidance, sampler="euler")
         for steps, guidance in ((2, 2.0), (3, 2.0), (3, 4.0))
@@ -126,7 +126,7 @@ def test_bytes_are_rounded_and_clipped():
 
 @pytest.fixture(scope="module")
 def loaded(finished_run: Path) -> Model:
-    return load(finished_run, batch_size=3)
+    return load(finished_run)
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_a_model_folder_draws_what_its_run_draws(model: Model, tmp_path: Path):
     told = {name: getattr(about, name) for name in ("sigma_data", "vae", "text_encoder", "caption_tokens")}
     told |= {"caption_cleaning": about.caption_cleaning, "source": "a test"}
     save_model_folder(tmp_path / "model", {n: np.asarray(v) for n, v in model.params.items()}, model.config, told)
-    folder = load(tmp_path / "model", batch_size=3)
+    folder = load(tmp_path / "model")
     assert (folder.about.step, folder.about.source, folder.about.steps) == (None, "a test", 30)
     np.testing.assert_array_equal(folder.latents("one", **SHORT), model.latents("one", **SHORT))
     with pytest.raises(UserError, match="leave out the step"):
@@ -293,7 +293,7 @@ def command(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     flags = SimpleNamespace(
         workdir=str(finished_run), prompt=["one", "two"], prompts_file="", out=str(tmp_path / "out.png"), num=2,
         guidance=2.0, steps=2, seed=3, step=None, sampler="heun", guidance_interval="", negative_prompt="",
-        autoguidance="", image="", mask="", strength=None, batch_size=3, params=None,
+        autoguidance="", image="", mask="", strength=None, batch_size=4, params=None,
     )  # fmt: skip
     monkeypatch.setattr(sample, "FLAGS", flags)
     return flags

@@ -6,6 +6,7 @@ softmax of attention are computed in float32 whatever `dtype` is.
 B images · T tokens · d block width · w attention width · h head width · L caption tokens.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,13 +48,35 @@ def linear(
     )
 
 
-def _row_product(x: jax.Array, kernel: jax.Array, *_: Any, **options: Any) -> jax.Array:
+def _row_product(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, **__: Any) -> jax.Array:
     """(..., d) times (d, out), as one matrix of rows.
 
     With its dimensions apart, XLA would copy the output's gradient to a transposed layout for the kernel's gradient.
     """
-    rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
-    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+    return product(x.reshape(-1, x.shape[-1]), kernel, precision).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, kernel: jax.Array, precision: Any = None) -> jax.Array:
+    """(rows, d) times (d, out). On a CPU, the kernel's gradient is faster if x is transposed beforehand."""
+    return jnp.matmul(x, kernel, precision=precision)
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array, precision: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.matmul(x, kernel, precision=precision), (x, kernel)
+
+
+def _product_backward(
+    precision: Any, saved: tuple[jax.Array, jax.Array], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    transposed = jax.lax.platform_dependent(
+        x, cpu=lambda x: jax.lax.optimization_barrier(x.T), default=lambda x: x.T
+    )  # behind a barrier, or XLA would put the transpose into the product
+    return jnp.matmul(d_out, kernel.T, precision=precision), jnp.matmul(transposed, d_out, precision=precision)
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 def layer_norm(dim: int, *, eps: float, affine: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -1,5 +1,6 @@
 """A work directory belongs to one config: the run in it can only be continued by the same one."""
 
+import glob
 import json
 import os
 from collections.abc import Mapping
@@ -27,8 +28,15 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mappin
         shards: what the run was started with besides, to be found again by `sample`.
 
     Raises:
-        UserError: the work directory belongs to another config; the differing fields are named.
+        UserError: the work directory belongs to another config; the differing fields are named. Or its checkpoints
+            could not be read again because of its name.
     """
+    whole = str(Path(workdir).absolute())
+    if glob.escape(whole) != whole:
+        raise UserError(
+            f"the path {whole} has a *, a ? or a [, by which Orbax would not find what it has saved: give another "
+            "--workdir."
+        )
     path = Path(workdir) / "config.json"
     ours = json.loads(json.dumps({"config": dict(config), "shards": dict(shards)}))  # tuples become lists
     if path.exists():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from published import write_clip
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 
 
 def test_eight_devices_encode_as_one_does(tmp_path: Path):

@@ -1,23 +1,14 @@
-"""The loop that all launchers run their training in."""
+"""The loop that all launchers run their training in; tests/test_resume.py kills and pre-empts a real run in it."""
 
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-
-from micro_dit.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 600
-STEPS = 84
 
 
 def start(*command: Any, restarts: int = 3) -> subprocess.Popen[str]:
@@ -25,50 +16,6 @@ def start(*command: Any, restarts: int = 3) -> subprocess.Popen[str]:
         [sys.executable, "launch/until_done.py", f"--restarts={restarts}", *command], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-
-
-def steps_done(workdir: Path) -> int:
-    metrics = workdir / "metrics.jsonl"
-    steps = re.findall(r'^\{"step": (\d+)', metrics.read_text(), re.MULTILINE) if metrics.exists() else []
-    return max(map(int, steps), default=0)
-
-
-def wait_for(step: int, workdir: Path, loop: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + SECONDS
-    while steps_done(workdir) < step:
-        assert loop.poll() is None, loop.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.002)
-
-
-def test_a_run_that_is_killed_and_preempted_ends_as_one_that_is_not(
-    tiny_shards: Path, finished_run: Path, tmp_path: Path
-):
-    workdir = tmp_path / "run"
-    command = [sys.executable, "-m", "micro_dit.main", f"--config=tests/tiny.py:{tiny_shards}", f"--workdir={workdir}"]
-    loop = start(*command, "--config.checkpoint_every=2")
-    try:
-        wait_for(10, workdir, loop)
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(loop.pid)], capture_output=True, text=True).stdout
-        os.kill(int(children), signal.SIGKILL)
-        wait_for(20, workdir, loop)
-        loop.send_signal(signal.SIGTERM)  # as a machine gets that is taken away
-        out, err = loop.communicate(timeout=SECONDS)
-    finally:
-        loop.kill()
-    assert loop.returncode == 75, (out, err)
-    assert "the run ended with status -9: starting it again\n" in err
-    assert "stopping after this step, saving first" in out
-    assert steps_done(workdir) < STEPS
-
-    loop = start(*command, "--config.checkpoint_every=2")
-    out, err = loop.communicate(timeout=SECONDS)
-    assert loop.returncode == 0, (out, err)
-    assert f"done: {STEPS} steps" in out
-    ours, theirs = (read_metrics(folder / "metrics.jsonl")[-1] for folder in (workdir, finished_run))
-    assert ours["step"] == theirs["step"] == STEPS
-    assert ours["loss"] == theirs["loss"]
-    tiny.assert_same_end(workdir, finished_run)
 
 
 FAKE = """

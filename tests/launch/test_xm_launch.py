@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_two_work_units_train_on_this_machine(tiny_shards: Path, tmp_path: Path)
         records = [record for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
         assert [record["step"] for record in records] == [1, 2, 3, 4]
         found[folder.name] = tiny.read_checkpoint(folder)["meta"]["step"], records[1]["learning_rate"]
-    rates = {"phases[0].learning_rate=0.001": (4, 0.0005), "phases[0].learning_rate=0.003": (4, 0.0015)}
+    rates = {"phases.0.learning_rate=0.001": (4, 0.0005), "phases.0.learning_rate=0.003": (4, 0.0015)}
     assert {name: (step, pytest.approx(rate)) for name, (step, rate) in rates.items()} == found
     assert done.stdout.count("done: 4 steps") == 2
 
@@ -49,6 +50,12 @@ def test_a_dry_run_needs_no_xmanager_and_prints_each_job():
         "work unit 2 of 5 on this machine: python launch/until_done.py python -m micro_dit.main "
         "--config=configs/mask75.py:small --workdir=runs/xm/masking.ratio=0.25 --config.masking.ratio=0.25"
     )
+
+
+def test_no_work_directory_has_a_name_that_checkpoints_would_be_lost_in():
+    done = launch("--config=configs/mask75.py:tiny", "--sweep=learning_rate", "--xm_dry_run")
+    folders = re.findall(r"--workdir=(\S+)", done.stdout)
+    assert folders == ["runs/xm/phases.0.learning_rate=0.001", "runs/xm/phases.0.learning_rate=0.003"]
 
 
 def test_clouds_are_asked_for_what_is_needed_of_them():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 
 
 def test_devices_and_batches_change_nothing(tmp_path: Path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 MESHES = ("data", "fsdp", "experts", "tensor")
 ALL = (*MESHES, "microbatch")
 

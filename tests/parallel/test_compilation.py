@@ -10,7 +10,7 @@ from micro_dit.diffusion import edm
 from micro_dit.models.dit import REMAT, bind
 from micro_dit.parallel.compilation import compiler_options
 
-CONFIG = tiny.network(depth=6, dim=64, patch_mixer_dim=64)
+CONFIG = tiny.network(depth=4, dim=64, use_patch_mixer=False)
 PARAMS = tiny.random_params(CONFIG)
 
 

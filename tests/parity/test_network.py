@@ -12,8 +12,8 @@ import pytest
 from golden import assert_close, caption, config_of, mask_of, nhwc, read, under
 
 from micro_dit.diffusion import edm
-from micro_dit.diffusion.guidance import guide
-from micro_dit.diffusion.samplers import heun, noise_levels
+from micro_dit.diffusion.guidance import extrapolate, guide
+from micro_dit.diffusion.samplers import HEUN, heun, noise_levels
 from micro_dit.interop.torch_checkpoint import from_state_dict, release_name, to_release_layout, to_state_dict
 from micro_dit.models.dit import DiTConfig, bind
 from micro_dit.models.masking import kept_tokens, mask_from_noise
@@ -31,17 +31,20 @@ class Network:
         self.state_dict = under(self.arrays, "params/")
         self.params = from_state_dict(self.state_dict, self.config)
         # Parameters are arguments and not closed over: as constants they would be folded, which takes minutes.
-        self.forward = jax.jit(self._forward, static_argnames="scale")
+        self.forward = jax.jit(self._forward)
         self.denoise = jax.jit(self._denoise, static_argnames="scale")
         self.loss_and_gradients = jax.jit(jax.value_and_grad(self._loss))
-        self.sample = jax.jit(self._sample, static_argnames=("steps", "scale"))
+        self.sample = jax.jit(self._sample, static_argnames="steps")
+        self.sampler_call = jax.jit(self._sampler_call, static_argnames="scale")
 
     def F(self, params: Any, mask: Any, scale: float) -> edm.Network:
         network = bind(self.config, params)
         return guide(lambda x, t, y: network(x, t, y, mask), scale)
 
-    def _forward(self, params: Any, x: Any, t: Any, y: Any, mask: Any = None, scale: float = 1.0) -> jax.Array:
-        return self.F(params, mask, scale)(x, t, y)
+    def _forward(self, params: Any, x: Any, t: Any, y: Any, mask: Any = None, scale: Any = None) -> jax.Array:
+        """Guided unless the scale is None; all scales are one program."""
+        F = self.F(params, mask, 1.0)
+        return (F if scale is None else extrapolate(F, scale))(x, t, y)
 
     def _denoise(self, params: Any, x: Any, sigma: Any, y: Any, mask: Any = None, scale: float = 1.0) -> jax.Array:
         return edm.denoise(self.F(params, mask, scale), x, sigma, y)
@@ -50,9 +53,16 @@ class Network:
         F = self.F(params, mask, 1.0)
         return edm.loss(F, x, y, sigma, noise, mask=mask, patch_size=self.config.patch_size).mean()
 
-    def _sample(self, params: Any, noise: Any, y: Any, steps: int, scale: float) -> jax.Array:
-        F = self.F(params, None, scale)
+    def _sample(self, params: Any, noise: Any, y: Any, steps: int) -> jax.Array:
+        """As one program."""
+        F = self.F(params, None, 1.0)
         return heun(lambda x, sigma: edm.denoise(F, x, sigma, y), noise, noise_levels(steps))
+
+    def _sampler_call(self, params: Any, carry: Any, row: Any, y: Any, scale: float) -> Any:
+        """A call of the denoiser, which the others of the same scale share, and what it returned."""
+        F = self.F(params, None, scale)
+        after = HEUN.call(lambda x, sigma: edm.denoise(F, x, sigma, y), carry, row)
+        return after, HEUN.denoised(carry, row, after)
 
 
 @functools.cache
@@ -62,7 +72,7 @@ def load(path: Path) -> Network:
 
 def check_forward(net: Network, name: str, case: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     x, y = nhwc(net.arrays["in/x"]), caption(net.arrays["in/y"])
-    t = case.get("t", net.arrays["in/t"])
+    t = np.broadcast_to(case.get("t", net.arrays["in/t"]), len(x))  # one level for all is tests/models/test_dit.py's
     if "ynull" in name:
         y = np.zeros_like(y)
     mask = mask_of(case)
@@ -78,8 +88,9 @@ def check_forward(net: Network, name: str, case: dict[str, np.ndarray], about: d
 
 
 def check_guidance(net: Network, name: str, case: dict[str, np.ndarray], about: dict[str, Any]) -> None:
-    x, y, t = nhwc(net.arrays["in/x"]), caption(net.arrays["in/y"]), case.get("t", net.arrays["in/t"])
-    assert_close(net.forward(net.params, x, t, y, None, scale=about["cfg"]), nhwc(case["sample"]), TOLERANCE, name)
+    x, y = nhwc(net.arrays["in/x"]), caption(net.arrays["in/y"])
+    t = np.broadcast_to(case.get("t", net.arrays["in/t"]), len(x))
+    assert_close(net.forward(net.params, x, t, y, None, about["cfg"]), nhwc(case["sample"]), TOLERANCE, name)
 
 
 def check_preconditioning(net: Network, name: str, case: dict[str, np.ndarray], about: dict[str, Any]) -> None:
@@ -89,7 +100,8 @@ def check_preconditioning(net: Network, name: str, case: dict[str, np.ndarray], 
     assert_close(c_noise, inputs["c_noise"], TOLERANCE, "c_noise")
     assert_close(c_in[:, None, None, None] * x, nhwc(inputs["c_in_x"]), TOLERANCE, "c_in·x")
     mask, scale = mask_of(case), about["cfg"]
-    F_x = net.forward(net.params, c_in[:, None, None, None] * x, c_noise, y, mask, scale=scale)
+    guided = () if scale == 1 else (scale,)
+    F_x = net.forward(net.params, c_in[:, None, None, None] * x, c_noise, y, mask, *guided)
     D_x = net.denoise(net.params, x, sigma, y, mask, scale=scale)
     assert_close(F_x, nhwc(case["F_x"]), TOLERANCE, f"{name} F_x")
     assert_close(D_x, nhwc(case["D_x"]), TOLERANCE, f"{name} D_x")
@@ -127,16 +139,16 @@ def check_sampler(net: Network, name: str, case: dict[str, np.ndarray], about: d
     np.testing.assert_allclose(levels, inputs[f"t_steps_{steps}"], rtol=1e-6)
     called = np.sort(np.concatenate([levels[:-1], levels[1:-1]]))[::-1]
     assert_close(called, case["sigma_calls"], 1e-6, f"{name} levels called")
-    assert_close(
-        net.sample(net.params, noise, y, steps, scale), nhwc(case["latents"]), SAMPLER_TOLERANCE, f"{name} latents"
-    )
-    call = functools.partial(net.denoise, net.params, y=y, mask=None, scale=scale)
-    x = noise * np.float32(levels[0])
-    D_x = call(x, np.float32(levels[:1]))
-    assert_close(D_x, nhwc(case["first_D_x"]), SAMPLER_TOLERANCE, f"{name} first call")
-    x = x + np.float32(levels[1] - levels[0]) * (x - D_x) / np.float32(levels[0])
-    second = call(x, np.float32(levels[1:2]))
-    assert_close(second, nhwc(case["second_D_x"]), SAMPLER_TOLERANCE, f"{name} second call")
+    carry, D_x = HEUN.start(noise * np.float32(levels[0])), []
+    for row in zip(*HEUN.columns(levels), strict=True):
+        carry, denoised = net.sampler_call(net.params, carry, row, y, scale)
+        D_x.append(denoised)
+    assert_close(carry[0], nhwc(case["latents"]), SAMPLER_TOLERANCE, f"{name} latents")
+    assert_close(D_x[0], nhwc(case["first_D_x"]), SAMPLER_TOLERANCE, f"{name} first call")
+    assert_close(D_x[1], nhwc(case["second_D_x"]), SAMPLER_TOLERANCE, f"{name} second call")
+    if (steps, scale) == (8, 1):  # what a scan makes of it, once
+        at_once = net.sample(net.params, noise, y, steps)
+        assert_close(at_once, nhwc(case["latents"]), SAMPLER_TOLERANCE, f"{name} latents, as one program")
 
 
 CHECKS = {

@@ -50,3 +50,10 @@ def test_another_runs_directory_is_not_taken(tmp_path: Path, config: dict, shard
     assert "give a new --workdir" in str(error.value)
     assert "\n" not in str(error.value)
     assert (tmp_path / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["phases[0]", "run*", "run?"])
+def test_names_in_which_checkpoints_would_be_lost_are_refused(tmp_path: Path, name: str):
+    with pytest.raises(UserError, match="by which Orbax would not find what it has saved: give another --workdir"):
+        claim_workdir(tmp_path / name / "run", CONFIG, SHARDS)
+    assert not list(tmp_path.iterdir())

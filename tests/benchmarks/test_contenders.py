@@ -1,0 +1,113 @@
+"""Processes that take turns, and what the benchmarks make of their figures."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu, train_step
+from benchmarks.contenders import Contender, Failed, OutOfTime, Setting
+from micro_dit.models.flops import training_flops
+from micro_dit.parallel.chips import CHIPS
+
+SETTING = Setting("Nano", {"input_size": 8}, 0.75, batch_size=4)
+
+
+@pytest.fixture
+def contender():
+    with Contender("tests.benchmarks.stand_in.Job", SETTING, threads=3) as contender:
+        yield contender
+    assert contender.process.returncode is not None
+
+
+def test_answers(contender: Contender):
+    assert contender.ask("hello") == {"device": "stand-in"}
+    answer = contender.ask("threads")
+    assert answer == {"threads": "3", "pid": contender.process.pid}
+    with pytest.raises(Failed, match="there is no room"):
+        contender.ask("refuse")
+    assert contender.ask("hello") == {"device": "stand-in"}  # a refusal is an answer like any other
+    with pytest.raises(Failed, match="ended with status 3"):
+        contender.ask("end")
+    with pytest.raises(Failed, match="ended with status 3"):
+        contender.ask("hello")
+
+
+def test_who_is_late_is_ended(contender: Contender):
+    contender.ask("hello")
+    started = time.monotonic()
+    with pytest.raises(OutOfTime):
+        contender.ask("sleep", deadline=started + 0.2, seconds=60)
+    assert time.monotonic() - started < 10
+    assert contender.process.returncode is not None
+
+
+def rows(ours: float) -> list[dict[str, Any]]:
+    """What `measure` returns, of two masks; "ours" is micro_dit's CPU seconds per step."""
+    seconds = {train_step.OURS: ours, train_step.EAGER: 10.0, train_step.COMPILED: 8.0}
+    rest = dict(batch=16, wall_s=1.0, images_per_s=16.0, gflops_per_cpu_s=50.0, peak_gb=5.0, compile_s=9.0)
+    return [
+        {"contender": name, "mask": mask, "cpu_s": cpu, "compile_cpu_s": 40.0, **rest}
+        for mask in train_step.MASK_RATIOS
+        for name, cpu in seconds.items()
+    ]
+
+
+def test_ratios_are_to_the_twin():
+    found = train_step.ratios(rows(ours=12.0))
+    assert found["mask 75%: CPU seconds, micro_dit / eager twin"] == 1.2
+    assert found["mask 0%: CPU seconds, micro_dit / best of the twins"] == 1.5
+    assert found["mask 0%: compiling micro_dit / a step of the eager twin, CPU seconds"] == 4.0
+    assert train_step.ratios([row for row in rows(12.0) if row["contender"] == train_step.OURS]) == {}
+
+
+def test_regressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    baseline, figures = tmp_path / "baseline.json", tmp_path / "figures.json"
+
+    def bench(ours: float, *arguments: str) -> int:
+        one_mask = len(rows(ours)) // 2
+        parts = iter((rows(ours)[:one_mask], rows(ours)[one_mask:]))
+        monkeypatch.setattr(train_step, "measure", lambda *_: next(parts))
+        monkeypatch.setattr(train_step, "twin_is_there", lambda: True)
+        monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+        return train_step.main([f"--baseline={baseline}", f"--json={figures}", *arguments])
+
+    assert bench(10.0) == 0
+    assert "no baseline.json to compare with" in capsys.readouterr().out
+    assert bench(10.0, "--update_baseline") == 0
+    assert bench(10.9) == 0  # noise, it may be
+    assert "regression:" not in capsys.readouterr().out
+    assert bench(11.5) == 1
+    printed = capsys.readouterr().out
+    assert "regression: mask 75%: CPU seconds, micro_dit / eager twin is 1.15, 15% over the baseline" in printed
+    assert bench(11.5, "--batch=2") == 0
+    assert "not compared with baseline.json" in capsys.readouterr().out
+    assert len(json.loads(figures.read_text())["rows"]) == 6
+
+
+def test_gpu_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(gpu, "MODULES", dict.fromkeys(gpu.MODULES, "tests.benchmarks.stand_in"))
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    figures = tmp_path / "figures.json"
+
+    def bench(*arguments: str) -> dict[str, Any]:
+        assert gpu.main(["--dry_run", f"--json={figures}", *arguments]) == 0
+        return json.loads(figures.read_text())
+
+    results = bench("--parts", "phase 1", "sampler")
+    printed = capsys.readouterr().out
+    ours = results["parts"]["phase 1"]["micro_dit"]
+    assert ours["images_per_s"] == pytest.approx(4 / 0.1)
+    network = gpu.Bench(0.0, [], dry_run=True).setting(256, 0.75, 256, 256).network()
+    flops = training_flops(network, 0.75, caption_tokens=4)
+    assert ours["mfu"] == pytest.approx(40 * flops / CHIPS["h200"].peak_flops)
+    assert "left out: sampler: micro_dit: there is no room; twin: there is no room" in printed
+    # What is whole is kept, the rest is tried again; without time, nothing is.
+    results["parts"]["phase 1"]["twin"]["images_per_s"] = 123.0
+    figures.write_text(json.dumps(results))
+    results = bench("--go_on", "--parts", "phase 1", "phase 2", "--budget=10")
+    assert results["parts"]["phase 1"]["twin"]["images_per_s"] == 123.0
+    assert results["left_out"] == {"phase 2": "no time was left of the budget"}

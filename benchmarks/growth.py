@@ -219,7 +219,11 @@ def plot(steps: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str, Any]],
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-            panel.legend(fontsize=7)
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            panel.yaxis.set_minor_formatter(lambda value, _: "")
+            bottom, top = panel.get_ylim()
+            panel.set_ylim(bottom / 3, top * (100 if panel is by_part else 3))  # room for the legend
+            panel.legend(fontsize=7, loc="upper left")
         tokens.set_ylabel(f"{seconds} of loss and gradients")
         tokens.set_xlabel("tokens; dashed: the FLOPs, scaled to the last point")
         factors.set_xlabel("tokens left, images or experts")

@@ -76,10 +76,12 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         row = {row["contender"]: row for row in rows if row["mask"] == mask}
         if EAGER not in row:
             continue
-        ours, eager, best = row[OURS], row[EAGER], min(row[name]["cpu_s"] for name in row if name != OURS)
+        ours, eager = row[OURS], row[EAGER]
+        if COMPILED in row:
+            best = min(eager["cpu_s"], row[COMPILED]["cpu_s"])
+            found[f"mask {mask:.0%}: CPU seconds, micro_dit / best of the twins"] = ours["cpu_s"] / best
         found |= {
             f"mask {mask:.0%}: CPU seconds, micro_dit / eager twin": ours["cpu_s"] / eager["cpu_s"],
-            f"mask {mask:.0%}: CPU seconds, micro_dit / best of the twins": ours["cpu_s"] / best,
             f"mask {mask:.0%}: peak memory, micro_dit / eager twin": ours["peak_gb"] / eager["peak_gb"],
             f"mask {mask:.0%}: compiling micro_dit / a step of the eager twin, CPU seconds":
                 ours["compile_cpu_s"] / eager["cpu_s"],
@@ -146,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [OURS]
     if twin_is_there():
         names += [EAGER] if options.without_compile else [EAGER, COMPILED]
-    of = {"size": options.size, "pixels": 256, "dtype": "float32", "batch": options.batch, "threads": options.threads,
-          "contenders": names}  # fmt: skip
+    of = {"size": options.size, "pixels": 256, "dtype": "float32", "batch": options.batch, "threads": options.threads}
     machine = describe_machine()
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     print(f"{options.size}, float32, 256 px, batch {options.batch}, captions of 77 tokens; {versions}")

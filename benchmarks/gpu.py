@@ -210,7 +210,8 @@ def hello(bench: Bench) -> str:
     devices: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
         setting = bench.setting(256, 0.0, 1)
-        running = {n: stack.enter_context(Contender(f"{MODULES[n]}.Job", setting, 2, cache)) for n in bench.contenders}
+        jobs = {name: f"{MODULES[name]}.Device" for name in bench.contenders}
+        running = {name: stack.enter_context(Contender(job, setting, 2, cache)) for name, job in jobs.items()}
         for contender in running.values():
             contender.start("hello")
         for name, contender in running.items():

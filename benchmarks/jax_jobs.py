@@ -1,5 +1,6 @@
 """micro_dit as a contender: training steps, sampling, and parts of the network alone. See benchmarks/contenders.py."""
 
+import abc
 import functools
 import resource
 import sys
@@ -26,8 +27,8 @@ from micro_dit.training.phases import Phase
 from micro_dit.training.state import abstract_state
 
 
-class Job:
-    """A program that is compiled, and then run as often as asked for."""
+class Device:
+    """Where the programs run, and the shapes of what they are given."""
 
     def __init__(self, setting: Setting):
         self.setting, self.network = setting, setting.network()
@@ -40,12 +41,19 @@ class Job:
         B, side, L = setting.batch_size, self.network.input_size, setting.caption_tokens
         self.latents = (B, side, side, self.network.in_channels)
         self.captions = (B, L, self.network.caption_channels)
-        self.program: Any = None
-        self.arguments: Any = None
 
     def hello(self) -> dict[str, Any]:
         """The name of the device."""
         return {"device": self.device.device_kind}
+
+
+class Job(Device, abc.ABC):
+    """A program that is compiled, and then run as often as asked for."""
+
+    def __init__(self, setting: Setting):
+        super().__init__(setting)
+        self.program: Any = None
+        self.arguments: Any = None
 
     def prepare(self) -> dict[str, Any]:
         """Compiles, on a GPU a second time from the persistent cache; nothing else is on the device until it is run."""
@@ -74,13 +82,13 @@ class Job:
         wall, cpu = time.monotonic() - started, cpu_seconds() - cpu
         return {"wall_s": wall / times, "cpu_s": cpu / times, "peak_gb": peak_bytes(self.device) / 1e9}
 
+    @abc.abstractmethod
     def lower(self) -> Any:
         """The program, traced."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make_arguments(self) -> Any:
         """Its arguments, on the device."""
-        raise NotImplementedError
 
     def once(self) -> Any:
         return self.program(*self.arguments)
@@ -148,7 +156,7 @@ class Sampling(Job):
         return [random_params(self.network), *inputs]
 
 
-class Layers(Job):
+class Layers(Device):
     """Parts of the network alone, forward and backward, on all tokens."""
 
     def prepare(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The PyTorch twin as a contender: training steps, sampling, and parts of the network. See benchmarks/contenders.py."""
 
+import abc
 import resource
 import sys
 import time
@@ -14,8 +15,8 @@ from benchmarks.contenders import GUIDANCE, NARROW_EXPERTS, Setting, cpu_seconds
 from micro_dit.errors import UserError
 
 
-class Job:
-    """Something that is prepared, and then run as often as asked for."""
+class Device:
+    """Where the twin runs, and what it is given."""
 
     def __init__(self, setting: Setting):
         self.setting, self.network = setting, setting.network()
@@ -33,6 +34,14 @@ class Job:
     def hello(self) -> dict[str, Any]:
         """The name of the device."""
         return {"device": torch.cuda.get_device_name() if self.setting.gpu else "cpu"}
+
+    def wait(self) -> None:
+        if self.setting.gpu:
+            torch.cuda.synchronize()
+
+
+class Job(Device, abc.ABC):
+    """Something that is prepared, and then run as often as asked for."""
 
     def prepare(self) -> dict[str, Any]:
         """Runs once, which compiles if that was asked for."""
@@ -53,17 +62,14 @@ class Job:
         wall, cpu = time.monotonic() - started, cpu_seconds() - cpu
         return {"wall_s": wall / times, "cpu_s": cpu / times, "peak_gb": self.peak_bytes() / 1e9}
 
-    def wait(self) -> None:
-        if self.setting.gpu:
-            torch.cuda.synchronize()
-
     def peak_bytes(self) -> int:
         if self.setting.gpu:
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def once(self) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def once(self) -> Tensor:
+        """Runs it, without waiting for a GPU to be done."""
 
 
 class Training(Job):
@@ -118,7 +124,7 @@ class Sampling(Job):
         return torch_twin.heun(self.twin, self.x, self.y, self.setting.steps, GUIDANCE)
 
 
-class Layers(Job):
+class Layers(Device):
     """Parts of the network alone, forward and backward, on all tokens."""
 
     def prepare(self) -> dict[str, Any]:

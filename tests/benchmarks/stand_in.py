@@ -8,7 +8,7 @@ from benchmarks.contenders import Setting
 from micro_dit.errors import UserError
 
 
-class Job:
+class Device:
     """Answers, sleeps, refuses or ends, as it is told."""
 
     def __init__(self, setting: Setting):
@@ -32,7 +32,7 @@ class Job:
         os._exit(3)
 
 
-class Training(Job):
+class Training(Device):
     """A step of 0.1 seconds, that takes a second to compile."""
 
     def prepare(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ SETTING = Setting("Nano", {"input_size": 8}, 0.75, batch_size=4)
 
 @pytest.fixture
 def contender():
-    with Contender("tests.benchmarks.stand_in.Job", SETTING, threads=3) as contender:
+    with Contender("tests.benchmarks.stand_in.Device", SETTING, threads=3) as contender:
         yield contender
     assert contender.process.returncode is not None
 

@@ -58,7 +58,7 @@ def _row_product(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, kernel: jax.Array, precision: Any = None) -> jax.Array:
-    """(rows, d) times (d, out). On a CPU, the kernel's gradient is faster if x is transposed beforehand."""
+    """(…, rows, d) times (…, d, out). On a CPU, the kernel's gradient is faster if x is transposed beforehand."""
     return jnp.matmul(x, kernel, precision=precision)
 
 
@@ -71,9 +71,9 @@ def _product_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     transposed = jax.lax.platform_dependent(
-        x, cpu=lambda x: jax.lax.optimization_barrier(x.T), default=lambda x: x.T
+        x.mT, cpu=jax.lax.optimization_barrier, default=lambda x: x
     )  # behind a barrier, or XLA would put the transpose into the product
-    return jnp.matmul(d_out, kernel.T, precision=precision), jnp.matmul(transposed, d_out, precision=precision)
+    return jnp.matmul(d_out, kernel.mT, precision=precision), jnp.matmul(transposed, d_out, precision=precision)
 
 
 product.defvjp(_product_forward, _product_backward)

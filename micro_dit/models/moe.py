@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from micro_dit.models.layers import linear, normal_init, round_up
+from micro_dit.models.layers import linear, normal_init, product, round_up
 
 EXPERT_PRODUCT = "expert_product"
 Constrain = Callable[[jax.Array, str], jax.Array]  # an activation and its dimensions' letters → the same activation
@@ -78,14 +78,14 @@ class ExpertChoiceFFN(nnx.Module):
         # One matrix an expert, over all images: the layout in which XLA needs no transposes around the products.
         taken = taken.reshape(B, E, T, d).transpose(1, 0, 2, 3).astype(self.dtype)
         taken = self.constrain(taken, "EBTd").reshape(E, B * T, d)  # the tokens travel to their experts
-        hidden = self._product("end,edf->enf", taken, self.w1)
-        out = self._product("enf,efd->end", gelu(hidden), self.w2)
+        hidden = self._product(taken, self.w1)
+        out = self._product(gelu(hidden), self.w2)
         out = self.constrain(out.reshape(E, B, T, d), "EBTd").transpose(1, 0, 2, 3)
         out = self.constrain(out, "BETd")  # and back to their images
         out = out * probabilities[..., None].astype(self.dtype)
         add = jax.vmap(lambda rows, updates: jnp.zeros((N, d), updates.dtype).at[rows].add(updates))
         return add(rows, out.reshape(B, E * T, d))
 
-    def _product(self, subscripts: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
+    def _product(self, x: jax.Array, weight: nnx.Param) -> jax.Array:
         """Each expert's product with its weight, under a name that rematerialization can refer to."""
-        return checkpoint_name(jnp.einsum(subscripts, x, weight[...].astype(self.dtype)), EXPERT_PRODUCT)
+        return checkpoint_name(product(x, weight[...].astype(self.dtype)), EXPERT_PRODUCT)

@@ -72,7 +72,7 @@ def test_call_by_call_is_the_whole_sampler(generator: Generator, params: dict[st
     whole = heun(lambda x, sigma: edm.denoise(F, x, sigma, CAPTIONS[:2], 0.9), noise, noise_levels(3))
     inputs = Inputs(params, CAPTIONS[:2], 0 * CAPTIONS[0])
     calls = generator._denoising(inputs, noise, noise_levels(3), guidance=2.0)
-    np.testing.assert_allclose(calls, whole, rtol=1e-4, atol=1e-4)
+    tiny.assert_close(calls, whole)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -163,7 +163,7 @@ def test_every_sampler_draws(model: Model, sampler: str):
 
 def test_an_empty_prompt_is_unconditional(model: Model, words: Words):
     empty, unguided = model.latents("", steps=2, guidance=3.0), model.latents("one", steps=2, guidance=0.0)
-    np.testing.assert_allclose(empty, unguided, rtol=1e-5, atol=1e-5)
+    tiny.assert_close(empty, unguided)
     assert words.encoded == [["one"]]
 
 
@@ -173,23 +173,19 @@ def test_a_negative_prompt_changes_the_image_unless_it_is_empty(model: Model):
     np.testing.assert_array_equal(model.latents("one", negative_prompt=" ", **SHORT), plain)
     # Away from the prompt itself leads nowhere: there is no guidance left.
     same = model.latents("one", negative_prompt="one", **SHORT)
-    np.testing.assert_allclose(same, model.latents("one", steps=2, guidance=1.0), rtol=1e-4, atol=1e-4)
+    tiny.assert_close(same, model.latents("one", steps=2, guidance=1.0))
 
 
 def test_autoguidance_leads_away_from_the_earlier_checkpoint(model: Model, finished_run: Path):
     weak = load(finished_run, 48)
     alone = model.latents("one", steps=2, guidance=1.0)
-    np.testing.assert_allclose(
-        model.latents("one", steps=2, guidance=1.0, autoguidance=weak), alone, rtol=1e-4, atol=1e-4
-    )
+    tiny.assert_close(model.latents("one", steps=2, guidance=1.0, autoguidance=weak), alone)
     assert np.abs(model.latents("one", steps=2, guidance=2.0, autoguidance=weak) - alone).max() > 1e-4
-    np.testing.assert_allclose(
+    tiny.assert_close(
         model.latents("one", steps=2, guidance=0.0, autoguidance=weak),
         Model({n: np.asarray(v) for n, v in weak.params.items()}, weak.config, weak.about).latents(
             "one", steps=2, guidance=1.0
         ),
-        rtol=1e-4,
-        atol=1e-4,
     )
     with pytest.raises(UserError, match="not from a negative prompt: leave one out"):
         model.latents("one", autoguidance=weak, negative_prompt="two", **SHORT)

@@ -147,8 +147,8 @@ def read_checkpoint(workdir: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def assert_close(actual: Any, desired: Any) -> None:
-    """Within 1e-4 of the largest value: one that is small by chance was rounded where its neighbors are large."""
-    np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-4 * np.abs(desired).max())
+    """Within 1e-5 of the largest value: one that is small by chance was rounded where its neighbors are large."""
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-5 * np.abs(desired).max())
 
 
 def assert_same_end(workdir: Path, other: Path) -> None:

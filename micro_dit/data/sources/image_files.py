@@ -60,8 +60,9 @@ def read_file(root: Path, file: str) -> bytes | str:
         return (root / file).read_bytes()
     except (FileNotFoundError, NotADirectoryError, KeyError):
         return MISSING_FILE
-    except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error):
-        return UNREADABLE_FILE  # a name with a NUL, a folder, a damaged or encrypted member, a failing disk
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        # A name with a NUL, a folder, a failing disk; a member that is damaged, encrypted or of an unknown compression.
+        return UNREADABLE_FILE
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:

@@ -21,7 +21,7 @@ from micro_dit.errors import UserError
 from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.masking import drop_tokens, random_mask, restore_tokens
 from micro_dit.models.moe import ExpertChoiceFFN
-from micro_dit.parallel.compilation import compiler_options
+from micro_dit.parallel.compilation import compiler_options, keep_memory
 from micro_dit.train import Recipe, make_train_step
 from micro_dit.training.phases import Phase
 from micro_dit.training.state import abstract_state
@@ -98,6 +98,7 @@ class Training(Job):
     """The training step of micro_dit/train.py, without a moving average, of the largest microbatch that fits."""
 
     def __init__(self, setting: Setting):
+        keep_memory()  # as micro_dit.main does
         super().__init__(setting)
         self.microbatch = setting.microbatch or setting.batch_size
         resolution = 8 * self.network.input_size

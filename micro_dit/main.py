@@ -10,6 +10,7 @@ from ml_collections import config_flags
 from micro_dit.command import parse_or_exit, run_command
 from micro_dit.errors import UserError
 from micro_dit.parallel import distributed
+from micro_dit.parallel.compilation import keep_memory
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, e.g. configs/mask75.py or configs/mask75.py:xl.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<name of the config>.")
@@ -30,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unknown argument {argv[1]!r}; config fields are set by --config.FIELD=VALUE.")
     if CONFIG.value is None:
         raise UserError("no config given; try --config=configs/mask75.py.")
+    keep_memory()
     distributed.start(
         COORDINATOR.value, PROCESS_INDEX.value, PROCESS_COUNT.value, cluster=CLUSTER.value,
         timeout_seconds=TIMEOUT.value,

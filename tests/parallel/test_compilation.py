@@ -71,7 +71,7 @@ print((faults[-1] - faults[2]) / 5)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
 def test_memory_is_kept_between_steps() -> None:
-    """Of a step with 48 MB of temporary memory, in 12,000 pages."""
+    """If they are given back, every step has the same pages cleared again."""
 
     def faults(how: str) -> float:
         command = [sys.executable, "-c", STEPS, how]

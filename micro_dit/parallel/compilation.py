@@ -12,7 +12,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
 # Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def compiler_options() -> dict[str, str]:
@@ -29,8 +29,9 @@ def keep_memory() -> None:
     """Makes this process keep the memory it has freed, if JAX has no other backend than the CPU.
 
     There, XLA allocates all temporary memory of a step anew, and the C library gives it back to the system after each:
-    a quarter of Tiny/2's masked step was spent in page faults. To be called before JAX starts its backend, whose
-    threads would otherwise have arenas of their own. Only glibc can be told; elsewhere nothing happens.
+    a quarter of Tiny/2's masked step was spent in page faults. Only the main thread's heap can keep as much, so steps
+    run in the thread that asks for them, not in one of JAX's; the host has nothing to do beside them that would not
+    take their cores. To be called before JAX starts its backend. Only glibc can be told; elsewhere nothing happens.
     """
     if platforms := os.environ.get("JAX_PLATFORMS"):
         only_cpu = platforms == "cpu"
@@ -40,7 +41,7 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, -1)  # never
         mallopt(M_MMAP_MAX, 0)  # what is mapped is always given back
-        mallopt(M_ARENA_MAX, 1)  # the other arenas can't grow to the size of a step
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def _reduce_precision(context: Any, x: Any, *, exponent_bits: int, mantissa_bits: int) -> list[Any]:

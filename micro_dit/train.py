@@ -208,7 +208,7 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             ema = update_ema(ema, params, phase.ema_decay, active=in_phase >= phase.ema_start)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), "learning_rate": learning_rate}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return train_step

@@ -59,8 +59,8 @@ from micro_dit.parallel.compilation import keep_memory
 
 if sys.argv[1] == "kept":
     keep_memory()
-step = jax.jit(lambda x: (jnp.outer(x, x) @ jnp.outer(x, x)).sum())
-x = jnp.ones(2000)
+step = jax.jit(lambda x: (jnp.cos(jnp.outer(x, x)) @ jnp.ones((5000, 8))).sum())  # 100 MB: no thread's heap holds that
+x = jnp.ones(5000)
 faults = []
 for _ in range(8):
     step(x).block_until_ready()

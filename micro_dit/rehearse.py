@@ -31,6 +31,7 @@ from micro_dit.models.flops import training_flops
 from micro_dit.parallel import compile_ahead as ahead
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel.chips import CHIPS, Chip, measure_chip
+from micro_dit.parallel.collectives import Traffic
 from micro_dit.parallel.compile_ahead import Compiled, Topology, compile_ahead, describe_devices
 from micro_dit.parallel.padding import MATRIX_UNITS, padding
 from micro_dit.parallel.sharding import bytes_per_device
@@ -304,8 +305,7 @@ def table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: Chip) -> st
         column += ["yes" if r.fits else "NO", f"{r.flops / 1e12:,.3g}"]
         column += [f"{r.compiler_flops / 1e12:,.3g}", "–" if r.padding is None else f"{r.padding:.1%}", ""]
         for kind in kinds:
-            traffic = r.step.traffic.get(kind)
-            column.append("–" if traffic is None else f"{traffic.count:,} × {traffic.bytes / traffic.count / 1e6:,.3g}")
+            column.append(_of_kind(r.step.traffic.get(kind)))
         column += [f"{1000 * seconds:,.3g}" for seconds in (r.compute, r.memory, r.interconnect)]
         column += [f"{r.batch_size / r.seconds:,.0f}", f"{r.hours / 24:,.3g}", f"{r.hours * topology.size:,.3g}"]
         column += ["–" if r.dollars is None else f"{r.dollars:,.0f}", f"{r.step.seconds:,.0f}"]
@@ -317,6 +317,14 @@ def table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: Chip) -> st
         an_hour = sum(dollars) / (24 * days * topology.size)
         head += f" and ${sum(dollars):,.0f}, at ${an_hour:.2f} a chip-hour"
     return "\n".join([head, "", lines_of(rows, total=False)])
+
+
+def _of_kind(traffic: Traffic | None) -> str:
+    """How many collectives, the mean of their MB, and how many of them run behind other work."""
+    if traffic is None:
+        return "–"
+    hidden = f", {traffic.hidden:,} hidden" if traffic.hidden else ""
+    return f"{traffic.count:,} × {traffic.bytes / traffic.count / 1e6:,.3g}{hidden}"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,11 +2,16 @@
 
     %all-gather.7 = bf16[8,64,1024]{2,1,0} all-gather(%x), replica_groups=[8,8]<=[64], dimensions={0}
     ROOT %while.3 = (...) while(%t), body=%region_2, backend_config={"known_trip_count":{"n":"59"}}
+
+TPUs have two forms of their own. An all-gather may go on within a chain of fusions, one product after another; each of
+them names it again, with the chain's number. And what is called all-reduce-scatter is an all-reduce of which a device
+keeps its share, a reduce-scatter that is.
 """
 
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections import Counter
 
@@ -19,6 +24,8 @@ COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLS = re.compile(
     r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
+WRAPPED = re.compile(r" async-start\(.*calls=%?([\w.\-]+)")
+CHAIN = re.compile(r'chain_id="(\d+)"')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")  # bf16[8,64], f8e4m3fn[4], pred[3]
 GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
@@ -34,29 +41,37 @@ class Traffic:
         count: how often it runs, loops counted by their turns.
         bytes: of the full arrays that are gathered, reduced or exchanged, on one device.
         sent: bytes that a device sends if devices pass them round in rings.
+        hidden: how many of `count` are asynchronous: the device works on while they run.
     """
 
     count: int = 0
     bytes: float = 0.0
     sent: float = 0.0
+    hidden: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.count + other.count, self.bytes + other.bytes, self.sent + other.sent)
+        return Traffic(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
     def times(self, turns: int) -> "Traffic":
-        return Traffic(self.count * turns, self.bytes * turns, self.sent * turns)
+        return Traffic(*(turns * amount for amount in dataclasses.astuple(self)))
 
 
 def collectives(program: str, devices: int) -> dict[str, Traffic]:
     """The traffic of a program for `devices` devices, by kind of collective; kinds that do not occur are left out."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
+    chains: set[str] = set()
     for line in program.splitlines():
+        chain = CHAIN.search(line)
         if match := COMPUTATION.match(line):
             lines = computations.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
-        elif " = " in line:
+        elif " = " in line and not (chain and chain[1] in chains):
             lines.append(line)
+        if chain:
+            chains.add(chain[1])
+
+    wrapped = set(WRAPPED.findall(program))
 
     @functools.cache
     def traffic(name: str) -> tuple[tuple[str, Traffic], ...]:
@@ -65,8 +80,10 @@ def collectives(program: str, devices: int) -> dict[str, Traffic]:
         called: Counter[str] = Counter()
         for line in computations.get(name, ()):
             if match := COLLECTIVE.search(line):
-                kind = match[2]
-                found[kind] = found.get(kind, Traffic()) + _one(kind, match[1], match[4], bool(match[3]), devices)
+                kind, one = match[2], _one(match[2], match[1], match[4], bool(match[3]), devices)
+                if name.startswith("all-reduce-scatter") and kind == "all-reduce":
+                    kind, one = "reduce-scatter", dataclasses.replace(one, sent=one.sent / 2)
+                found[kind] = found.get(kind, Traffic()) + one
                 continue  # what it applies is an addition
             turns = TRIPS.search(line)
             for names in CALLS.findall(line):
@@ -74,6 +91,8 @@ def collectives(program: str, devices: int) -> dict[str, Traffic]:
                     called[callee.strip().removeprefix("%")] += int(turns[1]) if turns else 1
         for callee, turns_taken in called.items():
             for kind, amount in traffic(callee):
+                if callee in wrapped:
+                    amount = dataclasses.replace(amount, hidden=amount.count)
                 found[kind] = found.get(kind, Traffic()) + amount.times(turns_taken)
         return tuple(found.items())
 
@@ -91,7 +110,7 @@ def _one(kind: str, result: str, rest: str, starts: bool, devices: int) -> Traff
     elif kind == "reduce-scatter":
         size *= n  # its result is one share
     rounds = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}
-    return Traffic(1, size, size * rounds.get(kind, (n - 1) / n))
+    return Traffic(1, size, size * rounds.get(kind, (n - 1) / n), int(starts or CHAIN.search(rest) is not None))
 
 
 def _group_size(rest: str) -> int:

@@ -51,8 +51,43 @@ def test_a_program_is_added_up():
     assert found["all-gather"].count == 60
     assert found["all-gather"].bytes == pytest.approx(gathered + 512)
     assert found["all-gather"].sent == pytest.approx(gathered * 3 / 4 + 512 * 7 / 8)
-    assert found["reduce-scatter"] == Traffic(1, 64, 56)
+    assert found["all-gather"].hidden == 1  # the one with a start and a done
+    assert found["reduce-scatter"] == Traffic(1, 64, 56, hidden=1)
     assert found["collective-permute"] == Traffic(1, 64, 64)
+
+
+TPU = """\
+%all-reduce-scatter.1 (input: bf16[16,64]) -> bf16[2,64] {
+  %all-reduce.6 = bf16[16,64]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=8, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %dynamic-slice.13 = bf16[2,64]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.6, %multiply.6, %zero), dynamic_slice_sizes={2,64}
+}
+
+%begun (p: bf16[2,64]) -> (bf16[2,64], bf16[16,64], u32[]) {
+  %all-gather.1 = bf16[16,64]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %start = (bf16[2,64]{1,0}, bf16[16,64]{1,0}, u32[]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.7 (p: bf16[2,64], q: bf16[8,8]) -> (bf16[16,64], bf16[8,8]) {
+  %product = bf16[8,8]{1,0} convolution(%q, %q), dim_labels=bf_io->bf
+  %all-gather.2 = bf16[16,64]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %both = (bf16[16,64]{1,0}, bf16[8,8]{1,0}) tuple(%all-gather.2, %product)
+}
+
+ENTRY %main (p: bf16[2,64], q: bf16[8,8], g: bf16[16,64]) -> bf16[2,64] {
+  %async-collective-start = (bf16[2,64]{1,0}, bf16[16,64]{1,0}, u32[]) fusion(%p), kind=kCustom, calls=%begun
+  %fusion.7 = (bf16[16,64]{1,0}, bf16[8,8]{1,0}) fusion(%p, %q), kind=kOutput, calls=%async_collective_fusion.7
+  %all-gather.3 = bf16[16,64]{1,0} all-gather(%p), channel_id=4, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %fusion.8 = bf16[2,64]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_what_a_tpu_spreads_over_several_fusions_or_fuses_counts_once_for_what_it_is():
+    size = 16 * 64 * 2
+    assert collectives(TPU, devices=8) == {
+        "reduce-scatter": Traffic(1, size, size * 7 / 8),
+        "all-gather": Traffic(2, 2 * size, 2 * size * 7 / 8, hidden=1),
+    }
 
 
 def test_one_device_sends_nothing():

@@ -30,7 +30,8 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")  # bf16[8,64], f8e4m3fn[4], pred[3]
 GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
 # replica_groups=mesh['data'=4,'fsdp'=2] {'fsdp'}: they differ along these axes, or along parts of them, 'data':(1)2.
-MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+# In between, device_ids=([8,8]T(1,0)) may say in which order the devices are.
+MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,6 +102,7 @@ def test_one_device_sends_nothing():
         ("mesh['data'=4,'fsdp'=2] {'fsdp'}", 2),
         ("mesh['data'=4,'fsdp'=2] {'data','fsdp'}", 8),
         ("mesh['data'=4,'fsdp'=2] {'data':(1)2,'fsdp'}", 4),
+        ("mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", 4),
         ("{}", 8),
     ],
 )

@@ -62,7 +62,7 @@ MAMMALS = ("dog", "elephant", "panda", "pig face", "polar bear", "zebra", "hedge
 
 def xl_full() -> ConfigDict:
     """All of the released network at 512 px, a few thousand images or more. 1.17 billion parameters with optimizer take
-    19 GB; mesh.fsdp=-1, mesh.data=1 splits them over all devices."""
+    19 GB; mesh.fsdp=8 splits them over eight devices."""
     config = mask75("base")(name="finetune-xl-full", init_from="models/microdit", dtype="bfloat16")
     config.model.size = "MicroDiT_XL_2"
     config.data.update(shards="shards/mine", resolutions=(512,), **mask75("CLIP_CAPTIONS"))

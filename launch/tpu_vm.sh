@@ -5,7 +5,7 @@
 #   export PROJECT=… ZONE=us-west4-a TPU_NAME=… ACCELERATOR_TYPE=v5litepod-64 BUCKET=…
 #   export CONFIG=configs/mask75.py:xl RUN_NAME=xl
 #   launch/tpu_vm.sh --dry_run up                                    # prints the commands, runs none
-#   launch/tpu_vm.sh --provisioning=spot up --config.mesh.data=1 --config.mesh.fsdp=-1
+#   launch/tpu_vm.sh --provisioning=spot up --config.mesh.fsdp=8
 #
 # Steps, alone: create, wait, install, train, follow, status, logs, delete. `up` is all of them. What follows the step
 # goes to micro_dit.main.

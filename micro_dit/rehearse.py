@@ -1,7 +1,6 @@
 """Compiles a run for hardware that is not there: does it fit, how fast can it be, what will it cost?
 
-    python -m micro_dit.rehearse --config=configs/mask75.py:xl --topology=v5e:8x8 --config.mesh.data=1 \\
-        --config.mesh.fsdp=-1
+    python -m micro_dit.rehearse --config=configs/mask75.py:xl --topology=v5e:8x8 --config.mesh.fsdp=8
 
 The real training step and sampler of each phase are compiled for the described chips; nothing is allocated and nothing
 runs. The exit status is 0 if everything fits in the chips' memory. The times are a roofline: what the chip needs at

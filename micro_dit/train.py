@@ -29,6 +29,7 @@ from micro_dit.models.dit import REMAT, DiTConfig, abstract_params, bind, make_c
 from micro_dit.models.flops import training_flops
 from micro_dit.models.masking import random_mask
 from micro_dit.models.moe import anywhere
+from micro_dit.models.quantization import check_format
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel import sharding
 from micro_dit.parallel.chips import Chip, chip_of, measure_chip
@@ -65,6 +66,7 @@ class Recipe:
         adam: b1, b2, eps and weight_decay of `make_optimizer`.
         microbatch: images per forward and backward pass over all devices; 0 takes the whole batch at once.
         lora: the adapter that is trained in place of the network's parameters; None trains those.
+        quantize: the format of the blocks' products with weights, see `micro_dit.models.quantization`; '' is dtype.
     """
 
     sigma_data: float
@@ -74,6 +76,7 @@ class Recipe:
     adam: Mapping[str, float]
     microbatch: int = 0
     lora: LoRA | None = None
+    quantize: str = ""
 
     def optimizer(self, phase: Phase) -> optax.GradientTransformation:
         return make_optimizer(phase.clip, **self.adam)
@@ -100,15 +103,16 @@ def with_mask_ratio(config: Any) -> Any:
 
 
 def make_recipe(config: Any) -> Recipe:
-    """The recipe of a config; raises UserError for an unknown `remat`, or a LoRA that can't be."""
+    """The recipe of a config; raises UserError for an unknown `remat` or format, or a LoRA that can't be."""
     if config.remat not in REMAT:
         raise UserError(f"remat {config.remat!r} is unknown; use one of {', '.join(REMAT)}.")
+    check_format(config.quantize)
     diffusion, lora = config.diffusion, make_lora(**config.lora)
     if lora and not config.init_from:
         raise UserError("LoRA adapts weights that are there: name them with --config.init_from, or set lora.rank 0.")
     return Recipe(
         diffusion.sigma_data, diffusion.caption_drop, config.dtype, config.remat, dict(config.adam), config.microbatch,
-        lora,
+        lora, config.quantize,
     )  # fmt: skip
 
 
@@ -163,7 +167,7 @@ def make_train_step(
         x, y, sigma, noise, mask = drawn
         if recipe.lora:
             params = split_as_params(recipe.lora.merge(base, params))
-        model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain)
+        model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain, recipe.quantize)
         return edm.loss(
             lambda x, t, y: model(x, t, y, mask, phase.mask_position), x, y, sigma, noise,
             mask=mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,

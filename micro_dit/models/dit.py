@@ -20,7 +20,9 @@ from flax import nnx
 from micro_dit.errors import UserError
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table, unpatchify
 from micro_dit.models.layers import (
+    PRODUCT,
     CrossAttention,
+    Product,
     SelfAttention,
     SwiGLU,
     layer_norm,
@@ -28,9 +30,11 @@ from micro_dit.models.layers import (
     modulate,
     normal_init,
     round_up,
+    row_product,
 )
 from micro_dit.models.masking import TokenMask, drop_tokens, kept_tokens, restore_tokens
-from micro_dit.models.moe import EXPERT_PRODUCT, Constrain, ExpertChoiceFFN, anywhere, tokens_per_expert
+from micro_dit.models.moe import Constrain, ExpertChoiceFFN, anywhere, tokens_per_expert
+from micro_dit.models.quantization import quantized
 
 Params = dict[str, jax.Array]  # one flat dict: "blocks.3.attn.qkv.kernel" → array
 
@@ -256,12 +260,19 @@ def rematerialized(block: DiTBlock, remat: str) -> Callable[[jax.Array, jax.Arra
     """
     if remat == "none":
         return block
-    policies = jax.checkpoint_policies
-    dots = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable,
-        policies.save_only_these_names(EXPERT_PRODUCT),  # these have one batch dimension, the expert
-    )
+    dots = jax.checkpoint_policies.save_only_these_names(PRODUCT)
     return jax.checkpoint(lambda x, y, c: block(x, y, c), policy=dots if remat == "dots" else None)
+
+
+def quantize_block(block: DiTBlock, multiply: Product) -> None:
+    """Has a block's attention and feed-forward multiply with their weights by another product."""
+    layers = [block.attn.qkv, block.attn.proj, block.cross_attn.q, block.cross_attn.kv, block.cross_attn.proj]
+    if isinstance(block.mlp, ExpertChoiceFFN):
+        block.mlp.multiply = multiply
+    else:
+        layers += [block.mlp.w1, block.mlp.w2, block.mlp.w3]
+    for layer in layers:
+        layer.dot_general = functools.partial(row_product, multiply=multiply)
 
 
 class FinalLayer(nnx.Module):
@@ -430,12 +441,15 @@ def abstract_params(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def bind(
-    config: DiTConfig, params: Params, dtype: Any = jnp.float32, remat: str = "none", constrain: Constrain = anywhere
-) -> MicroDiT:
+    config: DiTConfig, params: Params, dtype: Any = jnp.float32, remat: str = "none", constrain: Constrain = anywhere,
+    quantize: str = "",
+) -> MicroDiT:  # fmt: skip
     """The network with these parameters; matrix products run in `dtype`. Cheap enough to call while tracing.
 
     `remat`, one of REMAT, saves memory in the backward pass; it changes no numbers but by rounding. `constrain` is
     called as (x, dimension letters) at the blocks' and the experts' boundaries and returns x, wherever it may live.
+    `quantize`, one of `micro_dit.models.quantization.FORMATS`, has the blocks multiply with their weights in 8 bits;
+    not adaLN, whose products are small, and not the router.
 
     Raises:
         ValueError: a parameter is missing or superfluous.
@@ -445,7 +459,10 @@ def bind(
         raise ValueError(f"parameters differ from the network's: {sorted(differing)[:10]}")
     model = nnx.merge(graphdef, nnx.from_flat_state((path, leaf.replace(params[_name(path)])) for path, leaf in leaves))
     model.remat, model.constrain = remat, constrain
-    for block in (*model.mixer, *model.blocks):
+    multiply = quantized(quantize) if quantize else None
+    for block in (*model.mixer, *model.blocks, *(model.decoder.blocks if config.decoder_depth else ())):
         if isinstance(block.mlp, ExpertChoiceFFN):
             block.mlp.constrain = constrain
+        if multiply:
+            quantize_block(block, multiply)
     return model

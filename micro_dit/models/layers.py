@@ -13,8 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 Initializer = Callable[..., jax.Array]
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # (…, rows, d) and (…, d, out) to (…, rows, out)
+PRODUCT = "product"  # the name of products with weights that rematerialization refers to
 
 
 def normal_init(std: float) -> Initializer:
@@ -43,17 +46,21 @@ def linear(
         dtype=dtype,
         param_dtype=jnp.float32,
         precision=precision,
-        dot_general=_row_product,
+        dot_general=row_product,
         rngs=rngs,
     )
 
 
-def _row_product(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, **__: Any) -> jax.Array:
+def row_product(
+    x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, multiply: Product | None = None, **__: Any
+) -> jax.Array:
     """(..., d) times (d, out), as one matrix of rows.
 
     With its dimensions apart, XLA would copy the output's gradient to a transposed layout for the kernel's gradient.
     """
-    return product(x.reshape(-1, x.shape[-1]), kernel, precision).reshape(*x.shape[:-1], kernel.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])
+    out = multiply(rows, kernel) if multiply else product(rows, kernel, precision)
+    return checkpoint_name(out, PRODUCT).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -78,11 +78,15 @@ def matrix_products(traced: Any) -> list[Product]:
 
 
 def operations(traced: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """All operations of a program and of the programs in them, and how often each runs."""
+    """All operations of a program and of the programs in them, and how often each runs.
+
+    Of a choice between programs the last is taken: for platforms, that of all accelerators.
+    """
     for operation in getattr(traced, "jaxpr", traced).eqns:
         yield operation, times
         turns = times * operation.params["length"] if operation.primitive.name == "scan" else times
-        for value in jax.tree.leaves(operation.params):
+        chosen = operation.params["branches"][-1:] if operation.primitive.name == "cond" else operation.params
+        for value in jax.tree.leaves(chosen):
             if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
                 yield from operations(value, turns)
 

@@ -15,7 +15,7 @@ MAY_CHANGE = (
     "microbatch", "evaluation",
 )  # fmt: skip
 # What a run of an earlier version has, whose config lacks the field.
-ADDED = {"init_from": "", "lora.rank": 0}
+ADDED = {"init_from": "", "lora.rank": 0, "quantize": ""}
 WITH_LORA = ("lora.alpha", "lora.targets")
 
 

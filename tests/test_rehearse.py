@@ -20,6 +20,7 @@ from micro_dit.errors import UserError
 from micro_dit.models.dit import abstract_params, make_config
 from micro_dit.models.flops import training_flops
 from micro_dit.parallel.chips import CHIPS
+from micro_dit.parallel.collectives import Traffic
 from micro_dit.parallel.compile_ahead import Compiled, Topology
 from micro_dit.parallel.mesh import make_mesh
 from micro_dit.train import make_recipe
@@ -102,6 +103,12 @@ def test_collectives_and_times(rehearsed: tuple[Any, dict[str, Any]]):
     assert masked["hours"] == pytest.approx(tiny.MASKED["steps"] * masked["seconds_per_step"] / 3600)
     assert masked["dollars"] == pytest.approx(masked["hours"] * 8 * 2)
     assert masked["images_per_second"] == pytest.approx(IMAGES / masked["seconds_per_step"])
+
+
+def test_the_table_says_how_many_collectives_are_hidden():
+    assert rehearse._of_kind(Traffic(4, 8e6, 6e6)) == "4 × 2"
+    assert rehearse._of_kind(Traffic(4, 8e6, 6e6, hidden=3)) == "4 × 2, 3 hidden"
+    assert rehearse._of_kind(None) == "–"
 
 
 def test_what_fits_exits_with_0_and_prints_a_table(tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]):

@@ -27,9 +27,11 @@ def test_the_same_config_may_come_again_and_what_has_no_influence_may_change(tmp
 def test_a_run_of_an_earlier_version_goes_on_with_the_fields_that_it_lacks_left_off(tmp_path: Path):
     claim_workdir(tmp_path, CONFIG, SHARDS)
     lora = {"rank": 0, "alpha": 8.0, "targets": "qkv"}
-    claim_workdir(tmp_path, CONFIG | {"init_from": "", "lora": lora}, SHARDS)
+    claim_workdir(tmp_path, CONFIG | {"init_from": "", "lora": lora, "quantize": ""}, SHARDS)
     with pytest.raises(UserError, match=r"init_from \('' there, 'models/a' here\); lora.alpha .*; lora.rank \(0 there"):
         claim_workdir(tmp_path, CONFIG | {"init_from": "models/a", "lora": lora | {"rank": 4}}, SHARDS)
+    with pytest.raises(UserError, match=r"quantize \('' there, 'int8' here\)"):
+        claim_workdir(tmp_path, CONFIG | {"quantize": "int8"}, SHARDS)
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,14 @@ def share_of_batch(mesh: Mesh) -> tuple[int, int]:
 
 
 def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """This process's rows of a batch as global arrays, split over the mesh."""
+    """This process's rows of a batch as global arrays, split over the mesh.
+
+    On a CPU they are waited for: only a step whose arguments are all there runs in the thread that asks for it, and so
+    keeps its memory (see `micro_dit.parallel.compilation.keep_memory`).
+    """
     sharding, shares = batch_sharding(mesh), share_of_batch(mesh)[1]
-    return {
+    arrays = {
         name: jax.make_array_from_process_local_data(sharding, value, (len(value) * shares, *value.shape[1:]))
         for name, value in batch.items()
     }
+    return jax.block_until_ready(arrays) if jax.default_backend() == "cpu" else arrays

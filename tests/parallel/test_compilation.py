@@ -12,6 +12,7 @@ import tiny
 
 from micro_dit.diffusion import edm
 from micro_dit.models.dit import REMAT, bind
+from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel.compilation import compiler_options
 
 CONFIG = tiny.network(depth=4, dim=64, use_patch_mixer=False)
@@ -79,3 +80,10 @@ def test_memory_is_kept_between_steps() -> None:
         return float(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
 
     assert faults("kept") < 0.1 * faults("given back")
+
+
+def test_a_batch_is_there_before_its_step_is_asked_for() -> None:
+    """Or else the step would run in another thread than the one whose memory is kept."""
+    batch = {"latent_mean": np.ones((8, 1_000_000), np.float16)}
+    arrays = meshes.to_device(batch, meshes.make_mesh(devices=jax.devices()[:1]))
+    assert arrays["latent_mean"].is_ready()

@@ -19,9 +19,10 @@ from micro_dit.encoders.known import known_image_encoder, known_text_encoder
 from micro_dit.errors import UserError
 from micro_dit.models.dit import DiTConfig
 from micro_dit.parallel.chips import CHIPS
-from micro_dit.train import network_of, with_mask_ratio
+from micro_dit.train import network_of
 from micro_dit.training.cost import lines_of, plan
 from micro_dit.training.phases import Phase, make_phases
+from micro_dit.training.recipe import with_mask_ratio
 
 
 @dataclasses.dataclass(frozen=True)

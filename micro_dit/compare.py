@@ -31,10 +31,11 @@ from micro_dit.evaluation.evaluators import check_names
 from micro_dit.evaluation.isoflop import plot, table
 from micro_dit.models.dit import abstract_params
 from micro_dit.models.flops import training_flops
-from micro_dit.train import network_of, train, with_mask_ratio
+from micro_dit.train import network_of, train
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.interrupt import Interrupt
 from micro_dit.training.phases import make_phases
+from micro_dit.training.recipe import with_mask_ratio
 
 RESULT = "result.json"
 METRICS = ("heldout_loss", "domain")

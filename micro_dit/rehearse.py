@@ -34,9 +34,10 @@ from micro_dit.parallel.collectives import Traffic
 from micro_dit.parallel.compile_ahead import Compiled, Topology, compile_ahead, describe_devices
 from micro_dit.parallel.padding import MATRIX_UNITS, padding
 from micro_dit.parallel.sharding import bytes_per_device
-from micro_dit.train import Recipe, lowered_arguments, make_recipe, network_of, with_mask_ratio
+from micro_dit.train import lowered_arguments, network_of
 from micro_dit.training.cost import lines_of
 from micro_dit.training.phases import Phase, make_phases
+from micro_dit.training.recipe import Recipe, make_recipe, with_mask_ratio
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ the first step; whatever happens afterwards (an interrupt, a kill, a NaN), the s
 checkpoint, exactly.
 """
 
-import copy
 import dataclasses
 import math
 import time
@@ -25,11 +24,10 @@ from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
 from micro_dit.evaluation.during_training import make_training_evaluation
 from micro_dit.evaluation.heldout import make_heldout_loss
-from micro_dit.models.dit import REMAT, DiTConfig, abstract_params, bind, make_config
+from micro_dit.models.dit import DiTConfig, abstract_params, bind, make_config
 from micro_dit.models.flops import training_flops
 from micro_dit.models.masking import random_mask
 from micro_dit.models.moe import anywhere
-from micro_dit.models.quantization import check_format
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel import sharding
 from micro_dit.parallel.chips import Chip, chip_of, measure_chip
@@ -40,80 +38,17 @@ from micro_dit.training import report
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.ema import update_ema
 from micro_dit.training.interrupt import Interrupt
-from micro_dit.training.lora import LoRA, make_lora
 from micro_dit.training.metrics import MetricWriter
-from micro_dit.training.optimizer import make_optimizer
 from micro_dit.training.phases import Phase, make_phases, phase_starts
 from micro_dit.training.previews import Previews
 from micro_dit.training.progress import Progress
+from micro_dit.training.recipe import Recipe, make_recipe, with_mask_ratio
 from micro_dit.training.saving import Saving
 from micro_dit.training.state import TrainState, abstract_state, enter_phase, init_state, state_from, stream
 from micro_dit.training.workdir import claim_workdir
 from micro_dit.training_shards import prepare_shards
 
 Metrics = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What all phases of a run have in common.
-
-    Attributes:
-        sigma_data: standard deviation of the latents.
-        caption_drop: probability that a caption's embedding is zeroed in training.
-        dtype: of the matrix products.
-        remat: what the backward pass computes again, see `micro_dit.models.dit.rematerialized`.
-        adam: b1, b2, eps and weight_decay of `make_optimizer`.
-        microbatch: images per forward and backward pass over all devices; 0 takes the whole batch at once.
-        lora: the adapter that is trained in place of the network's parameters; None trains those.
-        quantize: the format of the blocks' products with weights, see `micro_dit.models.quantization`; '' is dtype.
-    """
-
-    sigma_data: float
-    caption_drop: float
-    dtype: str
-    remat: str
-    adam: Mapping[str, float]
-    microbatch: int = 0
-    lora: LoRA | None = None
-    quantize: str = ""
-
-    def optimizer(self, phase: Phase) -> optax.GradientTransformation:
-        return make_optimizer(phase.clip, **self.adam)
-
-    def check_batch(self, phase: Phase, mesh: jax.sharding.Mesh) -> None:
-        """Raises UserError if a phase's batch can't be split evenly over microbatches and devices."""
-        meshes.check_batch(mesh, phase.batch_size, f"batch_size of phase {phase.name!r}")
-        if self.microbatch:
-            meshes.check_batch(mesh, self.microbatch, "microbatch")
-            if phase.batch_size % self.microbatch:
-                raise UserError(
-                    f"microbatch {self.microbatch} does not divide batch_size {phase.batch_size} of phase "
-                    f"{phase.name!r}; use a divisor, or 0 for the whole batch at once."
-                )
-
-
-def with_mask_ratio(config: Any) -> Any:
-    """The config with its masking.ratio, if that is set, as mask_ratio of all phases that mask."""
-    if config.masking.ratio is None:
-        return config
-    config, ratio = copy.deepcopy(config), {"mask_ratio": config.masking.ratio}
-    config.phases = tuple({**phase, **(ratio if phase.get("mask_ratio") else {})} for phase in config.phases)
-    return config
-
-
-def make_recipe(config: Any) -> Recipe:
-    """The recipe of a config; raises UserError for an unknown `remat` or format, or a LoRA that can't be."""
-    if config.remat not in REMAT:
-        raise UserError(f"remat {config.remat!r} is unknown; use one of {', '.join(REMAT)}.")
-    check_format(config.quantize)
-    diffusion, lora = config.diffusion, make_lora(**config.lora)
-    if lora and not config.init_from:
-        raise UserError("LoRA adapts weights that are there: name them with --config.init_from, or set lora.rank 0.")
-    return Recipe(
-        diffusion.sigma_data, diffusion.caption_drop, config.dtype, config.remat, dict(config.adam), config.microbatch,
-        lora, config.quantize,
-    )  # fmt: skip
 
 
 def abstract_state_of(network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:

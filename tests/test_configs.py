@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 from micro_dit.data.shards import ImageEncoderInfo, Manifest, TextEncoderInfo
 from micro_dit.models.dit import abstract_params
 from micro_dit.parallel.chips import CHIPS
-from micro_dit.train import make_recipe, make_train_step, network_of, with_mask_ratio
+from micro_dit.train import make_train_step, network_of
 from micro_dit.training.cost import plan
 from micro_dit.training.phases import make_phases
+from micro_dit.training.recipe import make_recipe, with_mask_ratio
 from micro_dit.training.state import TrainState
 
 MASK75 = tiny.CONFIGS / "mask75.py"

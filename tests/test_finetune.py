@@ -19,10 +19,11 @@ from micro_dit.evaluation.heldout import make_heldout_loss
 from micro_dit.interop.model_folder import save_model_folder
 from micro_dit.models.dit import abstract_params, bind, make_config
 from micro_dit.starting_point import Start, load_start, run_params
-from micro_dit.train import make_recipe, train
+from micro_dit.train import train
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.lora import LoRA
 from micro_dit.training.metrics import read_metrics
+from micro_dit.training.recipe import make_recipe
 
 NETWORK = tiny.network()
 RANK, ALPHA, TARGETS = 2, 8.0, r"attn\.qkv\.kernel$"

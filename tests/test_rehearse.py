@@ -23,8 +23,8 @@ from micro_dit.parallel.chips import CHIPS
 from micro_dit.parallel.collectives import Traffic
 from micro_dit.parallel.compile_ahead import Compiled, Topology
 from micro_dit.parallel.mesh import make_mesh
-from micro_dit.train import make_recipe
 from micro_dit.training.phases import Phase, make_phases
+from micro_dit.training.recipe import make_recipe
 from micro_dit.training.state import TrainState
 
 ROOT = Path(__file__).parent.parent

@@ -18,8 +18,9 @@ from micro_dit.models.dit import abstract_params
 from micro_dit.parallel import sharding
 from micro_dit.parallel.compilation import compiler_options
 from micro_dit.parallel.mesh import AXES, batch_sharding, check_batch, make_mesh, replicated, to_device
-from micro_dit.train import Recipe, abstract_state_of, lowered_arguments
+from micro_dit.train import abstract_state_of, lowered_arguments
 from micro_dit.training.phases import Phase
+from micro_dit.training.recipe import Recipe
 from micro_dit.training.state import TrainState, init_state
 
 STEPS = 3

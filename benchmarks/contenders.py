@@ -63,7 +63,7 @@ class Setting:
     gpu: bool = False
 
     def network(self) -> Any:
-        from micro_dit.models.dit import make_config
+        from micro_dit.models.config import make_config
 
         return make_config(self.size, **self.fields)
 

@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.contenders import Contender, Failed, OutOfTime, Setting, describe_machine, twin_is_there
 from micro_dit.models.flops import training_flops
 from micro_dit.models.quantization import FORMATS
-from micro_dit.parallel.chips import chip_of
+from micro_dit.planning.chips import chip_of
 
 OURS, TWIN = "micro_dit", "twin"
 MODULES = {OURS: "benchmarks.jax_jobs", TWIN: "benchmarks.torch_jobs"}

@@ -24,14 +24,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from micro_dit.diffusion import edm
-from micro_dit.models.dit import DiTConfig, abstract_params, bind, make_config
+from micro_dit.models.config import DiTConfig, make_config
+from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.embeddings import position_table
 from micro_dit.models.flops import training_flops
 from micro_dit.models.layers import SwiGLU, attend
 from micro_dit.models.masking import drop_tokens, random_mask, restore_tokens
 from micro_dit.models.moe import ExpertChoiceFFN
-from micro_dit.parallel.compilation import compiler_options
-from micro_dit.parallel.padding import matrix_products, operations
+from micro_dit.parallel.cpu import compiler_options
+from micro_dit.planning.mxu_padding import matrix_products, operations
 
 CAPTION_TOKENS = 77
 SIDES = (16, 24, 32, 48, 64)  # of the grid of tokens: 256 to 4,096
@@ -204,8 +205,8 @@ def plot(steps: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str, Any]],
     import matplotlib
     from matplotlib.figure import Figure
 
-    from micro_dit.evaluation.grids import PAPER, STYLE
     from micro_dit.evaluation.isoflop import COLORS
+    from micro_dit.images import PAPER, STYLE
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 3.8), dpi=110, facecolor=PAPER, layout="constrained")

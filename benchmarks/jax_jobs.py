@@ -21,7 +21,7 @@ from micro_dit.errors import UserError
 from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.masking import drop_tokens, random_mask, restore_tokens
 from micro_dit.models.moe import ExpertChoiceFFN
-from micro_dit.parallel.compilation import compiler_options, keep_memory
+from micro_dit.parallel.cpu import compiler_options, keep_memory
 from micro_dit.train import make_train_step
 from micro_dit.training.phases import Phase
 from micro_dit.training.recipe import Recipe

@@ -39,7 +39,8 @@ def write_records(folder: Path, records: int) -> None:
     from streaming import MDSWriter
 
     from micro_dit.data.shard_writer import ShardFileWriter, latent_statistics, shard_name, write_manifest
-    from micro_dit.data.shards import ImageEncoderInfo, Manifest, Record, TextEncoderInfo, record_fields
+    from micro_dit.data.shards import Manifest, Record, record_fields
+    from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 
     vae, text = ImageEncoderInfo("noise", "0", 4, 8), TextEncoderInfo("noise", "0", *CAPTION)
     fields = record_fields((RESOLUTION,), "sample", vae, text)

@@ -27,8 +27,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from micro_dit.data.decoding import Decoders, prepare_example
-from micro_dit.data.preparation import Settings
+from micro_dit.data.preparation.stages import Settings
+from micro_dit.data.preparation.workers import Decoders, prepare_example
 from micro_dit.data.shard_writer import ShardFileWriter
 from micro_dit.data.shards import Record
 from micro_dit.data.sources import Example, Source, open_source

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from micro_dit.diffusion.samplers import noise_levels
 from micro_dit.interop.torch_checkpoint import to_state_dict
-from micro_dit.models.dit import BlockShape, DiTConfig
+from micro_dit.models.config import BlockShape, DiTConfig
 from micro_dit.models.embeddings import position_table
 from micro_dit.models.layers import SwiGLU as OurSwiGLU
 from micro_dit.models.masking import kept_tokens

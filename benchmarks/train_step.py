@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Contender, Setting, describe_machine, twin_is_there
-from micro_dit.models.dit import REMAT, SIZES
+from micro_dit.models.config import REMAT, SIZES
 from micro_dit.models.flops import training_flops
 
 MASK_RATIOS = (0.75, 0.0)

@@ -21,13 +21,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from micro_dit.data.captions import clean_captions
-from micro_dit.data.shards import UNVERIFIED
+from micro_dit.diffusion.generate import Denoising, Inputs, check_steps, draw_noise, to_uint8, turns
 from micro_dit.diffusion.samplers import SAMPLERS, noise_levels, partial_noise_levels
+from micro_dit.encoders.info import UNVERIFIED
 from micro_dit.errors import UserError
-from micro_dit.generator import Denoising, Inputs, check_steps, draw_noise, to_uint8, turns
 from micro_dit.interop.model_folder import VAE, config_from, is_model_folder, load_model_folder, read_config
-from micro_dit.models.dit import DiTConfig
-from micro_dit.starting_point import run_params
+from micro_dit.models.config import DiTConfig
+from micro_dit.training.pretrained import run_params
 
 BATCH_SIZE = 4  # images at once
 

@@ -12,15 +12,15 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from micro_dit.command import parse_or_exit, run_command
-from micro_dit.data.mix import parse_mix, read_mix
+from micro_dit.cli import parse_or_exit, run_command
+from micro_dit.data.mixture import parse_mix, read_mix
 from micro_dit.data.shards import MANIFEST, Manifest, record_fields, shards_folder
-from micro_dit.encoders.known import known_image_encoder, known_text_encoder
+from micro_dit.encoders.info import known_image_encoder, known_text_encoder
 from micro_dit.errors import UserError
-from micro_dit.models.dit import DiTConfig
-from micro_dit.parallel.chips import CHIPS
+from micro_dit.models.config import DiTConfig
+from micro_dit.planning.chips import CHIPS
+from micro_dit.planning.cost import lines_of, plan
 from micro_dit.train import network_of
-from micro_dit.training.cost import lines_of, plan
 from micro_dit.training.phases import Phase, make_phases
 from micro_dit.training.recipe import with_mask_ratio
 

@@ -24,7 +24,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from micro_dit.budget import manifest_of
-from micro_dit.command import load_config, run_command
+from micro_dit.cli import load_config, run_command
 from micro_dit.errors import UserError
 from micro_dit.evaluate import Stopped, evaluate
 from micro_dit.evaluation.evaluators import check_names
@@ -33,9 +33,9 @@ from micro_dit.models.dit import abstract_params
 from micro_dit.models.flops import training_flops
 from micro_dit.train import network_of, train
 from micro_dit.training.checkpoint import Checkpoints
-from micro_dit.training.interrupt import Interrupt
 from micro_dit.training.phases import make_phases
 from micro_dit.training.recipe import with_mask_ratio
+from micro_dit.training.save_schedule import Interrupt
 
 RESULT = "result.json"
 METRICS = ("heldout_loss", "domain")

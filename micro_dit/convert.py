@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from micro_dit.command import run_command
+from micro_dit.cli import run_command
 from micro_dit.errors import UserError
 from micro_dit.interop.model_folder import (
     config_from,
@@ -24,7 +24,7 @@ from micro_dit.interop.model_folder import (
 )
 from micro_dit.interop.tensor_files import read_tensors, write_safetensors, write_torch
 from micro_dit.interop.torch_checkpoint import from_state_dict, recognize, to_state_dict, without_wrappers
-from micro_dit.models.dit import DiTConfig
+from micro_dit.models.config import DiTConfig
 
 # What the release was trained with: the autoencoder by its channels, the text encoder and its tokens by its channels.
 VAES = {4: "stabilityai/stable-diffusion-xl-base-1.0", 16: "ostris/vae-kl-f8-d16"}
@@ -120,7 +120,7 @@ def to_torch(
 
 def _load(workdir: Path, step: int | None) -> tuple[Mapping[str, np.ndarray], DiTConfig, str]:
     """Parameters, configuration, and what they are of."""
-    from micro_dit.starting_point import run_params
+    from micro_dit.training.pretrained import run_params
 
     if is_model_folder(workdir):
         if step is not None:

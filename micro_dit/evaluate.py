@@ -18,9 +18,9 @@ from absl import app, flags
 from jax.experimental import multihost_utils
 
 from micro_dit.api import Model, load
-from micro_dit.command import run_command
+from micro_dit.cli import run_command
 from micro_dit.data.captions import clean_captions
-from micro_dit.data.mix import read_mix
+from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split
 from micro_dit.encoders.image import load_image_encoder
 from micro_dit.errors import UserError
@@ -30,7 +30,6 @@ from micro_dit.evaluation.coco import read_coco_prompts
 from micro_dit.evaluation.domain import check_prompts, real_images
 from micro_dit.evaluation.drawing import Drawing
 from micro_dit.evaluation.evaluators import OF_IMAGES, Evaluators, check_names
-from micro_dit.evaluation.heldout import make_heldout_loss
 from micro_dit.evaluation.image_sets import (
     FromFiles,
     Settings,
@@ -42,13 +41,14 @@ from micro_dit.evaluation.image_sets import (
 )
 from micro_dit.evaluation.measures import Measure, Measures
 from micro_dit.evaluation.report_page import write_report
+from micro_dit.evaluation.validation_loss import make_heldout_loss
 from micro_dit.interop.model_folder import is_model_folder, read_config
 from micro_dit.parallel import distributed
 from micro_dit.parallel.mesh import batch_sharding, make_mesh, replicated
 from micro_dit.sample import read_prompts
-from micro_dit.training.interrupt import Interrupt
 from micro_dit.training.phases import Phase, make_phases
 from micro_dit.training.progress import Progress
+from micro_dit.training.save_schedule import Interrupt
 
 METRICS = ("heldout_loss", *OF_IMAGES, "geneval")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
 
-from micro_dit.command import run_command
+from micro_dit.cli import run_command
 from micro_dit.diffusion.samplers import SAMPLERS
 from micro_dit.encoders.hub import ASSETS, HUB_NAME
 from micro_dit.errors import UserError
@@ -73,7 +73,7 @@ def export(
             setting makes no sense.
     """
     from micro_dit.api import load
-    from micro_dit.generator import check_steps
+    from micro_dit.diffusion.generate import check_steps
     from micro_dit.interop.model_card import model_card
 
     workdir, out = Path(workdir), Path(out).resolve()

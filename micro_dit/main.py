@@ -7,10 +7,10 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from micro_dit.command import parse_or_exit, run_command
+from micro_dit.cli import parse_or_exit, run_command
 from micro_dit.errors import UserError
 from micro_dit.parallel import distributed
-from micro_dit.parallel.compilation import keep_memory
+from micro_dit.parallel.cpu import keep_memory
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe, e.g. configs/mask75.py or configs/mask75.py:xl.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<name of the config>.")

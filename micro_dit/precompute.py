@@ -20,19 +20,12 @@ from functools import partial
 from absl import app, flags
 
 from micro_dit.data.captions import CLEANING_VERSION, clean_caption
-from micro_dit.data.decoding import Decoders
-from micro_dit.data.plan import Plan
-from micro_dit.data.preparation import Encoders, Job, Progress, Settings, make_parts
-from micro_dit.data.shards import (
-    FORMAT_VERSION,
-    POSTERIORS,
-    ImageEncoderInfo,
-    Manifest,
-    TextEncoderInfo,
-    read_manifest,
-    record_fields,
-)
+from micro_dit.data.preparation.journal import Plan
+from micro_dit.data.preparation.stages import Encoders, Job, Progress, Settings, make_parts
+from micro_dit.data.preparation.workers import Decoders
+from micro_dit.data.shards import FORMAT_VERSION, POSTERIORS, Manifest, read_manifest, record_fields
 from micro_dit.data.sources import Slice, Source, open_source
+from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 from micro_dit.errors import UserError
 
 # Each decoding process imports this module once more: what brings jax is imported where it is used.
@@ -285,7 +278,7 @@ def encode(values: flags.FlagValues) -> None:
 
 def convert(values: flags.FlagValues) -> None:
     """Converts latents that the public release has prepared; what they hold was decided then."""
-    from micro_dit.data.mds import convert_mds
+    from micro_dit.data.preparation.mds import convert_mds
 
     for name in ("posterior", "minimum_side", "caption_tokens", "clean_captions", "validation", "dtype", "seed"):
         if values[name].present:
@@ -333,7 +326,7 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    from micro_dit.command import run_command  # brings jax
+    from micro_dit.cli import run_command  # brings jax
 
     define_flags()
     app.run(lambda argv: sys.exit(run_command(main, argv)))

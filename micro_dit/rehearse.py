@@ -22,20 +22,20 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from micro_dit.budget import manifest_of
-from micro_dit.command import parse_or_exit, run_command
+from micro_dit.cli import parse_or_exit, run_command
+from micro_dit.diffusion.generate import MAX_BATCH, Denoising
 from micro_dit.errors import UserError
-from micro_dit.generator import MAX_BATCH, Denoising
-from micro_dit.models.dit import DiTConfig
+from micro_dit.models.config import DiTConfig
 from micro_dit.models.flops import training_flops
-from micro_dit.parallel import compile_ahead as ahead
 from micro_dit.parallel import mesh as meshes
-from micro_dit.parallel.chips import CHIPS, Chip, measure_chip
-from micro_dit.parallel.collectives import Traffic
-from micro_dit.parallel.compile_ahead import Compiled, Topology, compile_ahead, describe_devices
-from micro_dit.parallel.padding import MATRIX_UNITS, padding
 from micro_dit.parallel.sharding import bytes_per_device
+from micro_dit.planning import aot as ahead
+from micro_dit.planning.aot import Compiled, Topology, compile_ahead, describe_devices
+from micro_dit.planning.chips import CHIPS, Chip, measure_chip
+from micro_dit.planning.collectives import Traffic
+from micro_dit.planning.cost import lines_of
+from micro_dit.planning.mxu_padding import MATRIX_UNITS, padding
 from micro_dit.train import lowered_arguments, network_of
-from micro_dit.training.cost import lines_of
 from micro_dit.training.phases import Phase, make_phases
 from micro_dit.training.recipe import Recipe, make_recipe, with_mask_ratio
 

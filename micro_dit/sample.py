@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from absl import app, flags
 
-from micro_dit.command import run_command
+from micro_dit.cli import run_command
 from micro_dit.diffusion.samplers import SAMPLERS
 from micro_dit.errors import UserError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     from micro_dit.api import load
-    from micro_dit.evaluation.grids import caption_grid, save_png
+    from micro_dit.images import caption_grid, save_png
 
     if len(argv) > 1:
         raise UserError(f"unknown argument {argv[1]!r}; see --help.")

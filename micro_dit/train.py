@@ -17,36 +17,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from micro_dit.data.mix import read_mix
+from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split, make_train_iterator
 from micro_dit.data.shards import Manifest
 from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
 from micro_dit.evaluation.during_training import make_training_evaluation
-from micro_dit.evaluation.heldout import make_heldout_loss
-from micro_dit.models.dit import DiTConfig, abstract_params, bind, make_config
+from micro_dit.evaluation.previews import Previews
+from micro_dit.evaluation.validation_loss import make_heldout_loss
+from micro_dit.models.config import DiTConfig, make_config
+from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.flops import training_flops
 from micro_dit.models.masking import random_mask
 from micro_dit.models.moe import anywhere
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel import sharding
-from micro_dit.parallel.chips import Chip, chip_of, measure_chip
-from micro_dit.parallel.compilation import compiler_options
+from micro_dit.parallel.cpu import compiler_options
 from micro_dit.parallel.distributed import main_first
-from micro_dit.starting_point import has_checkpoints, load_start, load_under, place
+from micro_dit.planning.chips import Chip, chip_of, measure_chip
+from micro_dit.rng import stream
 from micro_dit.training import report
 from micro_dit.training.checkpoint import Checkpoints
-from micro_dit.training.ema import update_ema
-from micro_dit.training.interrupt import Interrupt
 from micro_dit.training.metrics import MetricWriter
+from micro_dit.training.optimizer import update_ema
 from micro_dit.training.phases import Phase, make_phases, phase_starts
-from micro_dit.training.previews import Previews
+from micro_dit.training.pretrained import has_checkpoints, load_start, load_under, place
 from micro_dit.training.progress import Progress
 from micro_dit.training.recipe import Recipe, make_recipe, with_mask_ratio
-from micro_dit.training.saving import Saving
-from micro_dit.training.state import TrainState, abstract_state, enter_phase, init_state, state_from, stream
+from micro_dit.training.save_schedule import Interrupt, Saving
+from micro_dit.training.shards import prepare_shards
+from micro_dit.training.state import TrainState, abstract_state, enter_phase, init_state, state_from
 from micro_dit.training.workdir import claim_workdir
-from micro_dit.training_shards import prepare_shards
 
 Metrics = dict[str, jax.Array]
 

@@ -37,8 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of noise at 64 and 128 px; see tests/tiny.py."""
-    import tiny
+    """Shards of noise at 64 and 128 px; see tests/helpers/tiny.py."""
+    from tests.helpers import tiny
 
     return tiny.write_shards(tmp_path_factory.mktemp("tiny") / "shards", (64, 128))
 
@@ -46,8 +46,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of a tiny run that nothing disturbed; copy it before changing anything in it."""
-    import tiny
-
     from micro_dit.train import train
+    from tests.helpers import tiny
 
     return train(tiny.get_config(str(tiny_shards)), tmp_path_factory.mktemp("finished") / "run")

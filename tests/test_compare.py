@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from micro_dit import compare as command
 from micro_dit.compare import compare, fit_steps, plan_runs, read_config
-from micro_dit.data.shards import ImageEncoderInfo
 from micro_dit.encoders.image import load_image_encoder
+from micro_dit.encoders.info import ImageEncoderInfo
 from micro_dit.errors import UserError
 from micro_dit.evaluate import Stopped
 from micro_dit.evaluation.isoflop import grouped, table
+from tests.helpers import tiny
 
 BUDGET = 2e8
 CONFIG_FILE = """
-import tiny
+from tests.helpers import tiny
 
 def get_config(kind="deferred"):
     config = tiny.get_config({shards!r})

@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
-from micro_dit.data.shards import ImageEncoderInfo, Manifest, TextEncoderInfo
+from micro_dit.data.shards import Manifest
+from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 from micro_dit.models.dit import abstract_params
-from micro_dit.parallel.chips import CHIPS
+from micro_dit.planning.chips import CHIPS
+from micro_dit.planning.cost import plan
 from micro_dit.train import make_train_step, network_of
-from micro_dit.training.cost import plan
 from micro_dit.training.phases import make_phases
 from micro_dit.training.recipe import make_recipe, with_mask_ratio
 from micro_dit.training.state import TrainState
+from tests.helpers import tiny
 
 MASK75 = tiny.CONFIGS / "mask75.py"
 OPENMOJI = json.loads((Path(tiny.CONFIGS).parent / "micro_dit/assets/openmoji_vae/config.json").read_text())

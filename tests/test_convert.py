@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
@@ -20,7 +19,9 @@ from micro_dit import convert
 from micro_dit.errors import UserError
 from micro_dit.interop.model_folder import load_model_folder
 from micro_dit.interop.torch_checkpoint import from_state_dict, to_state_dict
-from micro_dit.models.dit import abstract_params, make_config
+from micro_dit.models.config import make_config
+from micro_dit.models.dit import abstract_params
+from tests.helpers import tiny
 
 # The smallest size that is recognized; all else as in the release's files with 16 channels, at a quarter of their side.
 CONFIG = make_config("Nano", input_size=16, in_channels=16, caption_channels=1024, pos_interp_scale=2.0)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
-from tiny import Blocks, Words
 
 from micro_dit import evaluate as command
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
 from micro_dit.evaluate import Stopped, evaluate
 from micro_dit.evaluation.during_training import make_training_evaluation
+from tests.helpers.tiny import Blocks, Words
 
 STEPS = dict(steps=2, guidance=(2.0,), say=lambda text: None)
 

@@ -17,7 +17,6 @@ from flax import nnx
 from jax import export as jax_export
 from PIL import Image
 from safetensors.numpy import load_file
-from tiny import Words
 
 from micro_dit.api import Model, load
 from micro_dit.encoders import text
@@ -26,6 +25,7 @@ from micro_dit.encoders.image import load_image_encoder, save_autoencoder
 from micro_dit.errors import UserError
 from micro_dit.export import export
 from micro_dit.interop.stablehlo import write_programs
+from tests.helpers.tiny import Words
 
 ROOT = Path(__file__).parent.parent
 ATTRIBUTION = "All emojis designed by OpenMoji, license CC BY-SA 4.0"

@@ -9,21 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
 from micro_dit.api import load
 from micro_dit.data.pipeline import load_split
 from micro_dit.errors import UserError
-from micro_dit.evaluation.heldout import make_heldout_loss
+from micro_dit.evaluation.validation_loss import make_heldout_loss
 from micro_dit.interop.model_folder import save_model_folder
-from micro_dit.models.dit import abstract_params, bind, make_config
-from micro_dit.starting_point import Start, load_start, run_params
+from micro_dit.models.config import make_config
+from micro_dit.models.dit import abstract_params, bind
 from micro_dit.train import train
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.lora import LoRA
 from micro_dit.training.metrics import read_metrics
+from micro_dit.training.pretrained import Start, load_start, run_params
 from micro_dit.training.recipe import make_recipe
+from tests.helpers import tiny
 
 NETWORK = tiny.network()
 RANK, ALPHA, TARGETS = 2, 8.0, r"attn\.qkv\.kernel$"

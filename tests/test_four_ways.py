@@ -13,15 +13,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
-from micro_dit import playground
 from micro_dit.api import load
-from micro_dit.data.shards import UNVERIFIED
-from micro_dit.studio import Studio
+from micro_dit.encoders.info import UNVERIFIED
+from micro_dit.playground import __main__ as playground
+from micro_dit.playground.session import Studio
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.state import TrainState
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parent.parent
 PROMPT, SEED, STEPS, GUIDANCE = "grinning cat", 7, 3, 2.5

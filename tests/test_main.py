@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from micro_dit.command import run_command
+from micro_dit.cli import run_command
 from micro_dit.errors import UserError
 
 ROOT = Path(__file__).parent.parent

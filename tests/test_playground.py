@@ -15,14 +15,14 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import Blocks, Words
 
-from micro_dit import playground
 from micro_dit.api import load
 from micro_dit.diffusion.samplers import SAMPLERS, noise_levels
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
-from micro_dit.studio import MAX_IMAGES, MAX_LETTERS, MAX_STEPS, Settings, Studio, find_checkpoints
+from micro_dit.playground import __main__ as playground
+from micro_dit.playground.session import MAX_IMAGES, MAX_LETTERS, MAX_STEPS, Settings, Studio, find_checkpoints
+from tests.helpers.tiny import Blocks, Words
 
 NEWEST, RAW, MASKED = "step 84, unmasked, average", "step 84, unmasked, raw", "step 48, masked"
 SHORT: dict[str, Any] = dict(

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stub_encoders
-from pictures import QUADRANTS, encoded, png_of_zeros, quadrants
 from PIL import Image
 
 from micro_dit import precompute as command
-from micro_dit.data import preparation
 from micro_dit.data.captions import CLEANING_VERSION, clean_caption
 from micro_dit.data.pipeline import load_split
-from micro_dit.data.preparation import Label, Progress, Settings, make_batches
+from micro_dit.data.preparation.stages import Label, Progress, Settings, make_batches
+from micro_dit.data.preparation.stages import stages as preparation
 from micro_dit.data.shards import Manifest, SplitReader, check_shards, read_manifest
 from micro_dit.data.sources import Example, Item, Reject
 from micro_dit.errors import UserError
+from tests.helpers import stub_encoders
+from tests.helpers.pictures import QUADRANTS, encoded, png_of_zeros, quadrants
 
 REPOSITORY = Path(__file__).parent.parent
 Run = Callable[..., Manifest | None]

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import encoded
 from PIL import Image
 from test_precompute import contents
 
-TESTS = Path(__file__).parent
+from tests.helpers.pictures import encoded
+
+ROOT = Path(__file__).parents[1]
 PARTS, IMAGES = 24, 6
 SECONDS_PER_BATCH = 0.04  # so that there is time to kill
 
@@ -43,8 +44,8 @@ def start(archives: Path, out: Path, *more: str) -> subprocess.Popen:
         f"--source=webdataset:{archives}", f"--out={out}", f"--vae={SECONDS_PER_BATCH}", "--resolutions=16",
         "--batch_size=4", "--workers=1", "--posterior=sample",
     ]  # fmt: skip
-    command = [sys.executable, "stub_encoders.py", *flags, *more]
-    return subprocess.Popen(command, cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "tests.helpers.stub_encoders", *flags, *more]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:

@@ -13,19 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from micro_dit import rehearse
 from micro_dit.errors import UserError
-from micro_dit.models.dit import abstract_params, make_config
+from micro_dit.models.config import make_config
+from micro_dit.models.dit import abstract_params
 from micro_dit.models.flops import training_flops
-from micro_dit.parallel.chips import CHIPS
-from micro_dit.parallel.collectives import Traffic
-from micro_dit.parallel.compile_ahead import Compiled, Topology
 from micro_dit.parallel.mesh import make_mesh
+from micro_dit.planning.aot import Compiled, Topology
+from micro_dit.planning.chips import CHIPS
+from micro_dit.planning.collectives import Traffic
 from micro_dit.training.phases import Phase, make_phases
 from micro_dit.training.recipe import make_recipe
 from micro_dit.training.state import TrainState
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 4096  # in a step of the first phase
@@ -35,7 +36,8 @@ MODEL = dict(dim=256, depth=1, use_patch_mixer=False, multiple_of=64)
 
 
 def run(shards: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "micro_dit.rehearse", f"--config=tests/tiny.py:{shards}", "--topology=cpu:8"]
+    config = f"--config=tests/helpers/tiny.py:{shards}"
+    command = [sys.executable, "-m", "micro_dit.rehearse", config, "--topology=cpu:8"]
     command += [f"--config.model.{name}={value}" for name, value in MODEL.items()]
     command += ["--config.remat=none", "--config.mesh.data=4", "--config.mesh.fsdp=2", "--optimization=O0"]
     command += [f"--config.phases[0].batch_size={IMAGES}", f"--config.phases[1].batch_size={TOO_MANY}", *arguments]

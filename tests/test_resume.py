@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
-from recorded_run import checksum
 
 from micro_dit.data.pipeline import make_train_iterator
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.metrics import read_metrics
+from tests.helpers import tiny
+from tests.helpers.recorded_run import checksum
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 600
@@ -35,8 +35,8 @@ class Loop:
     def __init__(self, shards: Path, workdir: Path, restarts: int):
         self.workdir, self.metrics, self.out = workdir, workdir / "metrics.jsonl", workdir.with_name("out.txt")
         command = [sys.executable, "launch/until_done.py", f"--restarts={restarts}"]
-        command += [sys.executable, "tests/recorded_run.py", workdir.with_name("batches.jsonl")]
-        command += [f"--config=tests/tiny.py:{shards}", f"--workdir={workdir}", "--config.checkpoint_every=4"]
+        command += [sys.executable, "-m", "tests.helpers.recorded_run", workdir.with_name("batches.jsonl")]
+        command += [f"--config=tests/helpers/tiny.py:{shards}", f"--workdir={workdir}", "--config.checkpoint_every=4"]
         with open(self.out, "w") as out:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=out, stderr=out

@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
-from tiny import Blocks, Words
 
-from micro_dit import generator as generators
 from micro_dit import sample
 from micro_dit.api import Model, load
 from micro_dit.diffusion import edm
+from micro_dit.diffusion import generate as generators
+from micro_dit.diffusion.generate import Denoising, Generator, Inputs, draw_noise, to_uint8
 from micro_dit.diffusion.guidance import guide
 from micro_dit.diffusion.samplers import SAMPLERS, heun, noise_levels
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
-from micro_dit.generator import Denoising, Generator, Inputs, draw_noise, to_uint8
 from micro_dit.interop.model_folder import save_model_folder
+from tests.helpers import tiny
+from tests.helpers.tiny import Blocks, Words
 
 CONFIG = tiny.network()
 CAPTIONS = np.random.default_rng(0).standard_normal((4, 4, 12)).astype(np.float32)

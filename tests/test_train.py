@@ -14,21 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from ml_collections import ConfigDict
 
 from micro_dit import train as loop
 from micro_dit.data.shards import read_manifest
 from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
+from micro_dit.evaluation.previews import Previews
 from micro_dit.models.masking import TokenMask
 from micro_dit.train import make_train_step, train
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.metrics import read_metrics
 from micro_dit.training.phases import Phase
-from micro_dit.training.previews import Previews
 from micro_dit.training.recipe import Recipe
 from micro_dit.training.state import TrainState
+from tests.helpers import tiny
 
 RECIPE = Recipe(sigma_data=0.9, caption_drop=0.1, dtype="float32", remat="dots", adam={})
 NETWORK = tiny.network()

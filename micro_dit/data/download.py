@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from tqdm import tqdm
 
-from micro_dit.data.shard_writer import disk_errors
 from micro_dit.errors import UserError
+from micro_dit.files import disk_errors
 
 if TYPE_CHECKING:
     import requests

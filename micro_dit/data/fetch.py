@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from micro_dit.command import run_command
+from micro_dit.cli import run_command
 from micro_dit.data.download import RemoteFile, download_all, first_line, is_whole, refused
 from micro_dit.errors import UserError
 

@@ -14,20 +14,20 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from micro_dit.command import run_command
+from micro_dit.cli import run_command
 from micro_dit.data.pipeline import load_split
-from micro_dit.data.plan import PARTS, PLAN
+from micro_dit.data.preparation.journal import PARTS, PLAN
 from micro_dit.data.shards import (
     MANIFEST,
     REJECTS,
     STD_FACTOR,
-    UNVERIFIED,
     Manifest,
     Tally,
     check_shards,
     read_manifest,
     shards_folder,
 )
+from micro_dit.encoders.info import UNVERIFIED
 from micro_dit.errors import UserError
 
 IDS_SHOWN = 5
@@ -116,7 +116,7 @@ def contact_sheet(folder: str | Path, out: str | Path, split: str, images: int, 
             damaged.
     """
     from micro_dit.encoders.image import load_image_encoder
-    from micro_dit.evaluation.grids import caption_grid, save_png
+    from micro_dit.images import caption_grid, save_png
 
     manifest = read_manifest(folder)
     encoder = load_image_encoder(vae or manifest.vae.name)

@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from micro_dit.data.mix import Mix, deal, read_mix
+from micro_dit.data.mixture import Mix, deal, read_mix
 from micro_dit.data.shards import Manifest, Record, SplitReader
 from micro_dit.errors import UserError
 
@@ -39,7 +39,7 @@ def make_train_iterator(
     also with another number of processes.
 
     Args:
-        shards: a folder made by micro_dit.precompute, or a mix of folders (see micro_dit/data/mix.py).
+        shards: a folder made by micro_dit.precompute, or a mix of folders (see micro_dit/data/mixture.py).
         split: one of their splits.
         resolution: side of the images in pixels; chooses among the latents of a record.
         batch_size: images per batch B, of all processes together.

@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,7 +13,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from micro_dit.data.shards import MANIFEST, Field, Manifest, Record, ShardFile, pack_record
-from micro_dit.errors import UserError
+from micro_dit.files import disk_errors, write_atomically
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # latents do not compress, and a record of its own is found by one seek
 
@@ -116,35 +115,6 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """
     splits = {split: tuple(file for file in files if file.records) for split, files in manifest.splits.items()}
     write_atomically(Path(folder) / MANIFEST, dataclasses.replace(manifest, splits=splits).to_json())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8 that is seen whole or not at all, also after a power cut.
-
-    Raises:
-        UserError: the disk is full, or another failure of writing.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    with disk_errors(path):
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a failure to write `path` into a UserError; ArrayRecord reports those as RuntimeErrors."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-            message in str(error) for message in ("No space left", "quota exceeded")
-        )
-        if full:
-            raise UserError(f"The disk is full at {path.parent}: free space there, and run again.") from error
-        raise UserError(f"Cannot write {path} ({error}): correct that, and run again.") from error
 
 
 def latent_statistics(sums: Iterable[LatentSums]) -> dict[str, dict[str, list[float]]]:

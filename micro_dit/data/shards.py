@@ -25,19 +25,19 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 
+from micro_dit.encoders.info import UNVERIFIED, Encoder, ImageEncoderInfo, TextEncoderInfo
 from micro_dit.errors import UserError
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
 POSTERIORS = ("mean_std", "sample")
-UNVERIFIED = "unverified"  # fingerprint of an encoder of which only the name is known
 HEADER = struct.Struct("<4sIII")
 CAPTION_BYTES = np.dtype("<u4")
 MAGIC = b"mDiT"
@@ -72,42 +72,6 @@ class Field:
     def bytes_in(self, captions: int) -> int:
         """Size of the array in a record with so many captions."""
         return captions * self.bytes if self.per_caption else self.bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageEncoderInfo:
-    """The image encoder that made the latents; `downsample` is pixels per latent, along each side."""
-
-    name: str
-    fingerprint: str
-    channels: int
-    downsample: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TextEncoderInfo:
-    """The text encoder that made the caption embeddings."""
-
-    name: str
-    fingerprint: str
-    tokens: int
-    channels: int
-
-
-class Encoder(Protocol):
-    """An encoder, or what a manifest says of one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def fingerprint(self) -> str: ...
-
-
-def same_encoder(one: Encoder, other: Encoder) -> bool:
-    """Whether two encoders have the same fingerprint, or, if one is not known, the same name."""
-    if UNVERIFIED in (one.fingerprint, other.fingerprint):
-        return one.name == other.name
-    return one.fingerprint == other.fingerprint
 
 
 @dataclasses.dataclass(frozen=True)

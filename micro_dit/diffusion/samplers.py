@@ -5,7 +5,7 @@ are DDIM's (Song et al. 2020, arXiv 2010.02502): one method, two names. DPM-Solv
 (arXiv 2211.01095, algorithm 2), with alpha = 1 and lambda = -ln sigma.
 
 A sampler is a table with a row for each call of the denoiser, and what is done in a call: so it can be run as one
-compiled scan (`heun`, `euler`, `dpmpp_2m`) or call by call (micro_dit/generator.py).
+compiled scan (`heun`, `euler`, `dpmpp_2m`) or call by call (micro_dit/diffusion/generate.py).
 """
 
 import itertools

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import app
 
-from micro_dit.command import run_command
+from micro_dit.cli import run_command
 from micro_dit.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

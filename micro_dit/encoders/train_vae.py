@@ -26,7 +26,7 @@ import optax
 from absl import app, flags
 from flax import nnx
 
-from micro_dit.command import run_command
+from micro_dit.cli import run_command
 from micro_dit.data.sources.openmoji import OpenMoji
 from micro_dit.encoders.autoencoder import AutoencoderConfig, AutoencoderKL
 from micro_dit.encoders.image import ImageEncoder, load_parameters, save_autoencoder

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from micro_dit.data.mix import read_mix
+from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split
 from micro_dit.errors import UserError
 from micro_dit.evaluation.fid import frechet_distance, statistics

@@ -12,10 +12,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from micro_dit.diffusion import edm
+from micro_dit.diffusion.generate import check_steps, draw_noise, to_uint8
 from micro_dit.diffusion.guidance import extrapolate
 from micro_dit.diffusion.samplers import heun, noise_levels
-from micro_dit.generator import check_steps, draw_noise, to_uint8
-from micro_dit.models.dit import DiTConfig, Params, bind
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import Params, bind
 from micro_dit.parallel.mesh import BATCH_AXES, batch_sharding, replicated
 
 

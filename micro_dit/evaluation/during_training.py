@@ -12,7 +12,8 @@ from micro_dit.errors import UserError
 from micro_dit.evaluation.domain import real_images
 from micro_dit.evaluation.evaluators import Evaluators
 from micro_dit.evaluation.image_sets import InMemory, numbered
-from micro_dit.models.dit import DiTConfig, Params
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import Params
 
 
 def make_training_evaluation(
@@ -55,8 +56,8 @@ def make_training_evaluation(
     Raises:
         UserError: something that a metric needs is missing.
     """
+    from micro_dit.diffusion.generate import Generator
     from micro_dit.encoders.image import load_image_encoder
-    from micro_dit.generator import Generator
 
     if not every:
         return None

@@ -192,7 +192,7 @@ def draw_missing(
     Returns:
         Whether all images of this share are there.
     """
-    from micro_dit.evaluation.grids import save_png
+    from micro_dit.images import save_png
 
     missing = [i for i, file in enumerate(files) if not file.exists()]
     # Processes that start at other moments see other files: what is whose must not depend on what is there.

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from micro_dit.evaluation.grids import PAPER, STYLE
+from micro_dit.images import PAPER, STYLE
 
 Result = Mapping[str, Any]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from micro_dit.evaluation.grids import FAINT, HELDOUT, HELDOUT_EMA, INK, PAPER, TRAIN
 from micro_dit.evaluation.image_sets import SETTINGS_FILE
 from micro_dit.evaluation.measures import Measure, Measures
+from micro_dit.images import FAINT, HELDOUT, HELDOUT_EMA, INK, PAPER, TRAIN
 
 REPORT_FILE = "report.html"
 SHOWN, COMPARED = 24, 8  # images of a set, and of those that are shown at every scale of guidance

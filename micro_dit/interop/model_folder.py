@@ -15,7 +15,8 @@ import numpy as np
 
 from micro_dit.errors import UserError
 from micro_dit.interop.tensor_files import write_safetensors
-from micro_dit.models.dit import DiTConfig, abstract_params
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import abstract_params
 
 FORMAT, VERSION = "micro_dit model", 1
 # What is told of a model: the data's standard deviation, the encoders' names, tokens of a caption, how captions are

@@ -24,7 +24,8 @@ from micro_dit.encoders.autoencoder import AutoencoderConfig, AutoencoderKL
 from micro_dit.encoders.image import latent_scaling, present_name
 from micro_dit.encoders.weights import to_parameters
 from micro_dit.errors import UserError
-from micro_dit.models.dit import DiTConfig, abstract_params, bind
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import abstract_params, bind
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SIGNATURE, SAMPLER_STEP, DECODER = "signature.json", "sampler_step.bin", "decoder.bin"

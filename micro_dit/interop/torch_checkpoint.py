@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from micro_dit.errors import UserError
-from micro_dit.models.dit import SIZES, DiTConfig, abstract_params, make_config
+from micro_dit.models.config import SIZES, DiTConfig, make_config
+from micro_dit.models.dit import abstract_params
 from micro_dit.models.embeddings import position_table
 
 # Applied in order to one of our names; the order matters only where a pattern is a prefix of another.

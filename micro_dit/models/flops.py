@@ -7,7 +7,7 @@ N tokens · K kept tokens · T tokens a block sees · D backbone width · M mixe
 F hidden width · L caption tokens · E experts.
 """
 
-from micro_dit.models.dit import BlockShape, DiTConfig
+from micro_dit.models.config import BlockShape, DiTConfig
 from micro_dit.models.layers import SwiGLU
 from micro_dit.models.masking import kept_tokens
 from micro_dit.models.moe import tokens_per_expert

@@ -105,7 +105,7 @@ def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """This process's rows of a batch as global arrays, split over the mesh.
 
     On a CPU they are waited for: only a step whose arguments are all there runs in the thread that asks for it, and so
-    keeps its memory (see `micro_dit.parallel.compilation.keep_memory`).
+    keeps its memory (see `micro_dit.parallel.cpu.keep_memory`).
     """
     sharding, shares = batch_sharding(mesh), share_of_batch(mesh)[1]
     arrays = {

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from micro_dit.models.dit import Params
+
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """optax's, but by one factor, so that the compiled step need not write clipped gradients down."""
@@ -30,3 +32,12 @@ def make_optimizer(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
         optax.add_decayed_weights(weight_decay),
     )
+
+
+def update_ema(ema: Params, params: Params, decay: float, active: jax.Array | bool = True) -> Params:
+    """decay·ema + (1 - decay)·params; a copy of the parameters while not `active`.
+
+    It starts as a copy, so it needs no correction of its bias. Written as ema + (1 - decay)·(params - ema), whose small
+    second term float32 keeps where decay is close to 1.
+    """
+    return jax.tree.map(lambda e, p: jnp.where(active, e + jnp.float32(1 - decay) * (p - e), p), ema, params)

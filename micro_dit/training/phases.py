@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from micro_dit.errors import UserError
-from micro_dit.models.dit import MASK_POSITIONS
+from micro_dit.models.config import MASK_POSITIONS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from micro_dit.errors import UserError
-from micro_dit.models.dit import REMAT
+from micro_dit.models.config import REMAT
 from micro_dit.models.quantization import check_format
 from micro_dit.parallel import mesh as meshes
 from micro_dit.training.lora import LoRA, make_lora

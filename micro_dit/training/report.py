@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from micro_dit.models.dit import DiTConfig
-from micro_dit.parallel.chips import Chip
-from micro_dit.training.cost import plan
+from micro_dit.models.config import DiTConfig
+from micro_dit.planning.chips import Chip
+from micro_dit.planning.cost import plan
 from micro_dit.training.phases import Phase
 
 
@@ -82,7 +82,8 @@ def finish(workdir: Path, phases: Sequence[tuple[str, int, int]], meta: Mapping[
     """
     from PIL import Image
 
-    from micro_dit.evaluation.grids import plot_curves, save_gif
+    from micro_dit.images import save_gif
+    from micro_dit.training.curves import plot_curves
     from micro_dit.training.metrics import read_metrics
 
     made = []

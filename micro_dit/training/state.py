@@ -1,6 +1,5 @@
 """Everything that a training step changes, and the random streams it draws from."""
 
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from micro_dit.models.dit import DiTConfig, Params, abstract_params, init_params
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import Params, abstract_params, init_params
+from micro_dit.rng import stream
 from micro_dit.training.lora import LoRA
 
 
@@ -94,9 +95,3 @@ def enter_phase(
         return TrainState(state.step, state.params, opt_state, ema if with_ema else None)
 
     return jax.jit(enter, out_shardings=sharding)(state)
-
-
-def stream(key: jax.Array, name: str, step: jax.Array | int | None = None) -> jax.Array:
-    """The key of a named random stream, at a step if one is given: independent of every other name and step."""
-    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-    return key if step is None else jax.random.fold_in(key, step)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import gpu, train_step
 from benchmarks.contenders import Contender, Failed, OutOfTime, Setting
 from micro_dit.models.flops import training_flops
-from micro_dit.parallel.chips import CHIPS
+from micro_dit.planning.chips import CHIPS
 
 SETTING = Setting("Nano", {"input_size": 8}, 0.75, batch_size=4)
 

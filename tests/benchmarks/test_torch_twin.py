@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from micro_dit.diffusion import edm
 from micro_dit.interop.torch_checkpoint import release_name, release_shapes, to_release_layout
-from micro_dit.models.dit import DiTConfig, bind
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import bind
 from micro_dit.models.masking import TokenMask, mask_from_noise
 from micro_dit.training.optimizer import make_optimizer
+from tests.helpers import tiny
 
 torch = pytest.importorskip("torch", reason="the twin is written in PyTorch: pip install torch")
 torch_twin = importlib.import_module("benchmarks.torch_twin")

@@ -3,10 +3,10 @@ import warnings
 
 import numpy as np
 import pytest
-from pictures import QUADRANTS, encoded, png_of_zeros, quadrants
 from PIL import Image, ImageOps
 
 from micro_dit.data.images import UnusableImage, center_crop, crop_image, to_rgb
+from tests.helpers.pictures import QUADRANTS, encoded, png_of_zeros, quadrants
 
 GRAYS = np.array([[10, 90], [170, 250]], np.uint8)
 

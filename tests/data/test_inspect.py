@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from micro_dit.data import inspect
-from micro_dit.data.plan import PartReport, Plan
-from micro_dit.data.shards import ImageEncoderInfo, Record, Tally, record_fields
+from micro_dit.data.preparation.journal import PartReport, Plan
+from micro_dit.data.shards import Record, Tally, record_fields
 from micro_dit.encoders import image
+from micro_dit.encoders.info import ImageEncoderInfo
 from micro_dit.errors import UserError
+from tests.helpers import tiny
 
 VAE = ImageEncoderInfo("flat", "0123", channels=3, downsample=8)
 REJECTS = [("a", "image is too small"), ("b", "no caption"), ("c", "image is too small")]

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 
-from micro_dit.data.mix import deal, parse_mix, read_mix
+from micro_dit.data.mixture import deal, parse_mix, read_mix
 from micro_dit.data.pipeline import load_split, make_train_iterator
-from micro_dit.data.shards import ImageEncoderInfo, Record, TextEncoderInfo, read_manifest
+from micro_dit.data.shards import Record, read_manifest
+from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 from micro_dit.errors import UserError
+from tests.helpers import tiny
 
 VAE = ImageEncoderInfo("tiny", "0123", channels=8, downsample=8)
 TEXT = TextEncoderInfo("letters", "4567", tokens=4, channels=6)

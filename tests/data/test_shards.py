@@ -6,24 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
 from micro_dit.data import shard_writer, shards
 from micro_dit.data.shard_writer import ShardFileWriter, latent_statistics, shard_name, write_manifest
 from micro_dit.data.shards import (
-    ImageEncoderInfo,
     Manifest,
     Record,
     SplitReader,
     Tally,
-    TextEncoderInfo,
     check_shards,
     pack_record,
     parse_record,
     read_manifest,
     record_fields,
 )
+from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 from micro_dit.errors import UserError
+from tests.helpers import tiny
 
 VAE = ImageEncoderInfo("tiny", "0123", channels=8, downsample=8)
 TEXT = TextEncoderInfo("letters", "4567", tokens=4, channels=6)

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from published import CLIP_SIZES, open_clip_tensors, rewrite, write_clip, write_open_clip
 from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig
 
 from micro_dit.encoders.clip_tokenizer import ClipTokenizer
 from micro_dit.encoders.text import load_text_encoder
 from micro_dit.errors import UserError
+from tests.helpers.published import CLIP_SIZES, open_clip_tensors, rewrite, write_clip, write_open_clip
 
 CAPTIONS = ["A photo of  the cat", "a cat! 🐈 &amp; the DOG's 123 photos", "the cat of the cat of the cat of the cat"]
 TOKENS = 20

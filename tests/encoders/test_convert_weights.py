@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from published import open_clip_tensors, write_clip, write_open_clip, write_t5
 from safetensors.torch import load_file
 
 from micro_dit.encoders.convert_weights import convert_weights, safetensors_name
 from micro_dit.encoders.text import load_text_encoder
 from micro_dit.errors import UserError
+from tests.helpers.published import open_clip_tensors, write_clip, write_open_clip, write_t5
 
 
 def test_a_converted_tower_is_the_same(tmp_path: Path):

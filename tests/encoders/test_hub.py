@@ -127,7 +127,7 @@ def test_without_a_network_the_cache_is_used(cache: Path):
 
 def test_text_towers_are_found_in_the_cache(cache: Path):
     pytest.importorskip("torch")
-    from published import write_clip, write_open_clip
+    from tests.helpers.published import write_clip, write_open_clip
 
     pipeline = cached(cache, "owner/pipeline")
     reference = write_clip(pipeline / "text_encoder_2", tokenizer=pipeline / "tokenizer_2")

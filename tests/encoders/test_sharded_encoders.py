@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from published import write_clip
+from tests.helpers.published import write_clip
 
 FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 

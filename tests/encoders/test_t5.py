@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from published import rewrite, write_t5
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5TokenizerFast
 
 from micro_dit.encoders.text import TextEncoder, load_text_encoder
 from micro_dit.errors import UserError
+from tests.helpers.published import rewrite, write_t5
 
 CAPTIONS = ["a photo of the cat", "a cat", "", "the quick brown fox jumps over the lazy dog"]
 TOKENS = 12

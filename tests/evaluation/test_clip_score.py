@@ -25,10 +25,8 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as transformers saves it."""
-    import sys
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "encoders"))
-    from published import shake, write_clip_tokenizer
+    from tests.helpers.published import shake, write_clip_tokenizer
 
     folder = tmp_path_factory.mktemp("clip")
     words = write_clip_tokenizer(folder)

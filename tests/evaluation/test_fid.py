@@ -7,10 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from pictures import encoded
 from PIL import Image
-from random_inception import images as two_images
-from random_inception import random_tensors
 
 from micro_dit.errors import UserError
 from micro_dit.evaluation import inception
@@ -26,6 +23,9 @@ from micro_dit.evaluation.fid import (
 )
 from micro_dit.evaluation.image_sets import InMemory
 from micro_dit.interop.tensor_files import write_torch
+from tests.helpers.pictures import encoded
+from tests.helpers.random_inception import images as two_images
+from tests.helpers.random_inception import random_tensors
 
 GOLDEN = Path(__file__).parent / "golden" / "inception_features.npz"
 

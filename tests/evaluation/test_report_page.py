@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from micro_dit.evaluation.grids import save_png
 from micro_dit.evaluation.image_sets import Settings, plan_files
 from micro_dit.evaluation.measures import Measure, Measures
 from micro_dit.evaluation.report_page import write_report
+from micro_dit.images import save_png
 
 PROMPTS = ["<b>red</b> heart", "grinning cat & dog", 'a "quoted" face']
 

@@ -6,10 +6,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import tiny
 
 from micro_dit.errors import UserError
 from micro_dit.interop.model_folder import config_from, is_model_folder, load_model_folder, save_model_folder
+from tests.helpers import tiny
 
 CONFIG = tiny.network(pos_interp_scale=2.0)
 ABOUT = {

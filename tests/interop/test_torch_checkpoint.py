@@ -5,7 +5,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import tiny
 
 from micro_dit.errors import UserError
 from micro_dit.interop.torch_checkpoint import (
@@ -16,8 +15,9 @@ from micro_dit.interop.torch_checkpoint import (
     to_state_dict,
     without_wrappers,
 )
-from micro_dit.models.dit import make_config
+from micro_dit.models.config import make_config
 from micro_dit.models.embeddings import position_table
+from tests.helpers import tiny
 
 CONFIG = tiny.network(use_bias=True)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import nbformat
 import pytest
-import tiny
 import yaml
 from packaging.requirements import Requirement
+
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
 from micro_dit.training.metrics import read_metrics
+from tests.helpers import tiny
 
 ROOT = Path(__file__).parents[2]
 XMANAGER_PYTHON = os.environ.get("XMANAGER_PYTHON") or (importlib.util.find_spec("xmanager") and sys.executable)
@@ -27,7 +27,8 @@ def launch(*arguments: str, python: str = sys.executable, **environment: str) ->
 def test_two_work_units_train_on_this_machine(tiny_shards: Path, tmp_path: Path):
     steps = [f"--override=phases[{phase}].steps=2" for phase in range(2)]
     done = launch(
-        f"--config=tests/tiny.py:{tiny_shards}", f"--workdir={tmp_path / 'runs'}", "--sweep=learning_rate", *steps,
+        f"--config=tests/helpers/tiny.py:{tiny_shards}", f"--workdir={tmp_path / 'runs'}",
+        "--sweep=learning_rate", *steps,
         f"--python={sys.executable}", python=XMANAGER_PYTHON, HOME=str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

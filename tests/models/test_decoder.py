@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
@@ -18,6 +17,7 @@ from micro_dit.models.flops import forward_flops
 from micro_dit.models.masking import TokenMask, mask_from_noise, restore_tokens
 from micro_dit.parallel.mesh import make_mesh
 from micro_dit.parallel.sharding import param_shardings
+from tests.helpers import tiny
 
 CONFIG = tiny.network(use_patch_mixer=False, decoder_depth=2, decoder_dim=16)
 X, T, Y = tiny.inputs(CONFIG)

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
 from micro_dit.models import dit
-from micro_dit.models.dit import DiTConfig, abstract_params, bind, make_config
+from micro_dit.models.config import DiTConfig, make_config
+from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.embeddings import patchify, position_table, unpatchify
 from micro_dit.models.masking import TokenMask
+from tests.helpers import tiny
 
 CONFIG = tiny.network()
 X, T, Y = tiny.inputs(CONFIG)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from micro_dit.errors import UserError
-from micro_dit.models.dit import make_config
+from micro_dit.models.config import make_config
 from micro_dit.models.flops import forward_flops, training_flops
 
 GOLDEN = Path(__file__).parents[1] / "golden"

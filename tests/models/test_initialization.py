@@ -7,9 +7,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 import pytest
-import tiny
 
-from micro_dit.models.dit import DiTConfig, bind, init_params
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import bind, init_params
+from tests.helpers import tiny
 
 
 @pytest.fixture(scope="module")

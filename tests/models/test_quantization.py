@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import tiny
 
 from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
 from micro_dit.models import quantization
-from micro_dit.models.dit import REMAT, abstract_params, bind
+from micro_dit.models.config import REMAT
+from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.quantization import FORMATS, check_format, quantized
+from tests.helpers import tiny
 
 CONFIG = tiny.network()
 X, T, Y = tiny.inputs(CONFIG)

@@ -9,13 +9,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import tiny
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from micro_dit.evaluation.domain import domain_measures, real_images
 from micro_dit.evaluation.drawing import Drawing
 from micro_dit.evaluation.image_sets import FromFiles, draw_missing
 from micro_dit.parallel.mesh import make_mesh
+from tests.helpers import tiny
 
 PROMPTS = [f"number {i % 5}" for i in range(21)]
 

@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import tiny
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from micro_dit.encoders import image, text
 from micro_dit.parallel import distributed
 from micro_dit.train import train
 from micro_dit.training.metrics import read_metrics
+from tests.helpers import tiny
 
 
 def stand_in_encoders() -> None:

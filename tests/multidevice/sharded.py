@@ -10,18 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import tiny
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from micro_dit.errors import UserError
 from micro_dit.models.dit import abstract_params
 from micro_dit.parallel import sharding
-from micro_dit.parallel.compilation import compiler_options
+from micro_dit.parallel.cpu import compiler_options
 from micro_dit.parallel.mesh import AXES, batch_sharding, check_batch, make_mesh, replicated, to_device
 from micro_dit.train import abstract_state_of, lowered_arguments
 from micro_dit.training.phases import Phase
 from micro_dit.training.recipe import Recipe
 from micro_dit.training.state import TrainState, init_state
+from tests.helpers import tiny
 
 STEPS = 3
 # Images are a multiple of five on each device, which no dimension of a parameter is.

@@ -1,13 +1,10 @@
 """Finds the golden cases of --golden-dir and makes one test of each."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from golden import read
+from tests.helpers.golden import read
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
-from golden import assert_close, caption, config_of, nhwc, read, under
 
 from micro_dit.convert import to_torch
 from micro_dit.interop.model_folder import load_model_folder
 from micro_dit.interop.torch_checkpoint import from_state_dict, recognize
-from micro_dit.models.dit import bind, make_config
+from micro_dit.models.config import make_config
+from micro_dit.models.dit import bind
 from micro_dit.models.embeddings import position_table
+from tests.helpers.golden import assert_close, caption, config_of, nhwc, read, under
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4

@@ -5,11 +5,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden import assert_close, draw, draw_parameter, mask_of, nhwc, read, under
 
 from micro_dit.diffusion import edm
 from micro_dit.interop.torch_checkpoint import from_release_layout, release_name, release_shapes, to_release_layout
-from micro_dit.models.dit import abstract_params, bind, make_config
+from micro_dit.models.config import make_config
+from micro_dit.models.dit import abstract_params, bind
+from tests.helpers.golden import assert_close, draw, draw_parameter, mask_of, nhwc, read, under
 
 TOLERANCE = 1e-4
 

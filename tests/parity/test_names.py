@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from micro_dit.interop.torch_checkpoint import release_shapes
-from micro_dit.models.dit import abstract_params, make_config
+from micro_dit.models.config import make_config
+from micro_dit.models.dit import abstract_params
 
 
 def test_names_shapes_and_counts(size_file: Path) -> None:

@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import assert_close, caption, config_of, mask_of, nhwc, read, under
 
 from micro_dit.diffusion import edm
 from micro_dit.diffusion.guidance import extrapolate, guide
 from micro_dit.diffusion.samplers import HEUN, heun, noise_levels
 from micro_dit.interop.torch_checkpoint import from_state_dict, release_name, to_release_layout, to_state_dict
-from micro_dit.models.dit import DiTConfig, bind
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import bind
 from micro_dit.models.masking import kept_tokens, mask_from_noise
+from tests.helpers.golden import assert_close, caption, config_of, mask_of, nhwc, read, under
 
 TOLERANCE = 1e-4
 SAMPLER_TOLERANCE = 1e-3

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from golden import assert_close, caption, nhwc, read, under
 
 from micro_dit.interop.torch_checkpoint import from_release_layout, release_name
-from micro_dit.models.dit import BlockShape, CaptionBlock, DiTBlock, DiTConfig, FinalLayer
+from micro_dit.models.blocks import CaptionBlock, DiTBlock, FinalLayer
+from micro_dit.models.config import BlockShape, DiTConfig
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table
 from micro_dit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from micro_dit.models.masking import drop_tokens, kept_tokens, mask_from_noise, restore_tokens
 from micro_dit.models.moe import ExpertChoiceFFN, tokens_per_expert
+from tests.helpers.golden import assert_close, caption, nhwc, read, under
 
 TOLERANCE = 1e-4
 EPS = 1e-6

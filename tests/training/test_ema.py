@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from micro_dit.training.ema import update_ema
+from micro_dit.training.optimizer import update_ema
 
 DECAY = 0.99975
 

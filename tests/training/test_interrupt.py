@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from micro_dit.training.interrupt import Interrupt
+from micro_dit.training.save_schedule import Interrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

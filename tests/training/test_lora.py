@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from micro_dit.errors import UserError
 from micro_dit.models.dit import abstract_params, bind
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel.sharding import param_shardings
 from micro_dit.training.lora import LoRA, make_lora
+from tests.helpers import tiny
 
 NETWORK = tiny.network()
 ATTENTION = r"attn\.(qkv|q|kv|proj)\.kernel$"

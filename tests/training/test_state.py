@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from micro_dit.models.dit import abstract_params
+from micro_dit.rng import stream
 from micro_dit.training.optimizer import make_optimizer
-from micro_dit.training.state import TrainState, enter_phase, init_state, stream
+from micro_dit.training.state import TrainState, enter_phase, init_state
+from tests.helpers import tiny
 
 NAMES = ("init", "posterior", "caption_drop", "sigma", "noise", "mask", "heldout")
 

@@ -1,10 +1,18 @@
 import json
 
 import pytest
-from source_files import captions_of, examples_of, picture, read_source, rejects_of, write_files, write_zip
 
 from micro_dit.data.sources import MISSING_FILE, NO_CAPTION, open_source
 from micro_dit.errors import UserError
+from tests.helpers.source_files import (
+    captions_of,
+    examples_of,
+    picture,
+    read_source,
+    rejects_of,
+    write_files,
+    write_zip,
+)
 
 
 def write_annotations(folder, name: str, captions: list[tuple[int, str]], images: list[int]) -> None:

@@ -3,10 +3,18 @@ import json
 import pyarrow
 import pytest
 from pyarrow import parquet
-from source_files import captions_of, examples_of, picture, read_source, rejects_of, write_files, write_zip
 
 from micro_dit.data.sources import DAMAGED, MISSING_FILE, NO_CAPTION, NOT_JSON, UNREADABLE_FILE, open_source
 from micro_dit.errors import UserError
+from tests.helpers.source_files import (
+    captions_of,
+    examples_of,
+    picture,
+    read_source,
+    rejects_of,
+    write_files,
+    write_zip,
+)
 
 
 def prompts(**texts: str) -> bytes:

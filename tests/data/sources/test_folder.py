@@ -1,10 +1,10 @@
 import os
 
 import pytest
-from source_files import captions_of, examples_of, picture, read_source, rejects_of, write_files
 
 from micro_dit.data.sources import NO_CAPTION, NO_IMAGE, NOT_UTF8, UNREADABLE_FILE, open_source
 from micro_dit.errors import UserError
+from tests.helpers.source_files import captions_of, examples_of, picture, read_source, rejects_of, write_files
 
 
 def test_images_with_the_text_beside_them(tmp_path):

@@ -1,10 +1,10 @@
 import importlib.util
 
 import pytest
-from source_files import captions_of, examples_of, picture, read_source, rejects_of
 
 from micro_dit.data.sources import MISSING_FILE, NO_CAPTION, open_source
 from micro_dit.errors import UserError
+from tests.helpers.source_files import captions_of, examples_of, picture, read_source, rejects_of
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,18 @@
 import json
 
 import pytest
-from source_files import captions_of, examples_of, picture, read_source, rejects_of, write_files, write_tar
 
 from micro_dit.data.sources import DAMAGED, MISSING_FILE, NO_CAPTION, NOT_UTF8, REPEATED, open_source
 from micro_dit.errors import UserError
+from tests.helpers.source_files import (
+    captions_of,
+    examples_of,
+    picture,
+    read_source,
+    rejects_of,
+    write_files,
+    write_tar,
+)
 
 
 def annotation(path: str, prompt: str, caption: str | None = None) -> bytes:

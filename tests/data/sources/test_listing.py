@@ -3,10 +3,10 @@ import json
 import pyarrow
 import pytest
 from pyarrow import parquet
-from source_files import captions_of, examples_of, picture, read_source, rejects_of, write_files
 
 from micro_dit.data.sources import MISSING_FILE, NO_CAPTION, NOT_UTF8, UNREADABLE_FILE, open_source
 from micro_dit.errors import UserError
+from tests.helpers.source_files import captions_of, examples_of, picture, read_source, rejects_of, write_files
 
 ROWS = [("img/b.jpg", 'A "red", card'), ("a.png", "line one\nline two"), ("img/b.jpg", "red"), ("gone.jpg", "x")]
 ROWS.append(("img", "a folder, not a file"))

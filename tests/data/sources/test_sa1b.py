@@ -3,10 +3,18 @@ import json
 import pyarrow
 import pytest
 from pyarrow import parquet
-from source_files import captions_of, examples_of, picture, read_source, rejects_of, write_files, write_tar
 
 from micro_dit.data.sources import NO_CAPTION, NOT_UTF8, open_source
 from micro_dit.errors import UserError
+from tests.helpers.source_files import (
+    captions_of,
+    examples_of,
+    picture,
+    read_source,
+    rejects_of,
+    write_files,
+    write_tar,
+)
 
 CAPTIONS = {2: "The image shows a street.", 1: "The image shows a dog.", 5: "A boat."}
 EXPECTED = {

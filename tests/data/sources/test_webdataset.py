@@ -2,10 +2,10 @@ import json
 import tarfile
 
 import pytest
-from source_files import captions_of, examples_of, picture, read_source, rejects_of, write_tar
 
 from micro_dit.data.sources import DAMAGED, NO_CAPTION, NO_IMAGE, NOT_JSON, NOT_UTF8, REPEATED, Reject, open_source
 from micro_dit.errors import UserError
+from tests.helpers.source_files import captions_of, examples_of, picture, read_source, rejects_of, write_tar
 
 
 def sample(key: str, caption: str, color: str = "red") -> dict[str, bytes]:

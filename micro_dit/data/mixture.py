@@ -1,0 +1,195 @@
+"""Several folders of shards read as one. A mix is written as a string:
+
+    data/a                     one folder
+    data/a,data/b              two as if they were one: every record is equally likely
+    data/a=0.7,data/b=0.3      70% of the examples from one, 30% from the other, exactly
+
+The folders of a mix must have been made with the same encoders.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from micro_dit.data.shards import Manifest, Tally, check_shards, read_manifest, record_fields
+from micro_dit.encoders.info import same_encoder
+from micro_dit.errors import UserError
+
+
+def parse_mix(shards: str | Path) -> list[tuple[str, float | None]]:
+    """Splits 'a', 'a,b' or 'a=0.7,b=0.3' into folders and weights; None where no weights are given.
+
+    Raises:
+        UserError: a folder has no name or comes twice, or a weight is missing or not a positive number.
+    """
+    folders: list[tuple[str, float | None]] = []
+    for part in str(shards).split(","):
+        name, separator, weight = part.strip().rpartition("=")
+        try:
+            folders.append((name.strip(), float(weight)) if separator else (part.strip(), None))
+        except ValueError as error:
+            raise UserError(f"The mix {shards} gives {name} the weight '{weight}': give a number.") from error
+    names, weights = zip(*folders, strict=True)
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"The mix '{shards}' names no folder or one twice: give folder=weight,folder=weight.")
+    if weights.count(None) not in (0, len(weights)):
+        raise UserError(f"The mix {shards} has weights for some folders only: give all a weight, or none.")
+    if not all(weight is None or (math.isfinite(weight) and weight > 0) for weight in weights):
+        raise UserError(f"The mix {shards} has a weight that is not positive: leave that folder out.")
+    return folders
+
+
+def deal(weights: Sequence[int], position: int) -> tuple[int, int]:
+    """Which folder the example at a position of a mix comes from, and how many have come from it before.
+
+    The folders alternate as evenly as whole numbers can, and any sum(weights) examples in a row, from a multiple of it
+    on, hold exactly `weights[k]` of folder k: each folder in turn takes its share of what the ones before it leave.
+    """
+    left = sum(weights)
+    for folder, weight in enumerate(weights):
+        before = position * weight // left
+        if (position + 1) * weight // left > before:
+            return folder, before
+        position -= before
+        left -= weight
+    raise ValueError(f"no weight is positive: {weights}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """Folders of shards that are read as one.
+
+    Attributes:
+        folders: their names.
+        manifests: what each holds.
+        proportions: how often each is drawn; None makes every record equally likely.
+    """
+
+    folders: tuple[str, ...]
+    manifests: tuple[Manifest, ...]
+    proportions: tuple[float, ...] | None
+
+    def weights(self, split: str) -> list[int]:
+        """The smallest whole numbers in the proportions of the mix."""
+        if self.proportions is None:
+            weights = [manifest.records(split) for manifest in self.manifests]
+        else:
+            fractions = [Fraction(str(proportion)) for proportion in self.proportions]
+            denominator = math.lcm(*(fraction.denominator for fraction in fractions))
+            weights = [int(fraction * denominator) for fraction in fractions]
+        return [weight // math.gcd(*weights) for weight in weights]
+
+    def having(self, split: str) -> "Mix":
+        """The folders that have examples in a split; all of them if none has."""
+        kept = [k for k, manifest in enumerate(self.manifests) if manifest.records(split)] or range(len(self.folders))
+        folders, manifests = zip(*((self.folders[k], self.manifests[k]) for k in kept), strict=True)
+        return Mix(folders, manifests, self.proportions and tuple(self.proportions[k] for k in kept))
+
+    def check(self, **asked: Any) -> None:
+        """`check_shards` for every folder."""
+        for folder, manifest in zip(self.folders, self.manifests, strict=True):
+            check_shards(manifest, folder, **asked)
+
+    def manifest(self) -> Manifest:
+        """One manifest for all: records, tallies and files added up, and the statistics of what training draws."""
+        first = self.manifests[0]
+        if len(self.manifests) == 1:
+            return first
+        resolutions = tuple(r for r in first.resolutions if all(r in other.resolutions for other in self.manifests))
+        return dataclasses.replace(
+            first,
+            source=" + ".join(dict.fromkeys(manifest.source for manifest in self.manifests)),
+            attribution="; ".join(dict.fromkeys(manifest.attribution for manifest in self.manifests)),
+            resolutions=resolutions,
+            fields=record_fields(resolutions, first.posterior, first.vae, first.text_encoder),
+            dropped=_add_tallies([manifest.dropped for manifest in self.manifests]),
+            altered=_add_tallies([manifest.altered for manifest in self.manifests]),
+            statistics={str(resolution): self._statistics(str(resolution)) for resolution in resolutions},
+            splits={
+                split: tuple(
+                    dataclasses.replace(file, name=f"{folder}/{file.name}")
+                    for folder, manifest in zip(self.folders, self.manifests, strict=True)
+                    for file in manifest.splits.get(split, ())
+                )
+                for split in dict.fromkeys(split for manifest in self.manifests for split in manifest.splits)
+            },
+        )
+
+    def _statistics(self, resolution: str) -> dict[str, list[float]]:
+        """Mean and standard deviation per channel of the mixture, from those of its parts."""
+        shares = self.proportions or [sum(map(m.records, m.splits)) for m in self.manifests]
+        means, stds = (
+            np.array([manifest.statistics[resolution][key] for manifest in self.manifests]) for key in ("mean", "std")
+        )
+        mean = np.average(means, 0, shares)
+        variance = np.average(stds**2 + (means - mean) ** 2, 0, shares)
+        return {"mean": mean.tolist(), "std": np.sqrt(variance).tolist()}
+
+
+def read_mix(shards: str | Path) -> Mix:
+    """Reads the manifests of a mix.
+
+    Raises:
+        UserError: a manifest is missing or damaged, or two folders do not fit each other.
+    """
+    parsed = parse_mix(shards)
+    folders = tuple(folder for folder, _ in parsed)
+    manifests = tuple(read_manifest(folder) for folder in folders)
+    check_alike(folders, manifests)
+    for folder, manifest in zip(folders, manifests, strict=True):
+        if manifest.posterior != manifests[0].posterior:
+            raise _difference(folders[0], folder, "posteriors", manifests[0].posterior, manifest.posterior)
+    weights = tuple(weight for _, weight in parsed if weight is not None)
+    return Mix(folders, manifests, weights or None)
+
+
+def check_alike(folders: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Checks that one network can be trained on all of these shards, and draw from captions of one kind.
+
+    Args:
+        folders: names of the shards, for the message.
+        manifests: what each holds.
+
+    Raises:
+        UserError: they were made with other encoders, or prepared in another way.
+    """
+    first = manifests[0]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for kind, ours, theirs in (
+            ("image", first.vae, manifest.vae),
+            ("text", first.text_encoder, manifest.text_encoder),
+        ):
+            if not same_encoder(ours, theirs):
+                names = f"{ours.name} {ours.fingerprint}", f"{theirs.name} {theirs.fingerprint}"
+                raise _difference(folders[0], folder, f"{kind} encoders", *names)
+        for what, value, other in (
+            ("latent channels", first.vae.channels, manifest.vae.channels),
+            ("pixels per latent", first.vae.downsample, manifest.vae.downsample),
+            ("caption tokens", first.text_encoder.tokens, manifest.text_encoder.tokens),
+            ("caption channels", first.text_encoder.channels, manifest.text_encoder.channels),
+            ("caption cleanings", first.caption_cleaning, manifest.caption_cleaning),
+        ):
+            if value != other:
+                raise _difference(folders[0], folder, what, value, other)
+
+
+def _difference(folder: str, other: str, what: str, value: object, other_value: object) -> UserError:
+    return UserError(
+        f"{folder} and {other} cannot be used together, because their {what} differ ({value} and {other_value}): leave "
+        "one out, or make it again like the other."
+    )
+
+
+def _add_tallies(tallies: Sequence[dict[str, Tally]]) -> dict[str, Tally]:
+    return {
+        reason: Tally(
+            sum(of_folder[reason].count for of_folder in tallies if reason in of_folder),
+            [id for of_folder in tallies if reason in of_folder for id in of_folder[reason].ids],
+        )
+        for reason in dict.fromkeys(reason for of_folder in tallies for reason in of_folder)
+    }

@@ -1,0 +1,213 @@
+"""A folder of shards in the making: what is to be made, which parts are done, and how they become one manifest.
+
+    plan.json                  the settings and the names of all parts, written first; other settings are refused
+    parts/train-00003.json     what became of a part, written when its shard files are whole
+    rejects.jsonl              every input that was left out, and why
+    manifest.json              written last: the folder is whole
+
+A process may be killed at any moment: what has its last name is whole, and what has not is made again. Several hosts
+may work in one folder, on different parts; the last one to finish, or two at once, write the same manifest.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from micro_dit.data.shard_writer import LatentSums, latent_statistics, write_manifest
+from micro_dit.data.shards import IDS_NAMED, MANIFEST, Manifest, ShardFile, Tally, read_manifest
+from micro_dit.errors import UserError
+from micro_dit.files import disk_errors, write_atomically
+
+PLAN, PARTS, REJECTS = "plan.json", "parts", "rejects.jsonl"
+
+
+@dataclasses.dataclass
+class PartReport:
+    """What became of a part's items: each is in a file or in `rejects`.
+
+    Attributes:
+        split: split of the source.
+        index: the part's place in the split.
+        name: the part's name.
+        files: its shard files by the split that they belong to.
+        rejects: id and reason of each item that was left out, in order.
+        altered: items that were kept, but changed.
+        latent_sums: of each file, for the statistics of all.
+    """
+
+    split: str
+    index: int
+    name: str
+    files: dict[str, ShardFile] = dataclasses.field(default_factory=dict)
+    rejects: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    altered: dict[str, Tally] = dataclasses.field(default_factory=lambda: defaultdict(Tally))
+    latent_sums: list[LatentSums] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Parses a report; raises ValueError, KeyError or TypeError for anything else."""
+        values = json.loads(text)
+        files = {split: ShardFile(**file) for split, file in values["files"].items()}
+        altered = {reason: Tally(**tally) for reason, tally in values["altered"].items()}
+        return cls(**values | {"files": files, "altered": altered})
+
+
+class Plan:
+    """The work on a folder, as one of its processes sees it."""
+
+    def __init__(
+        self, out: str | Path, settings: Mapping[str, Any], parts: Mapping[str, Sequence[str]], process_index: int = 0
+    ):
+        """Opens the folder, or makes it.
+
+        Args:
+            out: the folder.
+            settings: everything that the records depend on, by name; values as JSON has them.
+            parts: names of the parts of each split of the source.
+            process_index: which of the processes that work on the folder this is.
+
+        Raises:
+            UserError: the folder holds something else, or was begun with other settings.
+        """
+        if "://" in str(out):
+            raise UserError(f"{out} is not on a disk: make the shards in a local folder, and copy them there.")
+        self.folder = Path(out).expanduser()
+        self.parts = {split: list(names) for split, names in parts.items()}
+        # Of this process alone, so that no two write the same temporary file.
+        self._own = self.folder / PARTS / f"process-{process_index}"
+        wanted = {**settings, "parts": self.parts}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file: choose another name for the folder of shards.")
+        if not (self.folder / PLAN).exists():
+            if (self.folder / MANIFEST).exists():
+                raise UserError(f"{self.folder} holds finished shards of unknown settings: choose another folder.")
+            if self.folder.exists() and any(path.name not in (PARTS, PLAN) for path in self.folder.iterdir()):
+                raise UserError(f"{self.folder} is not empty, and no shards were begun there: choose another folder.")
+            with disk_errors(self.folder):
+                self._own.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._own / PLAN, json.dumps(wanted, indent=2) + "\n")
+            (self._own / PLAN).replace(self.folder / PLAN)
+        self._compare(json.loads((self.folder / PLAN).read_text(encoding="utf-8")), wanted)
+        shutil.rmtree(self._own, ignore_errors=True)  # a killed process may have left it
+
+    def _compare(self, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        old, new = dict(_flatten(begun)), dict(_flatten(wanted))
+        for name in [*old, *new]:
+            if old.get(name) != new.get(name):
+                raise UserError(
+                    f"{self.folder} was begun with {name} {old.get(name)}, not {new.get(name)}: use the same again, or "
+                    "choose another folder."
+                )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder is whole."""
+        return (self.folder / MANIFEST).exists()
+
+    def read_part(self, split: str, index: int) -> PartReport | None:
+        """The report of a part that is done; None if it is not, or if its files are not there in full."""
+        try:
+            report = PartReport.from_json(self._report_path(split, index).read_text(encoding="utf-8"))
+            for file in report.files.values():
+                if file.records and (self.folder / file.name).stat().st_size != file.bytes:
+                    return None
+        except FileNotFoundError:
+            return None
+        return report
+
+    def missing(self) -> list[tuple[str, int]]:
+        """Split and index of each part that is not done."""
+        numbered = ((split, index) for split, names in self.parts.items() for index in range(len(names)))
+        return [(split, index) for split, index in numbered if self.read_part(split, index) is None]
+
+    def finish_part(self, report: PartReport) -> None:
+        """Records that a part is done; its files have their last names by now.
+
+        Raises:
+            UserError: the disk is full, or another failure of writing.
+        """
+        path = self._report_path(report.split, report.index)
+        with disk_errors(path):
+            path.parent.mkdir(exist_ok=True)
+        # A plain dictionary: Python 3.11 cannot copy another kind.
+        plain = dataclasses.asdict(dataclasses.replace(report, altered=dict(report.altered)))
+        write_atomically(path, json.dumps(plain) + "\n")
+
+    def merge(self, manifest: Manifest) -> Manifest:
+        """Makes the folder whole when all parts are done.
+
+        Args:
+            manifest: with its own `splits`, in order, but without files; no counts, no statistics.
+
+        Returns:
+            The manifest as written.
+
+        Raises:
+            UserError: not a single input is usable, or the disk is full.
+        """
+        dropped: defaultdict[str, Tally] = defaultdict(Tally)
+        altered: defaultdict[str, Tally] = defaultdict(Tally)
+        files: dict[str, list[ShardFile]] = {split: [] for split in manifest.splits}
+        sums: list[LatentSums] = []
+        rejects = self._own / REJECTS
+        with disk_errors(rejects):
+            self._own.mkdir(parents=True, exist_ok=True)
+            with rejects.open("w", encoding="utf-8", newline="\n") as lines:
+                for report in self._reports():
+                    for split, file in report.files.items():
+                        files[split].append(file)
+                    sums += report.latent_sums
+                    for reason, tally in report.altered.items():
+                        total = altered[reason]
+                        total.count, total.ids = total.count + tally.count, (total.ids + tally.ids)[:IDS_NAMED]
+                    for id, reason in report.rejects:
+                        dropped[reason].add(id)
+                        line = {"id": id, "split": report.split, "part": report.name, "reason": reason}
+                        lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+            rejects.replace(self.folder / REJECTS)
+        if not any(file.records for file in itertools.chain.from_iterable(files.values())):
+            reasons = ", ".join(f"{reason} ({tally.count})" for reason, tally in dropped.items()) or "it is empty"
+            raise UserError(f"No example of {manifest.source} is usable: {reasons}.")
+        manifest = dataclasses.replace(
+            manifest,
+            dropped=dict(dropped),
+            altered=dict(altered),
+            statistics=latent_statistics(sums),
+            splits={split: tuple(of_split) for split, of_split in files.items()},
+        )
+        write_manifest(self._own, manifest)
+        (self._own / MANIFEST).replace(self.folder / MANIFEST)
+        self._own.rmdir()
+        return read_manifest(self.folder)
+
+    def _reports(self) -> Iterator[PartReport]:
+        """All reports, in order."""
+        for split, names in self.parts.items():
+            for index in range(len(names)):
+                report = self.read_part(split, index)
+                assert report is not None, "merged before all parts were done"
+                yield report
+
+    def _report_path(self, split: str, index: int) -> Path:
+        return self.folder / PARTS / f"{split}-{index:05d}.json"
+
+
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values of nested settings; of a list, its length and then its values."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        yield f"length of {name}", len(value)
+        for index, inner in enumerate(value):
+            yield f"{name}[{index}]", inner
+    else:
+        yield name, value

@@ -1,0 +1,72 @@
+"""The loss on images that training never sees; everything random is held fixed, so that numbers can be compared."""
+
+import functools
+from collections.abc import Callable, Mapping
+from statistics import NormalDist
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from micro_dit.diffusion import edm
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import Params, bind
+from micro_dit.rng import stream
+
+SIGMA_LEVELS = 11
+
+
+def make_heldout_loss(
+    config: DiTConfig,
+    data: Mapping[str, Any],
+    *,
+    P_mean: float,
+    P_std: float,
+    sigma_data: float,
+    dtype: Any,
+    seed: int = 0,
+    sharding: Any = None,
+) -> Callable[..., dict[str, float]]:
+    """A function from parameters to the unmasked EDM loss on held-out data.
+
+    Each image is noised once at each of 11 noise levels, the midpoints of 11 equally likely slices of the training
+    distribution; levels and noise are the same at every call.
+
+    Args:
+        config: the network.
+        data: 'latent_mean' (n, h, w, C) and 'caption' (n, L, Y), as `load_split` returns them.
+        P_mean, P_std: of the logarithm of the training noise level.
+        sigma_data, dtype: as in training.
+        seed: of the noise.
+        sharding: where the data and the result live, on all devices of the parameters; None with a single device.
+
+    Returns:
+        parameters → {'heldout_loss': mean, 'heldout_loss/sigma=0.55': mean at that level, …}. A second argument, a
+        function that says whether to stop, is asked before each level; if it says so, nothing is returned, {}.
+    """
+    slices = (np.arange(SIGMA_LEVELS) + 0.5) / SIGMA_LEVELS
+    sigmas = np.exp([P_mean + P_std * NormalDist().inv_cdf(q) for q in slices]).astype(np.float32)
+    latents, captions = (
+        jax.device_put(np.asarray(data[name], stored), sharding)
+        for name, stored in (("latent_mean", np.float32), ("caption", None))
+    )
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def loss_at(
+        params: Params, x: jax.Array, y: jax.Array, sigma: jax.Array, level: jax.Array, seed: jax.Array
+    ) -> jax.Array:
+        network, key = bind(config, params, dtype), stream(jax.random.key(seed), "heldout")
+        noise = jax.random.normal(jax.random.fold_in(key, level), x.shape)
+        return edm.loss(network, x, y, jnp.full(x.shape[:1], sigma), noise, sigma_data=sigma_data).mean()
+
+    def heldout_loss(params: Params, stops: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        by_level = []
+        for level, sigma in enumerate(sigmas):
+            if stops():
+                return {}
+            by_level.append(float(loss_at(params, latents, captions, sigma, np.uint32(level), np.uint32(seed))))
+        named = {f"heldout_loss/sigma={s:.2f}": loss for s, loss in zip(sigmas, by_level, strict=True)}
+        return {"heldout_loss": float(np.mean(by_level))} | named
+
+    return heldout_loss

@@ -1,0 +1,205 @@
+"""Pictures of a run: contact sheets with captions, animations of them, and the curves of its metrics."""
+
+import contextlib
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+PAPER, INK, FAINT = "#fbfaf7", "#26241f", "#8a857a"
+SMALLEST_TILE = 96  # pixels; smaller pictures leave no room for their captions
+CAPTION_LINES = 6
+
+# ---- Contact sheets --------------------------------------------------------------------------------------------------
+
+
+def caption_grid(
+    images: np.ndarray,
+    captions: Sequence[str],
+    columns: int | None = None,
+    title: str | None = None,
+    scale: int = 1,
+) -> Image.Image:
+    """A contact sheet: pictures in rows, each with its caption below.
+
+    Args:
+        images: uint8 (n, H, W, 3). Pictures narrower than about 96 pixels are enlarged by a whole number.
+        captions: n texts, wrapped to the width of a picture and cut off after six lines.
+        columns: pictures in a row; chosen to fill the sheet if None.
+        title: a line above the pictures.
+        scale: enlarges pictures by this whole number (before the enlargement of small ones).
+
+    Raises:
+        ValueError: if the images are of another shape or type, or captions and images differ in number.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
+        raise ValueError(f"images must be uint8 (n, H, W, 3) with n > 0, not {images.dtype} {images.shape}")
+    n, H, W, _ = images.shape
+    if len(captions) != n:
+        raise ValueError(f"{n} images but {len(captions)} captions")
+    columns = min(n, columns or _columns_that_fill(n))
+    scale *= math.ceil(SMALLEST_TILE / (W * scale)) if W * scale < SMALLEST_TILE else 1
+    tile_width, tile_height = W * scale, H * scale
+
+    size = min(22, max(11, tile_width // 14))
+    font, title_font = _font(size), _font(round(1.5 * size))
+    line, gap, margin = round(1.3 * size), max(10, tile_width // 14), max(16, tile_width // 8)
+    wrapped = [_wrap(caption, font, tile_width, CAPTION_LINES) for caption in captions]
+    rows = [range(first, min(first + columns, n)) for first in range(0, n, columns)]
+    row_heights = [tile_height + size // 2 + line * max(len(wrapped[i]) for i in row) for row in rows]
+    width = 2 * margin + columns * tile_width + (columns - 1) * gap
+    title_lines = _wrap(title, title_font, width - 2 * margin, CAPTION_LINES) if title else []
+    title_height = len(title_lines) * round(1.95 * size) + (gap if title else 0)
+
+    sheet = Image.new("RGB", (width, 2 * margin + title_height + sum(row_heights) + (len(rows) - 1) * gap), PAPER)
+    for i, text in enumerate(title_lines):
+        _draw_text(sheet, margin, margin + i * round(1.95 * size), text, title_font)
+    y = margin + title_height
+    for row, row_height in zip(rows, row_heights, strict=True):
+        for column, i in enumerate(row):
+            x = margin + column * (tile_width + gap)
+            picture = Image.fromarray(images[i]).resize((tile_width, tile_height), Image.Resampling.BICUBIC)
+            sheet.paste(picture, (x, y))
+            for j, text in enumerate(wrapped[i]):
+                indent = (tile_width - _length(text, font)) / 2
+                _draw_text(sheet, x + indent, y + tile_height + size // 2 + j * line, text, font)
+        y += row_height + gap
+    return sheet
+
+
+def _columns_that_fill(n: int) -> int:
+    """About as many columns as rows, a few more if that leaves fewer empty places."""
+    square = math.ceil(math.sqrt(n))
+    return min(range(square, square + 3), key=lambda columns: -n % columns)
+
+
+# At the size of captions hinting spaces letters unevenly: text is drawn large and made smaller.
+_OVERSAMPLE = 4
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(_OVERSAMPLE * size)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+    return font
+
+
+def _length(text: str, font: ImageFont.FreeTypeFont) -> float:
+    return font.getlength(text) / _OVERSAMPLE
+
+
+def _draw_text(sheet: Image.Image, x: float, y: int, text: str, font: ImageFont.FreeTypeFont) -> None:
+    width, height = math.ceil(_length(text, font)) + 2, math.ceil(1.4 * font.size / _OVERSAMPLE)
+    ink = Image.new("L", (_OVERSAMPLE * width, _OVERSAMPLE * height))
+    ImageDraw.Draw(ink).text((_OVERSAMPLE * (x % 1), 0), text, 255, font)
+    ink = ink.resize((width, height), Image.Resampling.LANCZOS)
+    sheet.paste(INK, (int(x), y), ink)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> list[str]:
+    """Lines no wider than `width`; words that are wider are broken; beyond `most` lines an ellipsis ends the text."""
+    lines = [""]
+    for word in text.split():
+        candidate = f"{lines[-1]} {word}".strip()
+        if _length(candidate, font) <= width:
+            lines[-1] = candidate
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and _length(lines[-1] + letter, font) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > most:
+        lines = lines[:most]
+        while lines[-1] and _length(lines[-1] + "…", font) > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] = lines[-1].rstrip() + "…"
+    return lines if lines[0] else []
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+def save_png(
+    image: Image.Image | np.ndarray, path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a PNG with `metadata` as text chunks (prompt, seed, checkpoint …); whole or not at all.
+
+    Args:
+        image: a picture, or uint8 (H, W, 3).
+        path: the file; its folder is made if missing.
+        metadata: read back by `PIL.Image.open(path).text`. Text outside ASCII goes into iTXt chunks, as UTF-8.
+    """
+    info = PngInfo()
+    for key, value in (metadata or {}).items():
+        if value.isascii():
+            info.add_text(key, value)
+        else:
+            info.add_itxt(key, value)
+    with _replacing(path) as temporary:
+        _as_image(image).save(temporary, format="PNG", pnginfo=info)
+
+
+def save_gif(
+    frames: Sequence[Image.Image | np.ndarray],
+    path: str | os.PathLike,
+    seconds_per_frame: float = 0.25,
+    hold_last: float = 2.0,
+) -> None:
+    """Writes an endless animation whose last frame stays `hold_last` seconds; whole or not at all.
+
+    All frames share one palette, so that colors do not flicker. Frames of other sizes are brought to the last one's.
+    """
+    if not frames:
+        raise ValueError("an animation needs at least one frame")
+    pictures = [_as_image(frame).convert("RGB") for frame in frames]
+    size = pictures[-1].size
+    pictures = [p if p.size == size else p.resize(size, Image.Resampling.BICUBIC) for p in pictures]
+    # Colors are chosen from frames throughout: the first are noise, the last are pictures.
+    chosen = [pictures[i] for i in np.linspace(0, len(pictures) - 1, min(8, len(pictures))).round().astype(int)]
+    side_by_side = Image.fromarray(np.concatenate([np.asarray(picture) for picture in chosen], axis=1))
+    palette = side_by_side.quantize(255, Image.Quantize.MEDIANCUT)
+    colors = (palette.getpalette() or [])[: 3 * 255]
+    palette.putpalette(colors + list(ImageColor.getrgb(PAPER)))
+    quantized = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    for picture, frame in zip(pictures, quantized, strict=True):
+        # Pillow looks up colors coarsely: the largest plain area would get a tint.
+        is_paper = (np.asarray(picture) == ImageColor.getrgb(PAPER)).all(-1)
+        frame.paste(255, mask=Image.fromarray(is_paper))
+    milliseconds = [round(1000 * seconds_per_frame)] * (len(quantized) - 1) + [round(1000 * hold_last)]
+    with _replacing(path) as temporary:
+        quantized[0].save(
+            temporary, format="GIF", save_all=True, append_images=quantized[1:], duration=milliseconds, loop=0
+        )
+
+
+def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A name to write to, which becomes `path` once the writing is done: nobody ever sees half a file."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- Curves ----------------------------------------------------------------------------------------------------------
+
+TRAIN, HELDOUT, HELDOUT_EMA = "#3b6ea8", "#d07a2d", "#3f8f5f"
+STYLE: Any = {  # of matplotlib
+    "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": FAINT,
+    "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": PAPER,
+    "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.18, "grid.linewidth": 0.6, "legend.frameon": False,
+}  # fmt: skip

@@ -1,0 +1,173 @@
+"""The network's configuration: widths, depths, and the table of published sizes."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from micro_dit.errors import UserError
+from micro_dit.models.layers import (
+    SwiGLU,
+    round_up,
+)
+from micro_dit.models.masking import kept_tokens
+from micro_dit.models.moe import ExpertChoiceFFN, tokens_per_expert
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Everything the network's constructor takes; the fields are those of the public release.
+
+    A multiplier list shorter than the depth covers depth/len consecutive blocks with each of its values. The release
+    has no decoder: that is MaskDiT's, for comparison.
+    """
+
+    input_size: int  # latent rows = columns
+    dim: int
+    depth: int
+    head_dim: int
+    patch_mixer_depth: int
+    patch_mixer_dim: int
+    qkv_multipliers: tuple[float, ...]
+    ffn_multipliers: tuple[float, ...]
+    patch_size: int = 2
+    in_channels: int = 4
+    multiple_of: int = 256
+    caption_channels: int = 1024
+    pos_interp_scale: float = 1.0
+    norm_eps: float = 1e-6
+    depth_init: bool = True
+    use_patch_mixer: bool = True
+    patch_mixer_qkv_ratio: float = 1.0
+    patch_mixer_mlp_ratio: float = 4.0
+    use_bias: bool = False
+    num_experts: int = 8
+    expert_capacity: float = 2.0
+    experts_every_n: int = 2
+    decoder_depth: int = 0
+    decoder_dim: int = 0
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side."""
+        return self.input_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        return self.grid**2
+
+    def check(self, mask_ratio: float = 0.0, mask_position: str = "after_mixer") -> None:
+        """Raises UserError if no such network can be built, or if masking would leave a part of it empty."""
+        if self.input_size % self.patch_size:
+            raise UserError(f"model.input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
+        if self.decoder_depth < 0 or (self.decoder_depth > 0) != (self.decoder_dim > 0):
+            raise UserError(
+                f"model.decoder_depth {self.decoder_depth} with decoder_dim {self.decoder_dim}: give both, or neither."
+            )
+        for name in ("dim", "patch_mixer_dim", "decoder_dim"):
+            if getattr(self, name) % self.head_dim or getattr(self, name) % 4:
+                raise UserError(
+                    f"model.{name} {getattr(self, name)} must be a multiple of head_dim {self.head_dim} and of 4."
+                )
+        for name in ("qkv_multipliers", "ffn_multipliers"):
+            values = getattr(self, name)
+            if not values or self.depth % len(values):
+                raise UserError(f"model.{name} has {len(values)} values, which do not divide the depth {self.depth}.")
+        if mask_position not in MASK_POSITIONS:
+            raise UserError(f"mask_position {mask_position!r} is unknown; use one of {', '.join(MASK_POSITIONS)}.")
+        if not 0.0 <= mask_ratio < 1.0 or int(self.tokens * (1 - mask_ratio)) < 1:
+            raise UserError(
+                f"mask_ratio {mask_ratio} keeps none of the {self.tokens} tokens (or is outside [0, 1)); lower it."
+            )
+        kept = kept_tokens(self.tokens, mask_ratio)
+        in_mixer = kept if mask_position == "before_mixer" else self.tokens
+        parts = (("mixer", in_mixer, self.mixer_blocks()), ("backbone", kept, self.backbone_blocks()))
+        for part, tokens, blocks in parts:
+            T = tokens_per_expert(tokens, self.num_experts, self.expert_capacity)
+            if any(block.moe for block in blocks) and not 1 <= T <= tokens:
+                raise UserError(
+                    f"each expert of the {part} would take int({self.expert_capacity}·{tokens}/{self.num_experts}) = "
+                    f"{T} of {tokens} tokens: change model.expert_capacity, model.num_experts or mask_ratio so that it "
+                    f"takes 1 to {tokens}."
+                )
+
+    def mixer_blocks(self) -> tuple["BlockShape", ...]:
+        if not self.use_patch_mixer:
+            return ()
+        return tuple(
+            self._block(
+                self.patch_mixer_dim, self.patch_mixer_qkv_ratio, self.patch_mixer_mlp_ratio,
+                moe=i >= 1 and (i + 1) % self.experts_every_n == 0,
+                out_std=0.02 / np.sqrt(2 * self.depth),
+            )
+            for i in range(self.patch_mixer_depth)
+        )  # fmt: skip
+
+    def backbone_blocks(self) -> tuple["BlockShape", ...]:
+        """Layer-wise scaling: block i has its own attention and feed-forward widths. The last block is never MoE."""
+        return tuple(
+            self._block(
+                self.dim,
+                self.qkv_multipliers[i * len(self.qkv_multipliers) // self.depth],
+                self.ffn_multipliers[i * len(self.ffn_multipliers) // self.depth],
+                moe=i <= self.depth - 2 and (i + 1) % self.experts_every_n == 0,
+                out_std=0.02 / np.sqrt(2 * (i + 1 if self.depth_init else self.depth)),
+            )
+            for i in range(self.depth)
+        )
+
+    def decoder_blocks(self) -> tuple["BlockShape", ...]:
+        """MaskDiT's decoder has blocks of one width, without experts."""
+        out_std = 0.02 / np.sqrt(2 * self.depth)
+        return (self._block(self.decoder_dim, 1.0, 4.0, moe=False, out_std=out_std),) * self.decoder_depth
+
+    def _block(self, dim: int, qkv_ratio: float, mlp_ratio: float, *, moe: bool, out_std: float) -> "BlockShape":
+        attention = dim if qkv_ratio == 1 else round_up(int(dim * qkv_ratio), 2 * self.head_dim)
+        hidden_width = ExpertChoiceFFN.hidden_width if moe else SwiGLU.hidden_width
+        return BlockShape(dim, attention, hidden_width(dim, mlp_ratio, self.multiple_of), moe, float(out_std))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockShape:
+    """The widths of one DiT block, and the standard deviation its residual writers are initialized with."""
+
+    dim: int
+    attention_width: int
+    hidden_width: int
+    moe: bool
+    out_std: float
+
+
+MASK_POSITIONS = ("after_mixer", "before_mixer")  # deferred masking; naive masking
+
+
+REMAT = ("none", "dots", "full")  # what the backward pass computes again; see `rematerialized`
+
+
+def _layer_wise(depth: int) -> dict[str, tuple[float, ...]]:
+    return {
+        "qkv_multipliers": tuple(np.linspace(0.5, 1.0, depth).tolist()),
+        "ffn_multipliers": tuple(np.linspace(0.5, 4.0, depth).tolist()),
+    }
+
+
+# fmt: off
+SIZES: dict[str, dict[str, Any]] = {
+    "Nano":            dict(depth=6,  dim=128,  head_dim=32, patch_mixer_depth=2, patch_mixer_dim=128,  multiple_of=32, **_layer_wise(6)),  # noqa: E501
+    "MicroDiT_Tiny_2": dict(depth=16, dim=512,  head_dim=32, patch_mixer_depth=4, patch_mixer_dim=512,  **_layer_wise(16)),  # noqa: E501
+    "MicroDiT_XL_2":   dict(depth=28, dim=1024, head_dim=64, patch_mixer_depth=6, patch_mixer_dim=768,  **_layer_wise(28)),  # noqa: E501
+}
+# fmt: on
+
+
+def make_config(size: str, **overrides: Any) -> DiTConfig:
+    """A row of the table of sizes, with some fields set or replaced; UserError lists the known sizes and fields."""
+    if size not in SIZES:
+        raise UserError(f"model size {size!r} is unknown; use one of {', '.join(SIZES)}.")
+    known = {field.name for field in dataclasses.fields(DiTConfig)}
+    if unknown := sorted(set(overrides) - known):
+        raise UserError(f"model has no field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}.")
+    values = SIZES[size] | overrides
+    if overrides.get("depth"):
+        values = values | {k: v for k, v in _layer_wise(values["depth"]).items() if k not in overrides}
+    return DiTConfig(**values)

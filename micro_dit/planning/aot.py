@@ -1,0 +1,258 @@
+"""Compiles a program for hardware that is not there, and tells what it would need there.
+
+XLA compiles for a description of devices as well as for devices: libtpu describes TPU slices, and JAX's CUDA plugin
+describes GPUs from a few figures; neither needs a driver or a chip. Fake CPU devices need nothing at all.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from micro_dit.errors import UserError
+from micro_dit.parallel.cpu import compiler_options
+from micro_dit.planning.collectives import Traffic, collectives
+
+TPUS = ("v5e", "v5p", "v6e")  # a v4 is described as two devices a chip, which share its memory: left out
+GPUS = {"h100": "NVIDIA H100 80GB HBM3"}
+CUDA_WHEELS = ("jax-cuda12-pjrt", "jax-cuda12-plugin")
+# What XLA asks a GPU's driver for, as far as it is known of an H100; not compared with a real one yet.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000
+  device_memory_size: 85000000000
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for: 'v5e:8x8' is 64 chips of a TPU slice, 'h100:8' one host, 'cpu:8' fake devices."""
+
+    chip: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Topology":
+        """Raises UserError for what is no topology."""
+        chip, _, sizes = text.partition(":")
+        dimensions = 3 if chip == "v5p" else 2 if chip in TPUS else 1
+        example = {3: "4x4x4", 2: "8x8", 1: "8"}[dimensions]
+        if chip not in (*TPUS, *GPUS, "cpu"):
+            known = ", ".join((*TPUS, *GPUS, "cpu"))
+            raise UserError(f"topology {text!r}: the chip must be one of {known}, as in v5e:8x8, v5p:4x4x4 or h100:8.")
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or sizes.count("x") + 1 != dimensions:
+            raise UserError(f"topology {text!r}: give the chips along each side, as in {chip}:{example}.")
+        shape = tuple(int(size) for size in sizes.split("x"))
+        if chip in GPUS and shape[0] > 8:
+            raise UserError(f"topology {text!r}: at most the 8 GPUs of one host can be described.")
+        return cls(chip, shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.chip}:{'x'.join(map(str, self.shape))}"
+
+
+def describe_devices(topology: Topology) -> Sequence[Any]:
+    """The devices of a topology. Call it before anything else of JAX: it settles that this process runs on its CPU.
+
+    Raises:
+        UserError: the package that describes them is missing, or knows no such slice.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    if topology.chip == "cpu":
+        jax.config.update("jax_num_cpu_devices", topology.size)
+        return jax.devices()
+    jax.devices()  # or else a plugin would look for devices of its own
+    from jax.experimental import topologies
+
+    if topology.chip in TPUS:
+        if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
+            raise UserError(f"{topology} needs the TPU compiler: pip install 'micro_dit[tpu-rehearsal]'.")
+        # What a TPU machine would be asked about itself, and libtpu complains of not being told: any will do.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it guards a chip, and there is none
+        arguments: dict[str, Any] = dict(platform="tpu", topology_name=str(topology))
+    else:
+        if not all(importlib.util.find_spec(module) for module in ("jax_plugins", "jax_plugins.xla_cuda12")):
+            raise UserError(f"{topology} needs XLA's compiler for GPUs: pip install 'micro_dit[gpu-rehearsal]'.")
+        arguments = dict(
+            platform="cuda", topology_name=topology.chip, target_config=H100, topology=f"1x1x{topology.size}"
+        )
+    try:
+        return topologies.get_topology_desc(**arguments).devices
+    except Exception as error:
+        raise UserError(f"{topology} can't be described: {str(error).splitlines()[0]}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program; all figures are of one device.
+
+    Attributes:
+        seconds: that compiling took.
+        arguments, outputs, aliased, temporaries, code: bytes; what is aliased is output in the place of an argument.
+        flops: that the compiler counts, with a loop's body counted once; None if it does not count.
+        bytes_accessed: of device memory, counted likewise.
+        traffic: by kind of collective.
+        memory_limit: bytes, if the compiler refused the program for needing more; all but `seconds` and `temporaries`
+            (what it says the program needs) are then 0.
+    """
+
+    seconds: float
+    arguments: int = 0
+    outputs: int = 0
+    aliased: int = 0
+    temporaries: int = 0
+    code: int = 0
+    flops: float | None = None
+    bytes_accessed: float | None = None
+    traffic: dict[str, Traffic] = dataclasses.field(default_factory=dict)
+    memory_limit: int | None = None
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Compiled":
+        """Of what `dataclasses.asdict` made."""
+        traffic = {kind: Traffic(**amounts) for kind, amounts in fields["traffic"].items()}
+        return cls(**fields | {"traffic": traffic})
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory that the program needs."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+def compile_ahead(
+    function: Callable[..., Any], arguments: Sequence[Any], topology: Topology, *, out_shardings: Any = None,
+    donate_argnums: tuple[int, ...] = (), optimization: str = "default", cache: Path | None = None,
+    progress: Callable[[float], None] = lambda seconds: None,
+) -> Compiled:  # fmt: skip
+    """Compiles a function for the devices that its arguments' shardings name.
+
+    Args:
+        function: to be jitted.
+        arguments: pytrees of ShapeDtypeStructs with shardings on devices of `describe_devices`.
+        topology: whose devices these are.
+        out_shardings, donate_argnums: of `jax.jit`.
+        optimization: 'default', or 'O0', which is several times faster and finds nearly the same memory.
+        cache: a folder where what was found is kept, for the same program never to be compiled twice.
+        progress: called every few seconds with the seconds that have passed.
+    """
+    started = time.monotonic()
+    options: dict[str, Any] = dict(compiler_options()) if topology.chip == "cpu" else {}
+    if topology.chip == "cpu" and optimization == "O0":
+        options |= {"xla_backend_optimization_level": "0"}
+    if topology.chip in GPUS:
+        # Without a GPU nothing can be timed, and what Triton would generate is chosen by timing.
+        options |= {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+    jitted = jax.jit(
+        function, donate_argnums=donate_argnums, compiler_options=options,
+        **({} if out_shardings is None else {"out_shardings": out_shardings}),
+    )  # fmt: skip
+    lowered = jitted.lower(*arguments)
+    known = cache and cache / f"{_fingerprint(lowered, topology, optimization, options)}.json"
+    if known and known.exists():
+        return Compiled.from_json(json.loads(known.read_text()))
+    finished = threading.Event()
+
+    def report() -> None:
+        while not finished.wait(10):
+            progress(time.monotonic() - started)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    settings: Any = jax.config
+    level = settings.jax_optimization_level
+    try:
+        if optimization == "O0":
+            settings.update("jax_optimization_level", "O0")
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
+        if used is None:
+            raise
+        needed, limit = _bytes(used[1], used[2]), _bytes(used[3], used[4])
+        found = Compiled(time.monotonic() - started, temporaries=needed, memory_limit=limit)
+    else:
+        found = _read(program, topology, time.monotonic() - started)
+    finally:
+        settings.update("jax_optimization_level", level)
+        finished.set()
+        thread.join()
+    if known:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        temporary = known.with_suffix(".tmp")  # a kill leaves no half of the file
+        temporary.write_text(json.dumps(dataclasses.asdict(found)))
+        temporary.replace(known)
+    return found
+
+
+def _read(program: Any, topology: Topology, seconds: float) -> Compiled:
+    """What a compiled program tells of itself."""
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+    return Compiled(
+        seconds=seconds, arguments=memory.argument_size_in_bytes, outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes, temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes, flops=cost.get("flops"), bytes_accessed=cost.get("bytes accessed"),
+        traffic=collectives(program.as_text() or "", topology.size),
+    )  # fmt: skip
+
+
+def _fingerprint(lowered: Any, topology: Topology, optimization: str, options: Any) -> str:
+    """Of a program, what it is compiled for, by what, and of the code that reads the result."""
+    reader = inspect.getsource(inspect.getmodule(collectives) or collectives)
+    about = json.dumps([str(topology), optimization, options, compiler_versions(topology), reader], sort_keys=True)
+    return hashlib.sha256((about + lowered.as_text()).encode()).hexdigest()[:32]
+
+
+def compiler_versions(topology: Topology) -> dict[str, str]:
+    """The packages that compile for a topology, and their versions."""
+    plugin = ["libtpu"] if topology.chip in TPUS else list(CUDA_WHEELS) if topology.chip in GPUS else []
+    return {name: _version(name) for name in ("jax", "jaxlib", *plugin)}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a library that TPU_LIBRARY_PATH names, perhaps
+        return "unknown"
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))

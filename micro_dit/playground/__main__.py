@@ -1,0 +1,301 @@
+"""A page to play with a trained model: `python -m micro_dit.playground --workdir=runs/mask75`.
+
+See docs/playground.md. What it draws with is micro_dit/playground/session.py.
+"""
+
+import base64
+import html
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags
+
+from micro_dit.cli import run_command
+from micro_dit.diffusion.samplers import SAMPLERS
+from micro_dit.errors import UserError
+
+if TYPE_CHECKING:
+    from micro_dit.playground.session import Frame, Picture, Settings, Studio
+
+STYLE = Path(__file__).parent / "style.css"
+NOBODY_BESIDE = "none"
+SESSION = 60  # pictures that a session's gallery shows
+WAITING = 16  # drawings that may wait for their turn
+EASEL_WIDTH, GAP = 816, 14  # pixels of the page that pictures share, and between them
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+    import_gradio()
+    from micro_dit.playground.session import Studio
+
+    with tempfile.TemporaryDirectory(prefix="micro_dit_playground_") as folder:
+        studio = Studio([FLAGS.workdir, *FLAGS.compare], Path(folder))
+        print("getting ready …", flush=True)
+        page = build_page(studio)
+        url = serve(page, FLAGS.host, FLAGS.port, folder)
+        print(f"{url} — Ctrl-C stops it; save the pictures that you like, they are gone then.", flush=True)
+        if FLAGS.host not in LOCAL:
+            print("warning: whoever can reach this machine can draw with it now.", file=sys.stderr)
+        try:
+            page.block_thread()
+        finally:
+            studio.close()
+
+
+def import_gradio() -> Any:
+    """Gradio, told to keep to itself; UserError if it is missing."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError('the page needs Gradio: pip install "gradio>=6.31,<7" and run it again.') from error
+    return gradio
+
+
+# ---- The page --------------------------------------------------------------------------------------------------------
+
+
+def build_page(studio: "Studio") -> Any:
+    """The `gradio.Blocks` of a page that draws with a studio, which is ready to draw after that."""
+    from micro_dit.playground.session import MAX_GUIDANCE, MAX_IMAGES, MAX_LETTERS, MAX_SEED, MAX_STEPS
+
+    gr = import_gradio()
+    model = studio.warm_up()
+    choices = list(studio.choices)
+
+    def draw(*given: Any) -> Iterator[tuple[Any, ...]]:
+        *values, session = given
+        same = gr.skip()
+        try:
+            settings = read_settings(*values)
+            yield waiting(), "", same, same
+            for frame in studio.draw(settings):
+                notices = "".join(map(notice, frame.warnings))
+                if frame.done < 1:
+                    yield easel(frame), notices, same, same
+                else:
+                    drawn = [picture for sheet in frame.pictures.values() for picture in sheet]
+                    session = [*reversed(drawn), *session][:SESSION]
+                    yield easel(frame), notices, thumbnails(session), session
+        except UserError as error:
+            yield "", notice(str(error), "error"), same, same
+
+    def restore(session: list[Any], event: gr.SelectData) -> tuple[Any, ...]:  # type: ignore[name-defined]
+        if not isinstance(event.index, int) or not 0 <= event.index < len(session):
+            return (gr.skip(),) * 11
+        picture = session[event.index]
+        return *controls_of(picture.settings), easel_of(picture), ""
+
+    with gr.Blocks(title="micro_dit playground", analytics_enabled=False) as page:
+        gr.HTML(heading(model), apply_default_css=False)
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=320, elem_id="controls"):
+                prompt = gr.Textbox(
+                    label="Prompt", placeholder="red heart", max_lines=4, max_length=MAX_LETTERS, autofocus=True,
+                    elem_id="prompt",
+                )  # fmt: skip
+                negative = gr.Textbox(
+                    label="Negative prompt", placeholder="what to lead away from", max_lines=4, max_length=MAX_LETTERS
+                )
+                with gr.Row():
+                    button = gr.Button("Draw", variant="primary", elem_id="draw")
+                    stop = gr.Button("Stop", min_width=80, elem_id="stop")
+                with gr.Row(equal_height=True):
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
+                    another = gr.Button("Another seed", min_width=120, elem_id="another")
+                num = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Images, a seed each", elem_id="num")
+                steps = gr.Slider(1, MAX_STEPS, model.about.steps, step=1, label="Steps", elem_id="steps")
+                guidance = gr.Slider(0, MAX_GUIDANCE, model.about.guidance, step=0.1, label="Guidance")
+                sampler = gr.Radio(list(SAMPLERS), value="heun", label="Sampler")
+                checkpoint = gr.Dropdown(choices, value=choices[0], label="Checkpoint")
+                beside = gr.Dropdown([NOBODY_BESIDE, *choices], value=NOBODY_BESIDE, label="Beside it, the same with")
+            with gr.Column(min_width=320, elem_id="board"):
+                messages = gr.HTML(elem_id="messages", apply_default_css=False)
+                board = gr.HTML(invitation(), elem_id="easel", apply_default_css=False)
+        gr.HTML('<h2 class="session">This session <span>a click brings back the settings</span></h2>')
+        gallery = gr.Gallery(
+            label="This session", show_label=False, container=False, columns=10, fit_columns=False, height="auto",
+            object_fit="contain", allow_preview=False, interactive=False, buttons=[], elem_id="session",
+        )  # fmt: skip
+        session = gr.State([])
+
+        controls = [prompt, negative, seed, steps, guidance, sampler, num, checkpoint, beside]
+        drawing = dict(
+            fn=draw, inputs=[*controls, session], outputs=[board, messages, gallery, session],
+            show_progress="hidden", concurrency_limit=1, concurrency_id="device",
+        )  # fmt: skip
+        new_seed = another.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 31)")
+        started = [
+            button.click(**drawing, api_name="draw"),
+            prompt.submit(**drawing, api_visibility="private"),
+            new_seed.then(**drawing, api_visibility="private"),
+        ]
+        stop.click(lambda: invitation(), None, board, cancels=started, api_visibility="private", queue=False)
+        gallery.select(restore, session, [*controls, board, messages], show_progress="hidden", api_visibility="private")
+    return page.queue(max_size=WAITING, api_open=False)
+
+
+def read_settings(
+    prompt: Any, negative: Any, seed: Any, steps: Any, guidance: Any, sampler: Any, num: Any, checkpoint: Any,
+    beside: Any,
+) -> "Settings":  # fmt: skip
+    """Settings from what the controls say, or what a request says that they say."""
+    from micro_dit.playground.session import Settings
+
+    try:
+        return Settings(
+            str(prompt or ""), str(negative or ""), int(seed), int(steps), float(guidance), str(sampler), int(num),
+            str(checkpoint), "" if beside == NOBODY_BESIDE else str(beside),
+        )  # fmt: skip
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError("seed, steps, guidance and images must be numbers: fill them in.") from error
+
+
+def controls_of(settings: "Settings") -> tuple[Any, ...]:
+    """What the controls say for settings: the opposite of `read_settings`."""
+    s = settings
+    names = (s.prompt, s.negative_prompt, s.seed, s.steps, s.guidance, s.sampler, s.num, s.checkpoint)
+    return *names, s.beside or NOBODY_BESIDE
+
+
+def serve(page: Any, host: str, port: int, folder: str) -> str:
+    """Starts the page in the background, and returns its address. Gradio's own files go to a folder.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    gr = import_gradio()
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # themes bring fonts from the network
+    theme = gr.themes.Base(
+        primary_hue="orange", neutral_hue="stone", radius_size="md", font=fonts, font_mono=["ui-monospace", "monospace"]
+    ).set(body_background_fill="#fbfaf7", button_large_text_weight="500", button_large_padding="8px 16px")
+    try:
+        _, url, _ = page.launch(
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[],
+            enable_monitoring=False, ssr_mode=False, max_file_size=1, theme=theme, css_paths=STYLE,
+            allowed_paths=[folder],
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"port {port} of {host} can't be had: choose another with --port.") from error
+    return url
+
+
+# ---- HTML: every text that somebody else wrote is escaped ------------------------------------------------------------
+
+
+def heading(model: Any) -> str:
+    """The name of the page and of the model."""
+    side = model.config.input_size * model.image_encoder.downsample
+    return (
+        f'<header class="heading"><h1>micro_dit</h1><p>{html.escape(model.about.name)} · {side}×{side} pixels'
+        f" · {sum(p.size for p in model.params.values()) / 1e6:,.1f} M parameters</p></header>"
+    )
+
+
+def invitation() -> str:
+    return '<div class="easel"><p class="invitation">Write a prompt, and press Draw.</p></div>'
+
+
+def waiting() -> str:
+    return '<div class="easel"><p class="invitation">Waiting for the device …</p></div>'
+
+
+def notice(text: str, kind: str = "warning") -> str:
+    """A message above the pictures."""
+    return f'<p class="notice {kind}" role="alert">{html.escape(text[:1].upper() + text[1:])}</p>'
+
+
+def easel(frame: "Frame") -> str:
+    """The pictures of a drawing, one sheet beside the other."""
+    sheets = "".join(
+        sheet_of(label if len(frame.pictures) > 1 else "", pictures, EASEL_WIDTH // len(frame.pictures) - GAP)
+        for label, pictures in frame.pictures.items()
+    )
+    if frame.done < 1:
+        bar = f'<div class="progress" role="progressbar"><span style="width:{100 * frame.done:.0f}%"></span></div>'
+        return f'<div class="easel">{bar}<div class="sheets">{sheets}</div></div>'
+    first = next(iter(frame.pictures.values()))[0]
+    assert first is not None
+    told = about(first.settings, alone=len(frame.pictures) == 1)
+    return f'<div class="easel finished"><div class="sheets">{sheets}</div>{told}</div>'
+
+
+def easel_of(picture: "Picture") -> str:
+    """A picture of the session alone."""
+    return f'<div class="easel finished">{sheet_of("", [picture], EASEL_WIDTH)}{about(picture.settings)}</div>'
+
+
+def sheet_of(label: str, pictures: Sequence["Picture | None"], width: int) -> str:
+    """The pictures of a checkpoint, small ones enlarged by a whole number so that they stay sharp."""
+    columns = next(n for n in range(1, 9) if n * n >= len(pictures))
+    room = min((width - GAP * (columns - 1)) // columns, 512)
+    size = next((picture.image.width for picture in pictures if picture), 0)
+    sharp = 0 < 2 * size <= room
+    side = size * (room // size) if sharp else room
+    figures = "".join(map(figure, pictures))
+    title = f"<h2>{html.escape(label)}</h2>" if label else ""
+    return (
+        f'<section class="sheet{" sharp" * sharp}">{title}'
+        f'<div class="pictures" style="--columns:{columns};--side:{side}px;--gap:{GAP}px">{figures}</div></section>'
+    )
+
+
+def figure(picture: "Picture | None") -> str:
+    """A picture with its seed; a finished one, whose file tells what it was drawn with, can be saved."""
+    if picture is None:
+        return '<figure><div class="blank"></div><figcaption>…</figcaption></figure>'
+    if picture.path:
+        source = data_url(picture.path.read_bytes(), "png")
+        name = html.escape(picture.path.name)
+        save = f'<a href="{source}" download="{name}">Save</a>'
+    else:
+        buffer = io.BytesIO()
+        picture.image.save(buffer, "WEBP", quality=80)
+        source, save = data_url(buffer.getvalue(), "webp"), ""
+    prompt = html.escape(picture.settings.prompt)
+    seed = f"<span>seed {picture.settings.seed}</span>"
+    return f'<figure><img src="{source}" alt="{prompt}"><figcaption>{seed}{save}</figcaption></figure>'
+
+
+def about(settings: "Settings", alone: bool = True) -> str:
+    """What pictures were drawn with, in a line."""
+    parts = [f"<q>{html.escape(settings.prompt)}</q>" if settings.prompt else "without a prompt"]
+    if settings.negative_prompt:
+        parts.append(f"away from <q>{html.escape(settings.negative_prompt)}</q>")
+    parts.append(f"{html.escape(settings.sampler)}, {settings.steps} steps, guidance {settings.guidance:g}")
+    if alone:
+        parts.append(html.escape(settings.checkpoint))
+    return f'<p class="about">{" · ".join(parts)}</p>'
+
+
+def thumbnails(session: Sequence["Picture"]) -> list[tuple[str, str]]:
+    """Files and captions for the gallery, which escapes them itself."""
+    return [(str(p.path), f"{p.settings.prompt or '–'} · {p.settings.seed}") for p in session]
+
+
+def data_url(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Work directory of a run, or a model folder.", required=True)
+    flags.DEFINE_multi_string("compare", [], "Another one, whose checkpoints can be chosen too.")
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets in whoever can reach this machine.")
+    flags.DEFINE_integer("port", 7860, "Port to listen at.", lower_bound=1, upper_bound=65535)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(lambda argv: sys.exit(run_command(main, argv)))

@@ -1,0 +1,173 @@
+"""Weights to start from: those of a model folder or of another run, for full fine-tuning or under a LoRA adapter.
+
+A run with LoRA saves its adapter alone, and where the weights under it are: whoever reads its checkpoints gets both,
+merged, by `run_params`.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from micro_dit.data.shards import Manifest
+from micro_dit.encoders.info import UNVERIFIED
+from micro_dit.errors import UserError
+from micro_dit.interop.model_folder import config_from, is_model_folder, load_model_folder, read_config
+from micro_dit.models.config import DiTConfig
+from micro_dit.training.checkpoint import Checkpoints
+from micro_dit.training.lora import LoRA
+
+# What may differ from the network that continues: no parameter depends on it.
+FREE_FIELDS = ("input_size", "pos_interp_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Weights to start from, on the host.
+
+    Attributes:
+        folder: absolute; a model folder, or the work directory of a run.
+        step: of the run's checkpoint; None for a model folder.
+        params: float32, by name.
+        network: that they are of.
+        about: sigma_data, vae, text_encoder, caption_tokens, and vae_fingerprint and text_fingerprint if known.
+    """
+
+    folder: Path
+    step: int | None
+    params: dict[str, np.ndarray]
+    network: DiTConfig
+    about: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.step is None else f"step {self.step} of {self.folder}"
+
+    def under(self, lora: LoRA) -> dict[str, Any]:
+        """What a checkpoint's meta tells of its adapter and of what is under it."""
+        return dataclasses.asdict(lora) | {
+            "folder": str(self.folder), "step": self.step, "fingerprint": fingerprint(self.params)
+        }  # fmt: skip
+
+    def check(self, network: DiTConfig, manifest: Manifest, sigma_data: float, vae: str, text_encoder: str) -> None:
+        """Raises UserError if a run can't start here: of another network, or trained on other encoders' outputs.
+
+        Args:
+            network: of the run's first phase.
+            manifest: of its shards.
+            sigma_data, vae, text_encoder: of its config.
+        """
+        fields = [field.name for field in dataclasses.fields(DiTConfig) if field.name not in FREE_FIELDS]
+        theirs, ours = (dataclasses.asdict(config) for config in (self.network, network))
+        if differing := [f"{name} ({theirs[name]} there, {ours[name]} here)" for name in fields
+                         if theirs[name] != ours[name]]:  # fmt: skip
+            raise UserError(f"init_from={self.folder} is another network: {'; '.join(differing)}; set config.model so.")
+        about, text = self.about, manifest.text_encoder
+        same_vae = _same(about, "vae", (manifest.vae.name, vae), manifest.vae.fingerprint)
+        same_text = _same(about, "text_encoder", (text.name, text_encoder), text.fingerprint)
+        problems = [] if same_vae else [f"vae ({about['vae']} there, {manifest.vae.name} here)"]
+        problems += [] if same_text else [f"text_encoder ({about['text_encoder']} there, {text.name} here)"]
+        numbers = {"sigma_data": sigma_data, "caption_tokens": text.tokens}
+        problems += [f"{name} ({about[name]} there, {value} here)" for name, value in numbers.items()
+                     if about[name] != value]  # fmt: skip
+        if problems:
+            raise UserError(
+                f"init_from={self.folder} was trained with something else than config and shards have: "
+                f"{'; '.join(problems)}; set the config so, and make the shards with the same encoders."
+            )
+
+
+def _same(about: Mapping[str, Any], which: str, names: tuple[str, ...], found: str) -> bool:
+    """Fingerprints tell best whether two encoders are one; names, where a fingerprint is not known."""
+    known = about.get({"vae": "vae_fingerprint", "text_encoder": "text_fingerprint"}[which], "")
+    if UNVERIFIED in (known, found) or not known or not found:
+        return about[which] in names
+    return bool(known == found)
+
+
+def load_start(path: str | Path, step: int | None = None) -> Start:
+    """Reads a model folder, or a run's checkpoint (the newest if `step` is None; its moving average if it has one).
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(path).expanduser().absolute()
+    if not (path / "config.json").is_file():
+        raise UserError(f"init_from={path} is no model folder and no work directory: it has no config.json.")
+    if is_model_folder(path):
+        params, network, about = load_model_folder(path)
+        return Start(path, None, params, network, about)
+    fields = read_config(path / "config.json")
+    if not {"config", "shards"} <= set(fields) or not (path / "checkpoints").is_dir():
+        raise UserError(f"init_from={path} is no model folder, and no work directory of a run with checkpoints.")
+    params, meta = run_params(path, step)
+    run, shards = fields["config"], fields["shards"]
+    about = {
+        "sigma_data": run["diffusion"]["sigma_data"], "vae": run["data"]["vae"], "vae_fingerprint": shards["vae"],
+        "text_encoder": run["data"]["text_encoder"], "text_fingerprint": shards["text_encoder"],
+        "caption_tokens": shards["caption_tokens"],
+    }  # fmt: skip
+    return Start(path, meta["step"], params, config_from(meta["model"], f"the checkpoint in {path}"), about)
+
+
+def has_checkpoints(workdir: str | Path) -> bool:
+    """Whether a run in this work directory continues rather than starts."""
+    return any(path.name.isdigit() for path in (Path(workdir) / "checkpoints").glob("*"))
+
+
+def load_under(about: Mapping[str, Any]) -> Start:
+    """The weights under an adapter, by what its checkpoint's meta tells of them.
+
+    Raises:
+        UserError: they are not there any more, or are others.
+    """
+    folder, step = about["folder"], about["step"]
+    where = folder if step is None else f"step {step} of {folder}"
+    try:
+        start = load_start(folder, step)
+    except UserError as error:
+        raise UserError(f"the LoRA adapter was trained on the weights in {where}; bring them back: {error}") from error
+    if fingerprint(start.params) != about["fingerprint"]:
+        raise UserError(f"the weights in {where} have changed since the LoRA adapter was trained: bring the old back.")
+    return start
+
+
+def run_params(
+    workdir: str | Path, step: int | None = None, params: str | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A checkpoint's parameters to sample from, on the host, and its meta; see `Checkpoints.load_params`.
+
+    Those of a run with LoRA are merged with the weights under them.
+
+    Raises:
+        UserError: there is no such checkpoint, or the weights under an adapter are missing or changed.
+    """
+    checkpoints = Checkpoints(workdir)
+    values, meta = checkpoints.load_params(step, params)
+    checkpoints.close()
+    if about := meta.get("lora"):
+        lora = LoRA(about["rank"], about["alpha"], about["targets"])
+        merged = lora.merge(load_under(about).params, values)
+        values = {name: np.asarray(value) for name, value in merged.items()}
+    return values, meta
+
+
+def place(params: Mapping[str, np.ndarray], shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Host arrays onto devices, one after another: each process gives its own devices their parts."""
+
+    def placed(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return {name: placed(params[name], sharding) for name, sharding in shardings.items()}
+
+
+def fingerprint(params: Mapping[str, np.ndarray]) -> str:
+    """Sixteen hexadecimal digits that tell weights from others."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(params[name], np.float32).data)
+    return digest.hexdigest()[:16]

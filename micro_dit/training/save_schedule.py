@@ -1,0 +1,100 @@
+"""When a run saves and when it stops: by its steps, by the clock, or because it was told to; in all processes alike."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from micro_dit.parallel.distributed import any_process, gather
+
+ASK_SECONDS = 2.0
+
+
+class Interrupt:
+    """While entered, the first SIGINT or SIGTERM sets `requested`; a second SIGINT interrupts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        except ValueError:  # not in the main thread (a notebook's server, a test): signals are somebody else's
+            self._before = {}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        # Not print(): the signal may come in the middle of one, which cannot be entered twice.
+        os.write(1, b"\nstopping after this step, saving first (Ctrl-C again stops at once, unsaved)\n")
+
+
+class Saving:
+    """Says after each step whether to save and whether to stop.
+
+    Several processes must do both at the same step. The number of the step is known to all; what time it is and who was
+    told to stop they tell each other. The answer waits for the steps that the devices have yet to do, so they ask every
+    few seconds only, by process 0's clock.
+    """
+
+    def __init__(
+        self,
+        interrupt: Interrupt,
+        *,
+        every: int,
+        keep_every: int,
+        minutes: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Starts the clock.
+
+        Args:
+            interrupt: knows whether this process was told to stop.
+            every: save at the multiples of so many steps; 0 does not.
+            keep_every: likewise; which of them are kept is for `Checkpoints` to know.
+            minutes: save if nothing was saved for so long; 0 does not.
+            clock: seconds.
+        """
+        self._interrupt, self._clock, self._minutes = interrupt, clock, minutes
+        self._multiples = [steps for steps in (every, keep_every) if steps]
+        self._saved_at = self._asked_at = clock()
+        self._asked_step: int | None = None
+        self._next_step = 0  # none asks before this
+
+    def after(self, step: int) -> tuple[bool, bool]:
+        """Whether to save and whether to stop after a step; every process must ask after every step."""
+        saves = any(step % steps == 0 for steps in self._multiples)
+        if step < self._next_step:
+            return saves, False
+        now = self._clock()
+        late = self._minutes > 0 and now - self._saved_at >= 60 * self._minutes
+        told = gather([self._interrupt.requested, late, self._steps_until_next(step, now)])
+        self._asked_step, self._asked_at = step, now
+        if len(told) > 1:
+            self._next_step = step + int(told[0, 2])
+        return saves or bool(told[0, 1]), bool(told[:, 0].any())
+
+    def _steps_until_next(self, step: int, now: float) -> int:
+        """The steps that took ASK_SECONDS lately."""
+        if self._asked_step is None or step == self._asked_step:
+            return 1
+        seconds_per_step = max((now - self._asked_at) / (step - self._asked_step), 1e-3)
+        return max(1, round(ASK_SECONDS / seconds_per_step))
+
+    def told_to_stop(self) -> bool:
+        """Whether any process was, by now: for work between two steps. All must ask at the same point."""
+        return any_process(self._interrupt.requested)
+
+    def saved(self) -> None:
+        """Starts the minutes anew."""
+        self._saved_at = self._clock()

@@ -1,0 +1,168 @@
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from micro_dit.data.captions import clean_caption
+from micro_dit.data.preparation.stages import workers as decoding
+from micro_dit.data.preparation.workers import EMPTY_CAPTION, Decoders, prepare_example, run_ahead
+from micro_dit.errors import UserError
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def square(number: int) -> int:
+    return number**2
+
+
+def square_or_die(number: int) -> int:
+    if number in (3, 4, 11):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number**2
+
+
+def fail(number: int) -> int:
+    raise UserError(f"no {number}")
+
+
+def imported_modules() -> set[str]:
+    return set(sys.modules)
+
+
+def numbered(count: int) -> list[tuple[int, tuple[int] | None]]:
+    """Every fifth item has nothing to compute."""
+    return [(number, None if number % 5 == 0 else (number,)) for number in range(count)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_results_come_in_order(workers: int):
+    with Decoders(workers) as decoders:
+        expected = [(n, None if n % 5 == 0 else n**2) for n in range(50)]
+        assert list(decoders.map(square, numbered(50), ahead=7)) == expected
+        assert list(decoders.map(square, [], ahead=7)) == []
+        with pytest.raises(UserError, match="no 1"):
+            list(decoders.map(fail, numbered(3), ahead=7))
+
+
+def test_an_error_of_the_items_comes_after_the_results_of_those_before():
+    def items() -> Iterator[tuple[int, tuple[int]]]:
+        yield 1, (1,)
+        yield 2, (2,)
+        raise UserError("broken")
+
+    with Decoders(0) as decoders:
+        results = decoders.map(square, items(), ahead=7)
+        assert [next(results), next(results)] == [(1, 1), (2, 4)]
+        with pytest.raises(UserError, match="broken"):
+            next(results)
+
+
+def test_a_bounded_number_of_items_is_held():
+    taken = 0
+
+    def items() -> Iterator[tuple[int, tuple[int]]]:
+        nonlocal taken
+        for taken in range(1, 101):
+            yield taken, (taken,)
+
+    with Decoders(0) as decoders:
+        for number, _ in decoders.map(square, items(), ahead=6):
+            assert taken - number < 6
+
+
+def test_a_dying_worker_takes_nothing_with_it_but_the_item_to_blame():
+    with Decoders(2) as decoders:
+        results = dict(decoders.map(square_or_die, [(n, (n,)) for n in range(30)], ahead=8))
+    assert results == {n: None if n in (3, 4, 11) else n**2 for n in range(30)}
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_import_nothing_heavy():
+    with Decoders(1) as decoders:
+        ((_, modules),) = decoders.map(imported_modules, [("", ())], ahead=1)
+    assert modules is not None
+    assert "numpy" in modules
+    assert not modules & {"jax", "torch", "flax", "transformers"}
+    # The main module is imported by each worker once more.
+    code = "import sys, micro_dit.precompute; print({'jax', 'torch', 'flax'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
+
+
+def test_workers_that_do_not_start_are_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decoding, "start_worker", os.abort)
+    with pytest.raises(UserError, match="--workers=0"), Decoders(1):
+        pass
+
+
+def test_an_example_is_prepared_or_dropped():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, "PNG")
+    image = file.getvalue()
+    prepared = prepare_example(image, ("a", " ", "b", "a"), [16, 32], 16, clean=False)
+    assert prepared.captions == ("a", "b")
+    assert {side: crop.shape for side, crop in prepared.images.items()} == {16: (16, 16, 3), 32: (32, 32, 3)}
+    assert (prepared.altered, prepared.dropped) == (("image was enlarged to 32 px",), None)
+    assert prepare_example(image, (" ", ""), [16], 16, clean=False)[::2] == (("",), (EMPTY_CAPTION,))
+    assert prepare_example(image, ("x",), [16], 31, clean=False).dropped == "image is smaller than 31 px"
+
+
+def test_captions_are_cleaned_if_asked():
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "PNG")
+    captions = ("A cat (SOLD OUT)", "@user", "a cat sold out")
+    cleaned = prepare_example(file.getvalue(), captions, [16], 16, clean=True).captions
+    assert cleaned == (clean_caption(captions[0]),) == ("a cat sold out",)
+
+
+def test_an_endless_caption_is_cut_before_it_is_cleaned():
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "PNG")
+    prepared = prepare_example(file.getvalue(), ["a " * 10_000], [16], 16, clean=True)
+    assert prepared.captions == (("a " * 2_500).strip(),)
+    assert prepared.altered == ("caption was cut to 5,000 characters",)
+
+
+def test_run_ahead_is_bounded_ordered_and_passes_errors_on():
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        while taken < 20:
+            taken += 1
+            yield taken
+        raise UserError("broken")
+
+    ahead = run_ahead(items(), 3)
+    for expected in range(1, 21):
+        assert next(ahead) == expected
+        time.sleep(0.002)
+        assert taken - expected <= 3 + 1
+    with pytest.raises(UserError, match="broken"):
+        next(ahead)
+
+
+def test_closing_a_chain_ends_every_stage():
+    closed = []
+
+    def endless() -> Iterator[int]:
+        try:
+            yield from iter(int, 1)
+        finally:
+            closed.append(threading.current_thread())
+
+    before = threading.active_count()
+    chain = run_ahead((item for item in run_ahead(endless(), 2)), 2)
+    assert next(chain) == 0
+    chain.close()
+    assert len(closed) == 1
+    assert threading.active_count() == before

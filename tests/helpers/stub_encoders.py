@@ -1,0 +1,68 @@
+"""Encoders that can be checked by eye and load in no time.
+
+Also the command with them in place of real ones: `python tests/helpers/stub_encoders.py --source=… --vae=SECONDS …`.
+"""
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+
+class MeanColor:
+    """An image encoder whose latents are the mean color of each 8×8 patch, and 0.5."""
+
+    name, fingerprint, channels, downsample = "mean-color", "0123", 3, 8
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds = seconds  # for a batch
+
+    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        time.sleep(self.seconds)
+        count, height, width, _ = images.shape
+        patches = images.astype(np.float32).reshape(count, height // 8, 8, width // 8, 8, 3)
+        mean = patches.mean((2, 4)) / 127.5 - 1
+        return mean, np.full_like(mean, 0.5)
+
+
+class Letters:
+    """A text encoder with a token for each letter."""
+
+    name, fingerprint, tokens, channels = "letters", "4567", 5, 2
+
+    def encode(self, captions: list[str]) -> np.ndarray:
+        embeddings = np.zeros((len(captions), self.tokens, self.channels), np.float32)
+        for row, caption in enumerate(captions):
+            for token, letter in enumerate(caption[: self.tokens]):
+                embeddings[row, token] = ord(letter)
+        return embeddings
+
+    def count_tokens(self, captions: list[str]) -> list[int]:
+        return list(map(len, captions))
+
+
+def install(image: Any = None, text: Any = None) -> dict[str, Any]:
+    """What to put in place of the two functions that load encoders."""
+    return {
+        "micro_dit.encoders.image.load_image_encoder": lambda *arguments: image or MeanColor(),
+        "micro_dit.encoders.text.load_text_encoder": lambda *arguments: text or Letters(),
+    }
+
+
+if __name__ == "__main__":
+    from unittest import mock
+
+    from absl import app
+
+    from micro_dit import precompute
+    from micro_dit.cli import run_command
+
+    def main(argv: list[str]) -> None:
+        seconds = float(precompute.flags.FLAGS.vae)
+        for name, stub in install(MeanColor(seconds)).items():
+            mock.patch(name, stub).start()
+        precompute.main(argv)
+
+    precompute.define_flags()
+    app.run(lambda argv: sys.exit(run_command(main, argv)))

@@ -1,0 +1,79 @@
+"""What a TPU's matrix units spend on padding, by hand and by the program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from micro_dit.models.config import make_config
+from micro_dit.models.dit import abstract_params, bind
+from micro_dit.models.flops import forward_flops
+from micro_dit.planning.aot import TPUS
+from micro_dit.planning.mxu_padding import MATRIX_UNITS, Product, matrix_products, padding
+from tests.helpers import tiny
+
+
+def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("product", "chip", "times"),
+    [
+        (Product(1, 256, 1024, 512), "v5e", 1),
+        (Product(1, 4096, 960, 1024), "v5e", 1024 / 960),
+        (Product(1, 4096, 1024, 960), "v5e", 1),  # the 960 stream
+        (Product(1, 4096, 640, 1024), "v6e", 768 / 640),
+        (Product(64, 1024, 64, 1024), "v5e", 2),  # attention's scores with heads of 64
+        (Product(64, 1024, 64, 1024), "v6e", 4),
+        (Product(64, 1024, 1024, 64), "v5e", 2),  # and the values' weighted sum: loading the next tile takes the rest
+        (Product(64, 1024, 1024, 64), "v6e", 4),
+        (Product(1, 4096, 1024, 8), "v5e", 9),
+        (Product(1, 1024, 4, 6144), "v5e", 32),  # the gradient of a modulation's weight from four images
+    ],
+)
+def test_padded_by_hand(product: Product, chip: str, times: float):
+    assert product.padded_flops(MATRIX_UNITS[chip]) == pytest.approx(times * product.flops)
+
+
+@pytest.mark.parametrize("quantize", ["", "int8"])  # which has a product for CPUs and one for all else
+def test_products_of_a_network_are_those_counted_by_hand(quantize: str):
+    config = tiny.network()
+    images = 3
+    traced = jax.make_jaxpr(lambda params, *inputs: bind(config, params, quantize=quantize)(*inputs))(
+        abstract_params(config), *tiny.inputs(config, images)
+    )
+    by_hand = images * sum(forward_flops(config, caption_tokens=tiny.TEXT.tokens).values())
+    assert sum(product.flops for product in matrix_products(traced)) == by_hand
+
+
+def test_loops_and_programs_within_programs_are_counted():
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        return jax.jit(jax.checkpoint(lambda x: x @ w))(x), None
+
+    traced = jax.make_jaxpr(lambda x, w: jax.lax.scan(layer, x, w))(shape(4, 8, 16), shape(5, 16, 16))
+    assert matrix_products(traced) == [Product(1, 32, 16, 16, times=5)]
+
+
+def test_batched_products():
+    traced = jax.make_jaxpr(lambda q, k: jnp.einsum("bthd,bshd->bhts", q, k))(shape(2, 7, 3, 64), shape(2, 5, 3, 64))
+    (product,) = matrix_products(traced)
+    assert (product.batch, product.contracted) == (6, 64)
+    assert {product.rows, product.columns} == {5, 7}
+
+
+def test_share_of_padding():
+    traced = jax.make_jaxpr(lambda x, w: x @ w)(shape(256, 64), shape(64, 256))
+    assert padding(traced, "v5e") == pytest.approx(1 / 2)
+    assert padding(traced, "v6e") == pytest.approx(3 / 4)
+    assert padding(traced, "h100") is None
+    assert padding(jax.make_jaxpr(lambda x: x + 1)(shape(4)), "v5e") == 0
+
+
+def test_every_tpu_that_is_rehearsed_has_a_matrix_unit():
+    assert set(TPUS) <= set(MATRIX_UNITS)
+
+
+def test_widths_of_xl_fill_tiles_of_128():
+    config = make_config("MicroDiT_XL_2", input_size=32)
+    blocks = (*config.mixer_blocks(), *config.backbone_blocks())
+    assert not [block for block in blocks if block.dim % 128 or block.attention_width % 128 or block.hidden_width % 256]

@@ -1,0 +1,210 @@
+"""Pictures can be opened again, hold what was put in, and are never half written."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+
+from micro_dit import images as grids
+from micro_dit.errors import UserError
+from micro_dit.images import PAPER, caption_grid, save_gif, save_png
+from micro_dit.training.curves import plot_curves
+
+RED = (200, 10, 10)
+
+
+def red_pictures(n, side):
+    return np.broadcast_to(np.uint8(RED), (n, side, side, 3)).copy()
+
+
+def red_tiles(sheet):
+    """Bounding boxes (left, top, width, height) of the pictures on a sheet."""
+    red = (np.asarray(sheet) == RED).all(-1)
+    rows, columns = red.any(1), red.any(0)
+
+    def spans(line):
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], line.astype(int), [0]])))
+        return list(zip(edges[::2], edges[1::2] - edges[::2], strict=True))
+
+    return [(x, y, w, h) for y, h in spans(rows) for x, w in spans(columns) if red[y, x]]
+
+
+@pytest.mark.parametrize(("side", "scale", "shown"), [(32, 1, 96), (64, 1, 128), (128, 1, 128), (128, 2, 256)])
+def test_small_pictures_grow_by_whole_numbers(side, scale, shown):
+    tiles = red_tiles(caption_grid(red_pictures(5, side), ["a cat"] * 5, columns=3, scale=scale))
+    assert len(tiles) == 5
+    assert {tile[2:] for tile in tiles} == {(shown, shown)}
+    assert len({tile[0] for tile in tiles}) == 3
+
+
+def test_pixels_are_untouched_where_nothing_is_enlarged():
+    images = np.random.default_rng(0).integers(0, 256, (1, 128, 128, 3), np.uint8)
+    sheet = np.asarray(caption_grid(images, [""]))
+    windows = [sheet[y : y + 128, x : x + 128] for y in range(30) for x in range(30)]
+    assert any(window.shape == images[0].shape and (window == images[0]).all() for window in windows)
+
+
+def test_long_captions_make_room_and_stay_inside():
+    short = caption_grid(red_pictures(2, 96), ["cat", "dog"])
+    long = caption_grid(red_pictures(2, 96), ["cat", "a very long caption " * 40])
+    assert long.height > short.height
+    endless = "x" * 500
+    assert caption_grid(red_pictures(2, 96), ["cat", endless]).height <= long.height
+    margin = np.asarray(long)[:, -8:]
+    assert (margin == ImageColor.getrgb(PAPER)).all(), "text runs over the edge"
+
+
+@pytest.mark.parametrize("text", ["two words", "incomprehensibilities " * 3, "one " * 100, "", "猫 と 犬"])
+def test_wrapped_lines_fit_and_lose_no_words(text):
+    font = grids._font(12)
+    lines = grids._wrap(text, font, 90, most=1000)
+    assert all(grids._length(line, font) <= 90 for line in lines)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert all(lines)
+
+
+def test_cut_off_text_ends_in_an_ellipsis():
+    font = grids._font(12)
+    lines = grids._wrap("one two three " * 30, font, 90, most=3)
+    assert len(lines) == 3
+    assert lines[-1].endswith("…")
+    assert grids._length(lines[-1], font) <= 90
+
+
+def test_title_goes_above():
+    plain = caption_grid(red_pictures(4, 96), ["x"] * 4)
+    titled = caption_grid(red_pictures(4, 96), ["x"] * 4, title="step 1,000")
+    assert titled.width == plain.width
+    assert red_tiles(titled)[0][1] > red_tiles(plain)[0][1]
+
+
+@pytest.mark.parametrize(("n", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (6, 3), (7, 4), (8, 4), (12, 4), (16, 4)])
+def test_sheet_is_filled(n, columns):
+    assert grids._columns_that_fill(n) == columns
+
+
+@pytest.mark.parametrize(
+    ("images", "captions"),
+    [
+        (np.zeros((2, 8, 8, 3), np.float32), ["a", "b"]),
+        (np.zeros((8, 8, 3), np.uint8), ["a"] * 8),
+        (np.zeros((0, 8, 8, 3), np.uint8), []),
+        (np.zeros((2, 8, 8, 3), np.uint8), ["a"]),
+    ],
+)
+def test_wrong_input_is_refused(images, captions):
+    with pytest.raises(ValueError, match="images"):
+        caption_grid(images, captions)
+
+
+def test_png_keeps_its_metadata(tmp_path):
+    path = tmp_path / "samples" / "grid.png"
+    metadata = {"prompt": "grinning cat", "caption": "σ = 0.5, 猫 🐱", "seed": "7"}
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    save_png(image, path, metadata)
+    with Image.open(path) as read:
+        assert read.text == metadata
+        assert (np.asarray(read) == image).all()
+    assert [file.name for file in path.parent.iterdir()] == ["grid.png"]
+
+
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "grid.png"
+    save_png(red_pictures(1, 4)[0], path)
+    before = path.read_bytes()
+
+    def half(self, file, **options):
+        file.write_bytes(b"half a pic")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(red_pictures(1, 8)[0], path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_gif_holds_frames_and_their_times(tmp_path):
+    rng = np.random.default_rng(0)
+    sheets = [caption_grid(rng.integers(0, 256, (2, 96, 96, 3), np.uint8), ["a", "b"], title=f"{i}") for i in range(4)]
+    frames = [Image.fromarray(rng.integers(0, 256, (50, 60, 3), np.uint8)), *sheets]
+    path = tmp_path / "training.gif"
+    save_gif(frames, path, seconds_per_frame=0.2, hold_last=1.5)
+    with Image.open(path) as gif:
+        assert gif.n_frames == 5
+        assert gif.size == sheets[-1].size
+        assert gif.info["loop"] == 0
+        durations = []
+        for i in range(5):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+            if i:
+                assert gif.convert("RGB").getpixel((2, 2)) == ImageColor.getrgb(PAPER)
+        assert durations == [200, 200, 200, 200, 1500]
+        shown, meant = np.asarray(gif.convert("RGB"), int), np.asarray(sheets[-1], int)
+    assert np.abs(shown - meant).mean() < 8  # 256 colors for pure noise
+
+
+def run_metrics(last=600):
+    metrics = []
+    for step in range(10, last + 1, 10):
+        loss = 0.3 + math.exp(-step / 100)
+        metrics.append({"step": step, "time": 0.0, "loss": loss, "learning_rate": 1e-4})
+        if step % 100 == 0:
+            heldout = {"heldout_loss": loss + 0.1, "heldout_loss_ema": loss, "heldout_loss/sigma=0.5": 0.2}
+            metrics.append({"step": step} | heldout)
+    return metrics
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_curves_are_drawn(tmp_path, suffix):
+    path = tmp_path / f"curves.{suffix}"
+    plot_curves(run_metrics(), path, phases=[("masked", 0, 400), ("unmasked", 400, 600)], title="a run")
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    if suffix == "png":
+        with Image.open(path) as image:
+            assert image.width > 1000
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+    else:
+        assert path.read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        [{"step": 1, "loss": 0.5}],
+        [{"step": 1, "loss": 0.5}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 0.0}],
+        [{"step": 5, "loss": -1.0}, {"step": 6, "loss": 100.0}],
+    ],
+)
+def test_odd_runs_can_be_drawn(tmp_path, metrics):
+    plot_curves(metrics, tmp_path / "curves.png", phases=[("short", 1, 2)])
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_a_run_without_losses_is_named(tmp_path):
+    with pytest.raises(UserError, match="'loss'"):
+        plot_curves([{"step": 1, "loss": math.nan}, {"step": 2, "heldout_loss": 1.0}], tmp_path / "curves.png")
+
+
+def test_smoothing_keeps_a_straight_line_and_evens_out_noise():
+    line = np.linspace(5, 1, 600)
+    assert np.allclose(grids._smooth(line)[:-10], line[:-10])
+    noise = np.random.default_rng(0).normal(size=6000)
+    assert grids._smooth(noise)[200:-200].std() < 0.1
+    assert grids._smooth(np.array([3.0])).tolist() == [3.0]
+
+
+def test_series_skip_what_is_not_finite():
+    steps, values = grids._series([{"step": 1, "a": 2.0}, {"step": 2, "a": math.nan}, {"step": 3, "b": 1.0}], "a")
+    assert steps.tolist() == [1]
+    assert values.tolist() == [2.0]
+
+
+def test_matplotlib_is_left_as_it_was(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    plot_curves(run_metrics(100), tmp_path / "curves.png")
+    assert dict(matplotlib.rcParams) == before

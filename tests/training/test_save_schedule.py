@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from micro_dit.training import save_schedule as module
+from micro_dit.training.save_schedule import Interrupt, Saving
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make(clock: Clock, every: int = 0, keep_every: int = 0, minutes: float = 0.0) -> tuple[Saving, Interrupt]:
+    interrupt = Interrupt()
+    return Saving(interrupt, every=every, keep_every=keep_every, minutes=minutes, clock=clock), interrupt
+
+
+def test_it_saves_at_multiples_of_both():
+    saving, _ = make(Clock(), every=4, keep_every=6)
+    assert [step for step in range(1, 13) if saving.after(step)[0]] == [4, 6, 8, 12]
+    saving, _ = make(Clock())
+    assert not any(saving.after(step)[0] for step in range(1, 13))
+
+
+def test_it_saves_when_nothing_was_saved_for_long():
+    clock = Clock()
+    saving, _ = make(clock, every=5, minutes=0.5)
+    saved = []
+    for step in range(1, 14):
+        clock.now += 10
+        if saving.after(step)[0]:
+            saving.saved()
+            saved.append(step)
+    assert saved == [3, 5, 8, 10, 13]  # the clock starts anew at each, whatever it was saved for
+
+
+def test_it_stops_when_told_to():
+    saving, interrupt = make(Clock())
+    assert saving.after(1) == (False, False)
+    assert not saving.told_to_stop()
+    interrupt.requested = True
+    assert saving.after(2) == (False, True)
+    assert saving.told_to_stop()
+
+
+class Others:
+    """Two processes of which the other one is told to stop once its clock says so."""
+
+    def __init__(self, told: bool = False, late: bool = False, steps: int = 999):
+        self.said, self.asked = [told, late, steps], []
+
+    def gather(self, numbers: list[int]) -> np.ndarray:
+        self.asked.append(list(map(int, numbers)))
+        return np.asarray([numbers, self.said], np.int32)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_several_processes_the_first_tells_the_time_and_any_may_stop(monkeypatch: pytest.MonkeyPatch, first: bool):
+    others = Others(told=True, late=True)
+    monkeypatch.setattr(module, "gather", others.gather if first else lambda n: others.gather(n)[::-1])
+    saving, _ = make(Clock(), minutes=5)
+    assert saving.after(1) == (not first, True)
+
+
+def test_several_processes_ask_every_few_seconds_and_save_by_steps_in_between(monkeypatch: pytest.MonkeyPatch):
+    others, clock = Others(), Clock()
+    monkeypatch.setattr(module, "gather", others.gather)
+    saving, _ = make(clock, every=7)
+    asked, saves = [], []
+    for step in range(1, 31):
+        clock.now += 0.25
+        before = len(others.asked)
+        saves += [step] if saving.after(step)[0] else []
+        asked += [step] if len(others.asked) > before else []
+    assert asked == [1, 2, 10, 18, 26]  # eight steps take two seconds
+    assert saves == [7, 14, 21, 28]

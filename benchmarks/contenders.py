@@ -87,7 +87,7 @@ class Contender:
             nothing, and torch.compile, whose C++ takes minutes on a CPU, what it keeps by default.
     """
 
-    def __init__(self, job: str, setting: Setting, threads: int, cache: str | None = None):
+    def __init__(self, job: str, setting: Setting, threads: int, cache: str | None = None) -> None:
         own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         own["OMP_WAIT_POLICY"] = "PASSIVE"  # threads without work sleep, or they would count as CPU seconds
         # JAX, which the twin imports for the sizes, must not take the GPU's memory there.

@@ -60,7 +60,7 @@ class Bench:
 
     def __init__(
         self, deadline: float, contenders: Sequence[str], dry_run: bool, compiled: bool = True, quantize: str = ""
-    ):
+    ) -> None:
         self.deadline, self.contenders, self.dry_run, self.compiled = deadline, contenders, dry_run, compiled
         self.quantize = quantize
         self.absent: dict[str, str] = {}  # contenders that can't take part, and why

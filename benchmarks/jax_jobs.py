@@ -31,7 +31,7 @@ from micro_dit.training.state import abstract_state
 class Device:
     """Where the programs run, and the shapes of what they are given."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: Setting) -> None:
         self.setting, self.network = setting, setting.network()
         try:
             self.device = jax.devices()[0]
@@ -51,7 +51,7 @@ class Device:
 class Job(Device, abc.ABC):
     """A program that is compiled, and then run as often as asked for."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.program: Any = None
         self.arguments: Any = None
@@ -98,7 +98,7 @@ class Job(Device, abc.ABC):
 class Training(Job):
     """The training step of micro_dit/train.py, without a moving average, of the largest microbatch that fits."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: Setting) -> None:
         keep_memory()  # as micro_dit.main does
         super().__init__(setting)
         self.microbatch = setting.microbatch or setting.batch_size

@@ -18,7 +18,7 @@ from micro_dit.errors import UserError
 class Device:
     """Where the twin runs, and what it is given."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: Setting) -> None:
         self.setting, self.network = setting, setting.network()
         if setting.gpu and not torch.cuda.is_available():
             raise UserError(f"torch {torch.__version__} finds no GPU: install its CUDA build, see pytorch.org")
@@ -75,7 +75,7 @@ class Job(Device, abc.ABC):
 class Training(Job):
     """The training step, of the largest microbatch that fits a GPU without being compiled."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.x, self.y = self.x.half(), self.y.half()
         self.twin = torch_twin.TorchTwin(self.network).to(self.device)
@@ -115,7 +115,7 @@ class Training(Job):
 class Sampling(Job):
     """Heun's sampler under guidance."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         twin = torch_twin.TorchTwin(self.network).to(self.device, getattr(torch, setting.dtype)).requires_grad_(False)
         self.twin = torch.compile(twin, dynamic=False) if setting.compiled else twin

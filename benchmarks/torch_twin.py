@@ -58,7 +58,7 @@ def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
 class Attention(nn.Module):
     """What self- and cross-attention share: the QK-norm, without affine, over all heads together, and the product."""
 
-    def __init__(self, dim: int, width: int, config: DiTConfig):
+    def __init__(self, dim: int, width: int, config: DiTConfig) -> None:
         super().__init__()
         self.heads, self.eps = width // config.head_dim, config.norm_eps
         self.proj = nn.Linear(width, dim, bias=config.use_bias)
@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
-    def __init__(self, dim: int, width: int, config: DiTConfig):
+    def __init__(self, dim: int, width: int, config: DiTConfig) -> None:
         super().__init__(dim, width, config)
         self.qkv = nn.Linear(dim, 3 * width, bias=config.use_bias)
 
@@ -80,7 +80,7 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    def __init__(self, dim: int, config: DiTConfig):
+    def __init__(self, dim: int, config: DiTConfig) -> None:
         super().__init__(dim, dim, config)
         self.q_linear = nn.Linear(dim, dim, bias=config.use_bias)
         self.kv_linear = nn.Linear(dim, 2 * dim, bias=config.use_bias)
@@ -90,7 +90,7 @@ class CrossAttention(Attention):
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, dim: int, hidden: int, config: DiTConfig):
+    def __init__(self, dim: int, hidden: int, config: DiTConfig) -> None:
         super().__init__()
         self.w1 = nn.Linear(dim, hidden, bias=config.use_bias)
         self.w2 = nn.Linear(dim, hidden, bias=config.use_bias)
@@ -103,7 +103,7 @@ class SwiGLU(nn.Module):
 class ExpertChoice(nn.Module):
     """Experts that choose their tokens, dispatched by one-hot products: (B, N, d) → (B, N, d)."""
 
-    def __init__(self, dim: int, hidden: int, config: DiTConfig):
+    def __init__(self, dim: int, hidden: int, config: DiTConfig) -> None:
         super().__init__()
         self.experts, self.capacity = config.num_experts, config.expert_capacity
         self.gate = nn.Linear(dim, self.experts, bias=False)
@@ -122,7 +122,7 @@ class ExpertChoice(nn.Module):
 
 
 class CaptionBlock(nn.Module):
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         D = config.dim
         self.norm1 = norm(D, config)
@@ -138,7 +138,7 @@ class CaptionBlock(nn.Module):
 class Modulation(nn.Sequential):
     """adaLN: (B, D) → `parts` vectors (B, 1, d)."""
 
-    def __init__(self, config: DiTConfig, dim: int, parts: int):
+    def __init__(self, config: DiTConfig, dim: int, parts: int) -> None:
         super().__init__(nn.GELU(approximate="tanh"), nn.Linear(config.dim, parts * dim))
         self.parts = parts
 
@@ -149,7 +149,7 @@ class Modulation(nn.Sequential):
 class Block(nn.Module):
     """A DiT block: x (B, T, d) tokens, y (B, L, d) caption, c (B, D) conditioning."""
 
-    def __init__(self, shape: BlockShape, config: DiTConfig):
+    def __init__(self, shape: BlockShape, config: DiTConfig) -> None:
         super().__init__()
         d = shape.dim
         self.norm1, self.norm2, self.norm3 = (norm(d, config) for _ in range(3))
@@ -166,7 +166,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm_final = norm(config.dim, config)
         self.linear = nn.Linear(config.dim, config.patch_size**2 * config.in_channels)
@@ -178,7 +178,7 @@ class FinalLayer(nn.Module):
 
 
 class CaptionMLP(nn.Module):
-    def __init__(self, features: int, config: DiTConfig):
+    def __init__(self, features: int, config: DiTConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(features, config.dim)
         self.norm = norm(config.dim, config)
@@ -189,7 +189,7 @@ class CaptionMLP(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.dim, config.patch_size, stride=config.patch_size)
 
@@ -198,7 +198,7 @@ class PatchEmbedding(nn.Module):
 
 
 class NoiseEmbedding(nn.Module):
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         D = config.dim
         self.mlp = nn.Sequential(nn.Linear(512, D), nn.GELU(approximate="tanh"), nn.Linear(D, D))
@@ -210,7 +210,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class CaptionEmbedding(nn.Module):
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.y_proj = CaptionMLP(config.caption_channels, config)
 
@@ -221,7 +221,7 @@ class CaptionEmbedding(nn.Module):
 class TorchTwin(nn.Module):
     """F(x, t, y): x (B, C, H, W), t (B,), y (B, L, Y) → (B, C, H, W) float32; with a mask, only K tokens of N."""
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config, D, M = config, config.dim, config.patch_mixer_dim
         self.x_embedder = PatchEmbedding(config)
@@ -306,7 +306,7 @@ class Training:
         self, twin: TorchTwin, *, learning_rate: float, clip: float, P_mean: float, P_std: float, mask_ratio: float,
         weight_decay: float = 0.1, sigma_data: float = 0.9, caption_drop: float = 0.1, microbatch: int = 0,
         compiled: bool = False,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         self.twin, self.clip, self.microbatch, self.mask_ratio = twin, clip, microbatch, mask_ratio
         self.P_mean, self.P_std, self.caption_drop = P_mean, P_std, caption_drop
         self.device = twin.pos_embed.device

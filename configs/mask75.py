@@ -32,12 +32,22 @@ def base(**fields: Any) -> ConfigDict:
             seed=0,
             # A size of micro_dit/models/dit.py; each other field that is set replaces the size's own.
             model=dict(
-                size="Nano", depth=placeholder(int), dim=placeholder(int), head_dim=placeholder(int),
-                patch_size=placeholder(int), multiple_of=placeholder(int), use_patch_mixer=placeholder(bool),
-                patch_mixer_depth=placeholder(int), patch_mixer_dim=placeholder(int), num_experts=placeholder(int),
-                expert_capacity=placeholder(float), experts_every_n=placeholder(int),
-                qkv_multipliers=placeholder(tuple), ffn_multipliers=placeholder(tuple),
-                decoder_depth=placeholder(int), decoder_dim=placeholder(int),  # MaskDiT's: configs/maskdit75.py
+                size="Nano",
+                depth=placeholder(int),
+                dim=placeholder(int),
+                head_dim=placeholder(int),
+                patch_size=placeholder(int),
+                multiple_of=placeholder(int),
+                use_patch_mixer=placeholder(bool),
+                patch_mixer_depth=placeholder(int),
+                patch_mixer_dim=placeholder(int),
+                num_experts=placeholder(int),
+                expert_capacity=placeholder(float),
+                experts_every_n=placeholder(int),
+                qkv_multipliers=placeholder(tuple),
+                ffn_multipliers=placeholder(tuple),
+                decoder_depth=placeholder(int),
+                decoder_dim=placeholder(int),  # MaskDiT's: configs/maskdit75.py
             ),
             # Where training starts: a model folder or another run's work directory; see configs/finetune.py. With
             # lora.rank 0 all parameters are trained.

@@ -20,7 +20,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_command_agrees_with_the_paper_and_shows_what_the_gather_saves():
+def test_command_agrees_with_the_paper_and_shows_what_the_gather_saves() -> None:
     """The paper's recipe as it is shipped, with no shards in sight."""
     done = run("--config=configs/mask75.py:xl", "--price_per_hour=3.75", "--mfu=0.45", "--paper", "--json")
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def test_command_agrees_with_the_paper_and_shows_what_the_gather_saves():
         assert row["dollars"] == pytest.approx(3.75 * row["chip_hours"])
 
 
-def test_command_prints_tables():
+def test_command_prints_tables() -> None:
     done = run("--config=configs/mask75.py:xl", "--chip=v5e", "--devices=64", "--paper")
     assert done.returncode == 0, done.stderr
     assert "64 × v5e at 30.0% of 197 TFLOP/s, $3.75 a chip-hour" in done.stdout  # the config's share and price
@@ -55,7 +55,7 @@ def test_command_prints_tables():
         (["--config=configs/mask75.py", "--chip=abacus"], "abacus"),
     ],
 )
-def test_command_says_what_is_wrong_in_one_line(arguments: list[str], message: str):
+def test_command_says_what_is_wrong_in_one_line(arguments: list[str], message: str) -> None:
     if arguments and "xl" not in arguments[0]:
         arguments = [*arguments, "--config.data.shards="]  # whatever an earlier run left there
     done = run(*arguments)
@@ -64,6 +64,6 @@ def test_command_says_what_is_wrong_in_one_line(arguments: list[str], message: s
     assert done.returncode == 1
 
 
-def test_paper_rows_need_its_phases():
+def test_paper_rows_need_its_phases() -> None:
     with pytest.raises(UserError, match="four phases"):
         paper_rows([make_config("Nano", input_size=16)], [Phase("p", 128, 10, 10, 1e-3, 0.0)], 77)

@@ -48,7 +48,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 # ---- Budgets ---------------------------------------------------------------------------------------------------------
 
 
-def test_steps_come_to_the_budget_less_a_part_of_a_step():
+def test_steps_come_to_the_budget_less_a_part_of_a_step() -> None:
     generator = np.random.default_rng(0)
     for _ in range(2000):
         phases = generator.integers(1, 5)
@@ -59,7 +59,7 @@ def test_steps_come_to_the_budget_less_a_part_of_a_step():
         assert budget - costs[-1] < sum(n * c for n, c in zip(fitted, costs, strict=True)) <= budget
 
 
-def test_phases_keep_their_shares_and_beginnings(file: str):
+def test_phases_keep_their_shares_and_beginnings(file: str) -> None:
     assert fit_steps([1000, 200], [3, 7], 4400) == [1000, 200]
     assert fit_steps([1000, 200], [3, 7], 2200) == [500, 100]
     config = read_config(f"{file}:deferred")
@@ -75,7 +75,7 @@ def test_phases_keep_their_shares_and_beginnings(file: str):
     assert config.phases[0]["steps"] == 48  # ours is left alone
 
 
-def test_runs_are_ordered_by_seed_and_each_has_its_folder(file: str):
+def test_runs_are_ordered_by_seed_and_each_has_its_folder(file: str) -> None:
     configs = [read_config(f"{file}:{kind}") for kind in ("deferred", "naive")]
     runs = plan_runs(configs, [1e10, 3e10], (0, 7), Path("out"))
     assert [run.workdir.name for run in runs] == [
@@ -111,7 +111,7 @@ def test_runs_are_ordered_by_seed_and_each_has_its_folder(file: str):
 )
 def test_bad_input_is_one_clear_error_before_anything_is_trained(
     file: str, tmp_path: Path, wrong: dict[str, Any], message: str
-):
+) -> None:
     arguments: dict[str, Any] = dict(configs=["FILE:deferred"], budgets=[1e9], out=tmp_path) | wrong
     arguments["configs"] = [text.replace("FILE", file) for text in arguments["configs"]]
     with pytest.raises(UserError, match=message) as error:
@@ -123,7 +123,7 @@ def test_bad_input_is_one_clear_error_before_anything_is_trained(
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_is_told_of_and_not_repeated(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_comparison_is_told_of_and_not_repeated(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two recipes that differ in name alone, so that they must come to the same, and compile once."""
     lines: list[str] = []
     configs = [f"{file}:short", f"{file}:short+name=other"]
@@ -165,7 +165,7 @@ def test_a_comparison_is_told_of_and_not_repeated(file: str, tmp_path: Path, mon
         compare(changed, [BUDGET], tmp_path, metrics=("heldout_loss",), say=lines.append)
 
 
-def test_the_table_has_means_spreads_and_the_best_first():
+def test_the_table_has_means_spreads_and_the_best_first() -> None:
     def result(name: str, budget: float, loss: float) -> dict[str, Any]:
         return dict(name=name, budget=budget, parameters=1_230_000, images=4567, measures={"heldout_loss": loss})
 

@@ -41,7 +41,7 @@ def manifest_of(config: ConfigDict) -> Manifest:
 
 
 @pytest.mark.parametrize(("path", "variant"), VARIANTS, ids=[f"{path.stem}:{variant}" for path, variant in VARIANTS])
-def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str | None):
+def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str | None) -> None:
     config = with_mask_ratio(tiny.load_config_file(path, variant))
     manifest, phases = manifest_of(config), make_phases(config.phases)
     recipe = make_recipe(config)
@@ -76,7 +76,7 @@ def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str | No
         }
 
 
-def test_the_papers_recipe_is_the_papers():
+def test_the_papers_recipe_is_the_papers() -> None:
     config = tiny.load_config_file(MASK75, "xl")
     phases = make_phases(config.phases)
     table = [(p.resolution, p.mask_ratio, p.steps, p.learning_rate, p.clip, p.P_mean, p.P_std) for p in phases]
@@ -99,12 +99,12 @@ def test_the_papers_recipe_is_the_papers():
     assert sum(sizes.values()) in (1_165_442_320, 1_165_442_320 - buffers)
 
 
-def test_an_unknown_variant_is_refused():
+def test_an_unknown_variant_is_refused() -> None:
     with pytest.raises(ValueError, match="no variant 'foo'; use one of demo, small, openmoji, tiny, xl"):
         tiny.load_config_file(MASK75, "foo")
 
 
-def test_every_variant_has_the_same_fields():
+def test_every_variant_has_the_same_fields() -> None:
     def names(config: Any, prefix: str = "") -> set[str]:
         if not isinstance(config, ConfigDict):
             return {prefix}
@@ -119,7 +119,7 @@ COMPARISONS = ("mask75", "mask0", "naive75", "maskdit75", "downscale")
 
 
 @pytest.mark.parametrize("variant", MASK75_VARIANTS)
-def test_the_comparisons_cost_what_they_say(variant: str):
+def test_the_comparisons_cost_what_they_say(variant: str) -> None:
     """Networks are checked by `network_of`; FLOPs are those of the whole recipe, relative to mask75's."""
     flops, names = {}, set()
     for name in COMPARISONS:
@@ -141,7 +141,7 @@ def test_the_comparisons_cost_what_they_say(variant: str):
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.875])
-def test_the_mask_ratio_of_all_masked_phases_can_be_set(ratio: float):
+def test_the_mask_ratio_of_all_masked_phases_can_be_set(ratio: float) -> None:
     config = tiny.load_config_file(MASK75, "xl")
     config.masking.ratio = ratio
     changed = with_mask_ratio(config)
@@ -150,7 +150,7 @@ def test_the_mask_ratio_of_all_masked_phases_can_be_set(ratio: float):
     assert make_phases(changed.phases)[0].steps == 250_000
 
 
-def test_a_config_survives_being_written_down():
+def test_a_config_survives_being_written_down() -> None:
     for path, variant in VARIANTS:
         config = tiny.load_config_file(path, variant)
         written = json.loads(json.dumps(config.to_dict()))

@@ -57,7 +57,7 @@ def assert_bitwise_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.
 
 def test_a_release_file_is_recognized_and_comes_back_bit_for_bit(
     state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any, capsys: pytest.CaptureFixture
-):
+) -> None:
     odd = dict(state_dict)
     odd["blocks.0.mlp.w1.weight"] = state_dict["blocks.0.mlp.w1.weight"].clone()
     odd["blocks.0.mlp.w1.weight"][0, :3] = torch.tensor([-0.0, float("nan"), 1e-42])  # no arithmetic on the way
@@ -88,7 +88,7 @@ def test_a_release_file_is_recognized_and_comes_back_bit_for_bit(
 
 def test_half_precision_in_a_trainer_checkpoint_is_widened(
     state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any
-):
+) -> None:
     narrow = {f"module.dit._orig_mod.{name}": value.bfloat16() for name, value in state_dict.items()}
     torch.save({"model": narrow, "epoch": 3}, tmp_path / "trainer.pt")
     run(from_torch=str(tmp_path / "trainer.pt"), out=str(tmp_path / "model"))
@@ -105,7 +105,7 @@ def test_half_precision_in_a_trainer_checkpoint_is_widened(
     assert torch.equal(back["pos_embed"], state_dict["pos_embed"])  # computed, so not rounded
 
 
-def test_encoders_may_be_others(state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any):
+def test_encoders_may_be_others(state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any) -> None:
     torch.save(state_dict, tmp_path / "dit.pt")
     given = dict(
         vae="folder/vae", text_encoder="folder/text", caption_tokens=20, caption_cleaning="deepfloyd-2", sigma_data=0.5
@@ -119,7 +119,7 @@ def test_encoders_may_be_others(state_dict: dict[str, torch.Tensor], tmp_path: P
     assert not (tmp_path / "other").exists()
 
 
-def test_a_run_goes_to_pytorch_and_back(finished_run: Path, tmp_path: Path, run: Any):
+def test_a_run_goes_to_pytorch_and_back(finished_run: Path, tmp_path: Path, run: Any) -> None:
     """Of every checkpoint the parameters that one samples from: the moving average, where there is one."""
     end = tiny.read_checkpoint(finished_run)
     (tmp_path / "network.json").write_text(json.dumps({"model": end["meta"]["model"]}))
@@ -142,7 +142,7 @@ def test_a_run_goes_to_pytorch_and_back(finished_run: Path, tmp_path: Path, run:
         run(from_torch=torch_file, out=str(tmp_path / "new"))
 
 
-def test_what_does_not_fit_is_listed(state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any):
+def test_what_does_not_fit_is_listed(state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any) -> None:
     wrong = {name: value for name, value in state_dict.items() if name != "blocks.3.mlp.w1"}
     wrong |= {"mystery": torch.zeros(3), "blocks.0.attn.qkv.weight": torch.zeros(4, 4)}
     torch.save(wrong, tmp_path / "dit.pt")
@@ -155,14 +155,16 @@ def test_what_does_not_fit_is_listed(state_dict: dict[str, torch.Tensor], tmp_pa
 class Runs:
     """A pickle that runs a program."""
 
-    def __init__(self, mark: Path):
+    def __init__(self, mark: Path) -> None:
         self.mark = mark
 
     def __reduce__(self):
         return os.system, (f"touch {self.mark}",)
 
 
-def test_the_command_refuses_code_in_one_line_and_runs_none(state_dict: dict[str, torch.Tensor], tmp_path: Path):
+def test_the_command_refuses_code_in_one_line_and_runs_none(
+    state_dict: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     torch.save(state_dict | {"bad": Runs(tmp_path / "mark")}, tmp_path / "bad.pt")
     arguments = [f"--from_torch={tmp_path / 'bad.pt'}", f"--out={tmp_path / 'm'}"]
     command = [sys.executable, "-m", "micro_dit.convert", *arguments]
@@ -188,14 +190,14 @@ def test_the_command_refuses_code_in_one_line_and_runs_none(state_dict: dict[str
         (dict(from_torch="missing.pt", out="m"), r"there is no file missing\.pt"),
     ],
 )
-def test_what_flags_mean_nothing_together_is_said(given: dict[str, Any], message: str, run: Any):
+def test_what_flags_mean_nothing_together_is_said(given: dict[str, Any], message: str, run: Any) -> None:
     with pytest.raises(UserError, match=message):
         run(**given)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(
     state_dict: dict[str, torch.Tensor], tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     torch.save(state_dict, tmp_path / "dit.pt")
     run(from_torch=str(tmp_path / "dit.pt"), out=str(tmp_path / "model"))
     usage = namedtuple("usage", "total used free")

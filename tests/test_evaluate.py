@@ -47,7 +47,7 @@ def only_set(workdir: Path) -> Path:
     return folder
 
 
-def test_an_evaluation(run: Path):
+def test_an_evaluation(run: Path) -> None:
     said: list[str] = []
     found = evaluate(
         run, ("heldout_loss", "domain"), num_images=7, **STEPS | {"guidance": (1.0, 2.0), "say": said.append}
@@ -71,7 +71,7 @@ def test_an_evaluation(run: Path):
         assert last.info == {"prompt": "number 1", "seed": "6"}  # the five held-out captions in turn
 
 
-def test_images_do_not_depend_on_the_batch_and_more_of_them_begin_alike(run: Path):
+def test_images_do_not_depend_on_the_batch_and_more_of_them_begin_alike(run: Path) -> None:
     evaluate(run, ("domain",), num_images=6, **STEPS)  # as the first of eight
     six = pixels(only_set(run))
     assert len({image.tobytes() for image in six}) == 6
@@ -86,7 +86,7 @@ def test_images_do_not_depend_on_the_batch_and_more_of_them_begin_alike(run: Pat
     assert [m.name for m in more] == [m.name for m in first]
 
 
-def test_an_interrupted_evaluation_goes_on(run: Path):
+def test_an_interrupted_evaluation_goes_on(run: Path) -> None:
     asked = iter([False, True])
     with pytest.raises(Stopped, match="6 of 7 images are in"):
         evaluate(run, ("domain",), num_images=7, batch_size=3, stops=lambda: next(asked), **STEPS)
@@ -99,7 +99,7 @@ def test_an_interrupted_evaluation_goes_on(run: Path):
     assert len(pixels(folder)) == 7
 
 
-def test_other_weights_are_another_set(run: Path):
+def test_other_weights_are_another_set(run: Path) -> None:
     evaluate(run, ("domain",), num_images=2, **STEPS)
     evaluate(run, ("domain",), num_images=2, params="raw", **STEPS)
     sets = sorted((run / "evaluation" / "84").glob("images_*"))
@@ -107,7 +107,7 @@ def test_other_weights_are_another_set(run: Path):
     assert np.abs(pixels(sets[0]).astype(int) - pixels(sets[1])).max() > 1
 
 
-def test_geneval(run: Path, tmp_path: Path):
+def test_geneval(run: Path, tmp_path: Path) -> None:
     prompts = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
                {"tag": "colors", "include": [], "prompt": "a photo of a red cake"}]  # fmt: skip
     file = tmp_path / "evaluation_metadata.jsonl"
@@ -145,14 +145,14 @@ def test_geneval(run: Path, tmp_path: Path):
         (("domain",), {"shards": "/nowhere"}, "/nowhere"),
     ],
 )
-def test_what_is_refused(run: Path, metrics: tuple[str, ...], settings: dict[str, Any], message: str):
+def test_what_is_refused(run: Path, metrics: tuple[str, ...], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         evaluate(run, metrics, **STEPS | settings)
     assert "\n" not in str(raised.value)
     assert not list((run / "evaluation").rglob("*.png"))
 
 
-def test_folders_without_a_model_are_refused(tmp_path: Path):
+def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no work directory"):
         evaluate(tmp_path, ("domain",))
     (tmp_path / "config.json").write_text('{"config": {}, "shards": {}}')
@@ -160,14 +160,14 @@ def test_folders_without_a_model_are_refused(tmp_path: Path):
         evaluate(tmp_path, ("domain",))
 
 
-def test_prompts_that_are_no_captions(run: Path, tmp_path: Path):
+def test_prompts_that_are_no_captions(run: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("number 0\na lighthouse\n")
     with pytest.raises(UserError, match="needs captions of the shards as prompts, and 'a lighthouse' is none"):
         evaluate(run, ("domain",), prompts=str(tmp_path / "prompts.txt"), num_images=2, **STEPS)
     assert not list((run / "evaluation").rglob("*.png"))
 
 
-def test_a_file_of_another_model_is_kept(run: Path):
+def test_a_file_of_another_model_is_kept(run: Path) -> None:
     folder = run / "evaluation" / "84"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text('{"about": {"model": "other"}, "metrics": []}')
@@ -178,7 +178,7 @@ def test_a_file_of_another_model_is_kept(run: Path):
         evaluate(run, ("domain",), **STEPS)
 
 
-def test_the_command(run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_the_command(run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     values = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", values)
     monkeypatch.setattr(command, "FLAGS", values)
@@ -197,7 +197,7 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture, monkeypatch: pyte
         command.read_scales(["3", "a"])
 
 
-def test_while_training(run: Path, finished_run: Path):
+def test_while_training(run: Path, finished_run: Path) -> None:
     from micro_dit.api import load
 
     shards = json.loads((run / "config.json").read_text())["config"]["data"]["shards"]

@@ -86,7 +86,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
 # ---- The folder ------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_draws_what_the_run_draws(model: Model, folder: Path):
+def test_the_folder_draws_what_the_run_draws(model: Model, folder: Path) -> None:
     again = load(folder)
     latents = again.latents(["one", "two"])
     np.testing.assert_array_equal(latents, model.latents(["one", "two"]))
@@ -104,7 +104,7 @@ def test_the_folder_draws_what_the_run_draws(model: Model, folder: Path):
     }  # fmt: skip
 
 
-def test_the_card_tells_recipe_data_and_license(folder: Path):
+def test_the_card_tells_recipe_data_and_license(folder: Path) -> None:
     _, front, card = (folder / "README.md").read_text().split("---\n", 2)
     fields = yaml.safe_load(front)
     assert fields["license"] == "cc-by-sa-4.0"
@@ -120,7 +120,7 @@ def test_the_card_tells_recipe_data_and_license(folder: Path):
         assert told in card, told
 
 
-def test_raw_parameters_of_an_earlier_step(run: Path, tmp_path: Path):
+def test_raw_parameters_of_an_earlier_step(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "m", step=80, params="raw", report=lambda line: None)
     raw, expected = load(tmp_path / "m"), load(run, 80, params="raw")
     assert np.abs(
@@ -136,7 +136,7 @@ def test_raw_parameters_of_an_earlier_step(run: Path, tmp_path: Path):
     assert "samples.png" not in card
 
 
-def test_weights_may_be_narrow(folder: Path, tmp_path: Path):
+def test_weights_may_be_narrow(folder: Path, tmp_path: Path) -> None:
     export(folder, tmp_path / "m", dtype="bfloat16", report=lambda line: None)
     size, narrow = ((f / "model.safetensors").stat().st_size for f in (folder, tmp_path / "m"))
     assert narrow < 0.6 * size
@@ -148,7 +148,7 @@ def test_weights_may_be_narrow(folder: Path, tmp_path: Path):
     assert "rounded to bfloat16" in (tmp_path / "m" / "README.md").read_text()
 
 
-def test_an_encoder_on_the_hub_is_named_and_not_copied(run: Path, tmp_path: Path):
+def test_an_encoder_on_the_hub_is_named_and_not_copied(run: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     names = {"vae": "somebody/vae", "text_encoder": "somebody/clip", "license": "mit"}
     export(run, tmp_path / "m", report=lines.append, **names)
@@ -162,7 +162,7 @@ def test_an_encoder_on_the_hub_is_named_and_not_copied(run: Path, tmp_path: Path
     assert "`somebody/vae` (not included)" in card
 
 
-def test_what_makes_no_sense_is_refused_and_leaves_nothing(run: Path, folder: Path, tmp_path: Path, vae: Path):
+def test_what_makes_no_sense_is_refused_and_leaves_nothing(run: Path, folder: Path, tmp_path: Path, vae: Path) -> None:
     other = tmp_path / "other_vae"
     shutil.copytree(vae, other)
     fields = json.loads((other / "config.json").read_text())
@@ -192,14 +192,14 @@ def test_what_makes_no_sense_is_refused_and_leaves_nothing(run: Path, folder: Pa
         assert sorted(tmp_path.rglob("*")) == there, settings
 
 
-def test_without_flatbuffers_there_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_flatbuffers_there_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(UserError, match="pip install flatbuffers"):
         export(folder, tmp_path / "m", stablehlo=True)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_says_what_is_wrong_in_one_line(folder: Path, tmp_path: Path):
+def test_the_command_says_what_is_wrong_in_one_line(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "micro_dit.export", f"--workdir={folder}", f"--out={tmp_path / 'm'}", "--steps=5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -210,7 +210,7 @@ def test_the_command_says_what_is_wrong_in_one_line(folder: Path, tmp_path: Path
 # ---- The programs ----------------------------------------------------------------------------------------------------
 
 
-def test_the_programs_draw_the_same_without_this_package(folder: Path, tmp_path: Path):
+def test_the_programs_draw_the_same_without_this_package(folder: Path, tmp_path: Path) -> None:
     model, prompts = load(folder), ["one", "two", ""]
     np.save(tmp_path / "captions.npy", model.embed(prompts))
     (script,) = re.findall(r'```python\n("""python draw\.py.*?)```', (ROOT / "docs/export.md").read_text(), re.DOTALL)
@@ -228,7 +228,7 @@ def test_the_programs_draw_the_same_without_this_package(folder: Path, tmp_path:
             assert np.abs(np.asarray(saved).astype(int) - np.asarray(picture)).max() <= 1
 
 
-def test_the_programs_are_portable_and_tell_their_inputs(folder: Path):
+def test_the_programs_are_portable_and_tell_their_inputs(folder: Path) -> None:
     signature = json.loads((folder / "stablehlo" / "signature.json").read_text())
     for name, weights in (
         ("sampler_step", "model.safetensors"),
@@ -257,7 +257,7 @@ def test_the_programs_are_portable_and_tell_their_inputs(folder: Path):
     assert signature["table"][0][0] == 80.0
 
 
-def test_the_program_of_another_sampler_takes_narrow_weights(model: Model, tmp_path: Path):
+def test_the_program_of_another_sampler_takes_narrow_weights(model: Model, tmp_path: Path) -> None:
     write_programs(
         tmp_path / "programs", model.config, "bfloat16", caption_tokens=4, sigma_data=0.9, guidance=2.5,
         sampler="dpmpp_2m", steps=3, weights="../model.safetensors",

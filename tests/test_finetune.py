@@ -58,7 +58,7 @@ def loss_of(params: Any, shards: Path) -> float:
 
 def test_lora_lowers_the_loss_and_its_checkpoint_holds_the_adapter_alone(
     lora_run: Path, finished_run: Path, tiny_shards: Path
-):
+) -> None:
     base, _ = run_params(finished_run)
     merged, meta = run_params(lora_run, params="raw")
     assert loss_of(merged, tiny_shards) < loss_of(base, tiny_shards)
@@ -72,7 +72,7 @@ def test_lora_lowers_the_loss_and_its_checkpoint_holds_the_adapter_alone(
     assert meta["lora"]["rank"] == RANK
 
 
-def test_base_and_adapter_draw_what_the_merged_weights_draw(lora_run: Path, finished_run: Path, tmp_path: Path):
+def test_base_and_adapter_draw_what_the_merged_weights_draw(lora_run: Path, finished_run: Path, tmp_path: Path) -> None:
     inputs = tiny.inputs(NETWORK)
     base, adapter = run_params(finished_run)[0], tiny.read_checkpoint(lora_run)["ema"]
 
@@ -92,7 +92,7 @@ def test_base_and_adapter_draw_what_the_merged_weights_draw(lora_run: Path, fini
 
 def test_a_lora_run_that_was_cut_off_ends_bitwise_the_same(
     lora_run: Path, finished_run: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     cut = shutil.copytree(lora_run, tmp_path / "run")
     shutil.rmtree(cut / "checkpoints" / str(STEPS))
     train(finetune(finished_run, tiny_shards, RANK), cut)
@@ -102,7 +102,7 @@ def test_a_lora_run_that_was_cut_off_ends_bitwise_the_same(
 
 def test_full_finetuning_starts_from_the_weights_and_lora_with_the_same_loss(
     finished_run: Path, lora_run: Path, tiny_shards: Path, tmp_path: Path
-):
+) -> None:
     base = run_params(finished_run)[0]
     about = {"sigma_data": 0.9, "vae": "noise", "text_encoder": "noise", "caption_tokens": 4,
              "caption_cleaning": "none", "source": ""}  # fmt: skip
@@ -119,7 +119,7 @@ def test_full_finetuning_starts_from_the_weights_and_lora_with_the_same_loss(
     train(config, tmp_path / "full")
 
 
-def test_what_does_not_fit_is_named(finished_run: Path, tiny_shards: Path, tmp_path: Path):
+def test_what_does_not_fit_is_named(finished_run: Path, tiny_shards: Path, tmp_path: Path) -> None:
     def refused(match: str, **fields: Any) -> None:
         config = finetune(finished_run, tiny_shards, RANK)
         config.update_from_flattened_dict(fields)
@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_named(finished_run: Path, tiny_shards: Path, tmp_p
     [("sigma_data", 0.5), ("vae", "another"), ("text_encoder", "another"), ("caption_tokens", 77),
      ("vae_fingerprint", "9999"), ("text_fingerprint", "9999")],
 )  # fmt: skip
-def test_weights_of_other_encoders_are_refused(field: str, value: Any):
+def test_weights_of_other_encoders_are_refused(field: str, value: Any) -> None:
     about = {"sigma_data": 0.9, "vae": "noise", "text_encoder": "noise", "caption_tokens": 4}
     manifest = tiny.make_manifest((64,))
     Start(Path("model"), None, {}, NETWORK, about).check(NETWORK, manifest, 0.9, "noise", "noise")
@@ -148,7 +148,7 @@ def test_weights_of_other_encoders_are_refused(field: str, value: Any):
         Start(Path("model"), None, {}, NETWORK, about | {field: value}).check(NETWORK, manifest, 0.9, "noise", "noise")
 
 
-def test_an_adapter_without_the_weights_under_it_is_refused(lora_run: Path, finished_run: Path, tmp_path: Path):
+def test_an_adapter_without_the_weights_under_it_is_refused(lora_run: Path, finished_run: Path, tmp_path: Path) -> None:
     """The base may have moved, or may be other weights by now."""
     under = tiny.read_checkpoint(lora_run)["meta"]["lora"]
     assert under["folder"] == str(finished_run)
@@ -168,7 +168,7 @@ def test_an_adapter_without_the_weights_under_it_is_refused(lora_run: Path, fini
         aside.rename(finished_run)
 
 
-def test_the_average_and_what_it_is_of_are_both_merged(lora_run: Path):
+def test_the_average_and_what_it_is_of_are_both_merged(lora_run: Path) -> None:
     raw, ema = run_params(lora_run, params="raw")[0], run_params(lora_run)[0]
     assert Checkpoints(lora_run).has_average(STEPS)
     assert any(not np.array_equal(raw[name], ema[name]) for name in raw)
@@ -176,7 +176,7 @@ def test_the_average_and_what_it_is_of_are_both_merged(lora_run: Path):
 
 
 @pytest.mark.parametrize(("variant", "caption_channels"), [("lora", 384), ("xl", 1024)])
-def test_the_shipped_adapters_are_below_two_percent_of_the_model(variant: str, caption_channels: int):
+def test_the_shipped_adapters_are_below_two_percent_of_the_model(variant: str, caption_channels: int) -> None:
     config = tiny.load_config_file(tiny.CONFIGS / "finetune.py", variant)
     network = make_config(config.model.size, input_size=32, in_channels=4, caption_channels=caption_channels)
     base = abstract_params(network)

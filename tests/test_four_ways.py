@@ -59,7 +59,7 @@ def pixels(file: object) -> np.ndarray:
         return np.asarray(opened.convert("RGB"))
 
 
-def test_the_command_draws_it(workdir: Path, drawn: np.ndarray, tmp_path: Path):
+def test_the_command_draws_it(workdir: Path, drawn: np.ndarray, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "micro_dit.sample", f"--workdir={workdir}", f"--out={tmp_path / 'cat.png'}",
         f"--prompt={PROMPT}", f"--seed={SEED}", f"--steps={STEPS}", f"--guidance={GUIDANCE}",
@@ -69,7 +69,7 @@ def test_the_command_draws_it(workdir: Path, drawn: np.ndarray, tmp_path: Path):
     np.testing.assert_array_equal(pixels(tmp_path / "cat.png"), drawn)
 
 
-def test_a_notebook_draws_it(workdir: Path, drawn: np.ndarray, monkeypatch: pytest.MonkeyPatch):
+def test_a_notebook_draws_it(workdir: Path, drawn: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient", reason="notebooks are run by nbclient and ipykernel")
     pytest.importorskip("ipykernel", reason="notebooks are run by nbclient and ipykernel")
     import nbformat
@@ -85,7 +85,7 @@ def test_a_notebook_draws_it(workdir: Path, drawn: np.ndarray, monkeypatch: pyte
     np.testing.assert_array_equal(pixels(io.BytesIO(base64.b64decode(shown))), drawn)
 
 
-def test_the_page_draws_it(workdir: Path, drawn: np.ndarray, tmp_path: Path):
+def test_the_page_draws_it(workdir: Path, drawn: np.ndarray, tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="the page needs the extra `playground`")
     from gradio_client import Client
 

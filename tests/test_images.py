@@ -10,6 +10,7 @@ from micro_dit import images as grids
 from micro_dit.errors import UserError
 from micro_dit.images import PAPER, caption_grid, save_gif, save_png
 from micro_dit.training.curves import plot_curves
+from typing import Never
 
 RED = (200, 10, 10)
 
@@ -31,21 +32,21 @@ def red_tiles(sheet):
 
 
 @pytest.mark.parametrize(("side", "scale", "shown"), [(32, 1, 96), (64, 1, 128), (128, 1, 128), (128, 2, 256)])
-def test_small_pictures_grow_by_whole_numbers(side, scale, shown):
+def test_small_pictures_grow_by_whole_numbers(side, scale, shown) -> None:
     tiles = red_tiles(caption_grid(red_pictures(5, side), ["a cat"] * 5, columns=3, scale=scale))
     assert len(tiles) == 5
     assert {tile[2:] for tile in tiles} == {(shown, shown)}
     assert len({tile[0] for tile in tiles}) == 3
 
 
-def test_pixels_are_untouched_where_nothing_is_enlarged():
+def test_pixels_are_untouched_where_nothing_is_enlarged() -> None:
     images = np.random.default_rng(0).integers(0, 256, (1, 128, 128, 3), np.uint8)
     sheet = np.asarray(caption_grid(images, [""]))
     windows = [sheet[y : y + 128, x : x + 128] for y in range(30) for x in range(30)]
     assert any(window.shape == images[0].shape and (window == images[0]).all() for window in windows)
 
 
-def test_long_captions_make_room_and_stay_inside():
+def test_long_captions_make_room_and_stay_inside() -> None:
     short = caption_grid(red_pictures(2, 96), ["cat", "dog"])
     long = caption_grid(red_pictures(2, 96), ["cat", "a very long caption " * 40])
     assert long.height > short.height
@@ -56,7 +57,7 @@ def test_long_captions_make_room_and_stay_inside():
 
 
 @pytest.mark.parametrize("text", ["two words", "incomprehensibilities " * 3, "one " * 100, "", "猫 と 犬"])
-def test_wrapped_lines_fit_and_lose_no_words(text):
+def test_wrapped_lines_fit_and_lose_no_words(text) -> None:
     font = grids._font(12)
     lines = grids._wrap(text, font, 90, most=1000)
     assert all(grids._length(line, font) <= 90 for line in lines)
@@ -64,7 +65,7 @@ def test_wrapped_lines_fit_and_lose_no_words(text):
     assert all(lines)
 
 
-def test_cut_off_text_ends_in_an_ellipsis():
+def test_cut_off_text_ends_in_an_ellipsis() -> None:
     font = grids._font(12)
     lines = grids._wrap("one two three " * 30, font, 90, most=3)
     assert len(lines) == 3
@@ -72,7 +73,7 @@ def test_cut_off_text_ends_in_an_ellipsis():
     assert grids._length(lines[-1], font) <= 90
 
 
-def test_title_goes_above():
+def test_title_goes_above() -> None:
     plain = caption_grid(red_pictures(4, 96), ["x"] * 4)
     titled = caption_grid(red_pictures(4, 96), ["x"] * 4, title="step 1,000")
     assert titled.width == plain.width
@@ -80,7 +81,7 @@ def test_title_goes_above():
 
 
 @pytest.mark.parametrize(("n", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (6, 3), (7, 4), (8, 4), (12, 4), (16, 4)])
-def test_sheet_is_filled(n, columns):
+def test_sheet_is_filled(n, columns) -> None:
     assert grids._columns_that_fill(n) == columns
 
 
@@ -93,12 +94,12 @@ def test_sheet_is_filled(n, columns):
         (np.zeros((2, 8, 8, 3), np.uint8), ["a"]),
     ],
 )
-def test_wrong_input_is_refused(images, captions):
+def test_wrong_input_is_refused(images, captions) -> None:
     with pytest.raises(ValueError, match="images"):
         caption_grid(images, captions)
 
 
-def test_png_keeps_its_metadata(tmp_path):
+def test_png_keeps_its_metadata(tmp_path) -> None:
     path = tmp_path / "samples" / "grid.png"
     metadata = {"prompt": "grinning cat", "caption": "σ = 0.5, 猫 🐱", "seed": "7"}
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
@@ -109,12 +110,12 @@ def test_png_keeps_its_metadata(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["grid.png"]
 
 
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch) -> None:
     path = tmp_path / "grid.png"
     save_png(red_pictures(1, 4)[0], path)
     before = path.read_bytes()
 
-    def half(self, file, **options):
+    def half(self, file, **options) -> Never:
         file.write_bytes(b"half a pic")
         raise OSError("disk full")
 
@@ -125,7 +126,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_gif_holds_frames_and_their_times(tmp_path):
+def test_gif_holds_frames_and_their_times(tmp_path) -> None:
     rng = np.random.default_rng(0)
     sheets = [caption_grid(rng.integers(0, 256, (2, 96, 96, 3), np.uint8), ["a", "b"], title=f"{i}") for i in range(4)]
     frames = [Image.fromarray(rng.integers(0, 256, (50, 60, 3), np.uint8)), *sheets]
@@ -158,7 +159,7 @@ def run_metrics(last=600):
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_curves_are_drawn(tmp_path, suffix):
+def test_curves_are_drawn(tmp_path, suffix) -> None:
     path = tmp_path / f"curves.{suffix}"
     plot_curves(run_metrics(), path, phases=[("masked", 0, 400), ("unmasked", 400, 600)], title="a run")
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -178,17 +179,17 @@ def test_curves_are_drawn(tmp_path, suffix):
         [{"step": 5, "loss": -1.0}, {"step": 6, "loss": 100.0}],
     ],
 )
-def test_odd_runs_can_be_drawn(tmp_path, metrics):
+def test_odd_runs_can_be_drawn(tmp_path, metrics) -> None:
     plot_curves(metrics, tmp_path / "curves.png", phases=[("short", 1, 2)])
     assert (tmp_path / "curves.png").exists()
 
 
-def test_a_run_without_losses_is_named(tmp_path):
+def test_a_run_without_losses_is_named(tmp_path) -> None:
     with pytest.raises(UserError, match="'loss'"):
         plot_curves([{"step": 1, "loss": math.nan}, {"step": 2, "heldout_loss": 1.0}], tmp_path / "curves.png")
 
 
-def test_smoothing_keeps_a_straight_line_and_evens_out_noise():
+def test_smoothing_keeps_a_straight_line_and_evens_out_noise() -> None:
     line = np.linspace(5, 1, 600)
     assert np.allclose(grids._smooth(line)[:-10], line[:-10])
     noise = np.random.default_rng(0).normal(size=6000)
@@ -196,13 +197,13 @@ def test_smoothing_keeps_a_straight_line_and_evens_out_noise():
     assert grids._smooth(np.array([3.0])).tolist() == [3.0]
 
 
-def test_series_skip_what_is_not_finite():
+def test_series_skip_what_is_not_finite() -> None:
     steps, values = grids._series([{"step": 1, "a": 2.0}, {"step": 2, "a": math.nan}, {"step": 3, "b": 1.0}], "a")
     assert steps.tolist() == [1]
     assert values.tolist() == [2.0]
 
 
-def test_matplotlib_is_left_as_it_was(tmp_path):
+def test_matplotlib_is_left_as_it_was(tmp_path) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
     ],
     ids=["unknown field", "unknown variant", "missing file", "wrong type", "no config", "stray argument", "no shards"],
 )
-def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, arguments: list[str], message: str):
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     command = [sys.executable, "-m", "micro_dit.main", f"--workdir={tmp_path / 'run'}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert message in done.stderr
@@ -35,7 +35,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, arguments: list[str],
     assert not (tmp_path / "run").exists()
 
 
-def test_only_errors_meant_for_the_user_lose_their_traceback(capsys: pytest.CaptureFixture):
+def test_only_errors_meant_for_the_user_lose_their_traceback(capsys: pytest.CaptureFixture) -> None:
     def wrong(argv: object) -> None:
         raise UserError("this is wrong; do that.")
 

@@ -55,7 +55,9 @@ def pixels(picture: Image.Image | Path) -> np.ndarray:
 # ---- The studio ------------------------------------------------------------------------------------------------------
 
 
-def test_the_checkpoints_of_a_run_can_be_chosen_averaged_and_raw(finished_run: Path, studio: Studio, tmp_path: Path):
+def test_the_checkpoints_of_a_run_can_be_chosen_averaged_and_raw(
+    finished_run: Path, studio: Studio, tmp_path: Path
+) -> None:
     assert list(studio.choices)[:2] == [NEWEST, RAW]
     assert list(studio.choices)[-1] == MASKED
     two = find_checkpoints([finished_run, finished_run])
@@ -67,7 +69,7 @@ def test_the_checkpoints_of_a_run_can_be_chosen_averaged_and_raw(finished_run: P
         find_checkpoints([tmp_path])
 
 
-def test_a_drawing_forms_and_ends_as_the_picture_of_the_api(studio: Studio, finished_run: Path):
+def test_a_drawing_forms_and_ends_as_the_picture_of_the_api(studio: Studio, finished_run: Path) -> None:
     *forming, last = studio.draw(Settings(**SHORT | dict(num=5, beside=RAW)))
     assert [frame.done for frame in forming] == sorted(frame.done for frame in forming)
     seen = [frame.pictures[NEWEST][0] for frame in forming]
@@ -85,7 +87,7 @@ def test_a_drawing_forms_and_ends_as_the_picture_of_the_api(studio: Studio, fini
     assert (both[0] != both[1]).any()
 
 
-def test_a_file_tells_what_the_command_would_tell(studio: Studio):
+def test_a_file_tells_what_the_command_would_tell(studio: Studio) -> None:
     *_, last = studio.draw(Settings(**SHORT | dict(checkpoint=RAW, negative_prompt="two")))
     with Image.open(last.pictures[RAW][0].path) as opened:
         told = dict(opened.text)
@@ -97,7 +99,7 @@ def test_a_file_tells_what_the_command_would_tell(studio: Studio):
     }  # fmt: skip
 
 
-def test_checkpoints_of_a_run_share_encoders_and_programs_and_few_stay_in_memory(studio: Studio):
+def test_checkpoints_of_a_run_share_encoders_and_programs_and_few_stay_in_memory(studio: Studio) -> None:
     first, second = studio.model(NEWEST), studio.model(RAW)
     assert first._denoising is second._denoising
     assert first._encoders is second._encoders
@@ -106,7 +108,7 @@ def test_checkpoints_of_a_run_share_encoders_and_programs_and_few_stay_in_memory
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers_tell_what_the_denoiser_returned(name: str):
+def test_samplers_tell_what_the_denoiser_returned(name: str) -> None:
     sampler, x = SAMPLERS[name], np.random.default_rng(0).standard_normal((1, 2, 2, 1)).astype(np.float32)
     carry = sampler.start(80 * x)
     returned = []
@@ -121,7 +123,7 @@ def test_samplers_tell_what_the_denoiser_returned(name: str):
         carry = after
 
 
-def test_drawings_follow_one_another(studio: Studio, monkeypatch: pytest.MonkeyPatch):
+def test_drawings_follow_one_another(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     model, at_once, most = studio.model(NEWEST), [], []
     plain = type(model).generate
 
@@ -142,7 +144,7 @@ def test_drawings_follow_one_another(studio: Studio, monkeypatch: pytest.MonkeyP
     assert most == [1, 1, 1]
 
 
-def test_a_drawing_that_nobody_looks_at_stops(studio: Studio):
+def test_a_drawing_that_nobody_looks_at_stops(studio: Studio) -> None:
     before = set(studio._folder.iterdir())
     frames = studio.draw(Settings(**SHORT | dict(steps=MAX_STEPS)))
     next(frames)
@@ -169,7 +171,7 @@ def test_a_drawing_that_nobody_looks_at_stops(studio: Studio):
         (dict(beside="../secret"), "no checkpoint '../secret'"),
     ],
 )
-def test_settings_are_bounded_whoever_asks(studio: Studio, change: dict[str, Any], message: str):
+def test_settings_are_bounded_whoever_asks(studio: Studio, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         list(studio.draw(Settings(**SHORT | change)))
 
@@ -177,7 +179,7 @@ def test_settings_are_bounded_whoever_asks(studio: Studio, change: dict[str, Any
 # ---- HTML ------------------------------------------------------------------------------------------------------------
 
 
-def test_texts_are_escaped(studio: Studio):
+def test_texts_are_escaped(studio: Studio) -> None:
     prompt = '<script>alert("x")</script>'
     *_, last = studio.draw(Settings(**SHORT | dict(prompt=prompt, negative_prompt=prompt)))
     for page in (playground.easel(last), playground.notice(prompt), playground.easel_of(last.pictures[NEWEST][0])):
@@ -185,7 +187,7 @@ def test_texts_are_escaped(studio: Studio):
         assert "&lt;script&gt;alert(&quot;x&quot;)" in page
 
 
-def test_the_picture_in_the_page_is_the_file(studio: Studio):
+def test_the_picture_in_the_page_is_the_file(studio: Studio) -> None:
     *_, last = studio.draw(Settings(**SHORT))
     path = last.pictures[NEWEST][0].path
     (saved,) = re.findall(r'<a href="data:image/png;base64,([^"]+)" download="([^"]+)"', playground.easel(last))
@@ -193,7 +195,7 @@ def test_the_picture_in_the_page_is_the_file(studio: Studio):
     assert saved[1] == path.name
 
 
-def test_settings_come_back_as_they_were():
+def test_settings_come_back_as_they_were() -> None:
     for settings in (Settings(**SHORT), Settings(**SHORT | dict(beside=RAW, guidance=2.5))):
         assert playground.read_settings(*playground.controls_of(settings)) == settings
     with pytest.raises(UserError, match="must be numbers"):
@@ -238,7 +240,7 @@ def controls(**changes: Any) -> list[Any]:
     return list(playground.controls_of(Settings(**SHORT | changes)))
 
 
-def test_the_button_draws_and_crafted_requests_are_refused(url: str, studio: Studio, finished_run: Path):
+def test_the_button_draws_and_crafted_requests_are_refused(url: str, studio: Studio, finished_run: Path) -> None:
     from gradio_client import Client
     from gradio_client.exceptions import AppError
 
@@ -266,7 +268,7 @@ def test_the_button_draws_and_crafted_requests_are_refused(url: str, studio: Stu
         assert b"googleapis" not in config.read()
 
 
-def test_a_prompt_typed_in_a_browser_becomes_a_picture(url: str):
+def test_a_prompt_typed_in_a_browser_becomes_a_picture(url: str) -> None:
     api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
@@ -307,7 +309,7 @@ def test_a_prompt_typed_in_a_browser_becomes_a_picture(url: str):
     assert outside == []
 
 
-def test_a_missing_gradio_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_gradio_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     with pytest.raises(UserError, match=re.escape('pip install "gradio>=6.31,<7"')):
         playground.import_gradio()

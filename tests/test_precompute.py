@@ -33,7 +33,7 @@ def example(id: str, *captions: str, image: bytes | None = None) -> Example:
 
 
 class ListPart(list):
-    def __init__(self, name: str, items: list[Item]):
+    def __init__(self, name: str, items: list[Item]) -> None:
         super().__init__(items)
         self.name = name
 
@@ -43,7 +43,7 @@ class ListSource:
 
     name, attribution = "list", "nobody, CC0"
 
-    def __init__(self, **splits: list[list[Item]]):
+    def __init__(self, **splits: list[list[Item]]) -> None:
         self.splits, self._parts = tuple(splits), splits
 
     def parts(self, split: str) -> list[ListPart]:
@@ -81,7 +81,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_images_and_captions_arrive_in_order(run: Run, tmp_path: Path):
+def test_images_and_captions_arrive_in_order(run: Run, tmp_path: Path) -> None:
     colors = ["red", "lime", "blue", "white", "black"]
     items: list[Item] = [example(color, image=plain(16, 16, color)) for color in colors]
     manifest = run(ListSource(train=[items[:4], items[4:]], validation=[items[:1]], empty=[]))
@@ -106,7 +106,7 @@ def test_images_and_captions_arrive_in_order(run: Run, tmp_path: Path):
     np.testing.assert_allclose(manifest.statistics["16"]["std"], np.sqrt(everything.var(0) + 0.25))
 
 
-def test_every_caption_is_embedded(run: Run, tmp_path: Path):
+def test_every_caption_is_embedded(run: Run, tmp_path: Path) -> None:
     manifest = run(ListSource(train=[[example("a", "x", "yy", " "), example("b", ""), example("c", "z")]]))
     records = SplitReader(tmp_path / "shards", manifest, "train")
     assert [records[row].captions for row in range(3)] == [("x", "yy"), ("",), ("z",)]
@@ -118,7 +118,7 @@ def test_every_caption_is_embedded(run: Run, tmp_path: Path):
     }
 
 
-def test_captions_are_cleaned_unless_told_otherwise(run: Run, tmp_path: Path):
+def test_captions_are_cleaned_unless_told_otherwise(run: Run, tmp_path: Path) -> None:
     captions = ("A <b>Cat</b> &amp; a dog @user", "@user", "ünï")
     manifest = run(ListSource(train=[[example("a", *captions)]]), clean_captions=True)
     assert manifest.caption_cleaning == CLEANING_VERSION
@@ -128,7 +128,7 @@ def test_captions_are_cleaned_unless_told_otherwise(run: Run, tmp_path: Path):
         run(ListSource(train=[[example("a", *captions)]]))
 
 
-def test_what_cannot_be_used_is_named_and_counted(run: Run, tmp_path: Path):
+def test_what_cannot_be_used_is_named_and_counted(run: Run, tmp_path: Path) -> None:
     class Bright(stub_encoders.MeanColor):
         def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             mean, std = super().encode(images)
@@ -161,7 +161,7 @@ def test_what_cannot_be_used_is_named_and_counted(run: Run, tmp_path: Path):
     )
 
 
-def test_altered_inputs_are_counted_and_named(run: Run, tmp_path: Path):
+def test_altered_inputs_are_counted_and_named(run: Run, tmp_path: Path) -> None:
     items = [
         example("long", "ab", "abcdef", image=plain(32, 32)),
         example("fits", "abcde", image=plain(32, 40)),
@@ -176,7 +176,7 @@ def test_altered_inputs_are_counted_and_named(run: Run, tmp_path: Path):
     assert load_split(tmp_path / "shards", "train", 32)["latent_mean"].shape == (3, 4, 4, 3)
 
 
-def test_samples_have_the_posteriors_moments_and_depend_on_the_id_alone(run: Run, tmp_path: Path):
+def test_samples_have_the_posteriors_moments_and_depend_on_the_id_alone(run: Run, tmp_path: Path) -> None:
     items = [example(str(number), image=plain(64, 64)) for number in range(20)]
 
     def samples(name: str, items: list[Example], **changed) -> np.ndarray:
@@ -192,7 +192,7 @@ def test_samples_have_the_posteriors_moments_and_depend_on_the_id_alone(run: Run
     assert not np.array_equal(samples("seeded", items, seed=1), first)
 
 
-def test_a_share_is_held_out_by_id(run: Run, tmp_path: Path):
+def test_a_share_is_held_out_by_id(run: Run, tmp_path: Path) -> None:
     items = [example(str(number)) for number in range(60)]
     run(ListSource(train=[items[:35], items[35:]]), validation=0.25)
     splits = {split: load_split(tmp_path / "shards", split, 16)["id"] for split in ("train", "validation")}
@@ -204,7 +204,7 @@ def test_a_share_is_held_out_by_id(run: Run, tmp_path: Path):
         run(ListSource(train=[items], test=[]), tmp_path / "other", validation=0.25)
 
 
-def test_a_second_run_changes_nothing_and_other_settings_are_refused(run: Run, tmp_path: Path):
+def test_a_second_run_changes_nothing_and_other_settings_are_refused(run: Run, tmp_path: Path) -> None:
     source, out, lines = ListSource(train=[[example("a")], [example("b")]]), tmp_path / "shards", []
     manifest = run(source)
     before = contents(out)
@@ -221,7 +221,7 @@ def test_a_second_run_changes_nothing_and_other_settings_are_refused(run: Run, t
     assert contents(out) == before
 
 
-def test_a_folder_that_has_grown_is_refused(run: Run, tmp_path: Path):
+def test_a_folder_that_has_grown_is_refused(run: Run, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in "ab":
@@ -233,7 +233,7 @@ def test_a_folder_that_has_grown_is_refused(run: Run, tmp_path: Path):
         run(f"folder:{photos}")
 
 
-def test_a_folder_of_something_else_is_left_alone(run: Run, tmp_path: Path):
+def test_a_folder_of_something_else_is_left_alone(run: Run, tmp_path: Path) -> None:
     source = ListSource(train=[[example("a")]])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(plain(16, 16))
@@ -249,7 +249,7 @@ def test_a_folder_of_something_else_is_left_alone(run: Run, tmp_path: Path):
     assert len(list((tmp_path / "photos").iterdir())) == 2
 
 
-def test_only_what_is_missing_is_made_again(run: Run, tmp_path: Path):
+def test_only_what_is_missing_is_made_again(run: Run, tmp_path: Path) -> None:
     source = ListSource(train=[[example("a"), example("b")], [example("c")], [example("bad", image=b"")]])
     run(source, tmp_path / "whole")
     whole, out = contents(tmp_path / "whole"), tmp_path / "torn"
@@ -283,7 +283,7 @@ def test_only_what_is_missing_is_made_again(run: Run, tmp_path: Path):
     assert contents(out) == whole
 
 
-def test_two_hosts_make_what_one_makes(run: Run, tmp_path: Path):
+def test_two_hosts_make_what_one_makes(run: Run, tmp_path: Path) -> None:
     source = ListSource(train=[[example(f"{part} {n}") for n in range(part)] for part in range(5)], test=[[]])
     run(source, tmp_path / "one")
     lines: list[str] = []
@@ -295,7 +295,7 @@ def test_two_hosts_make_what_one_makes(run: Run, tmp_path: Path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_nothing_usable_is_an_error(run: Run, tmp_path: Path):
+def test_nothing_usable_is_an_error(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"No example of list is usable: image file is empty \(2\)\.$"):
         run(ListSource(train=[[example("1", image=b""), example("2", image=b"")]]))
     with pytest.raises(UserError, match="it is empty"):
@@ -315,13 +315,13 @@ def test_nothing_usable_is_an_error(run: Run, tmp_path: Path):
         ({"process_index": 2, "process_count": 2}, "from 0 to 1 among 2 processes, not 2"),
     ],
 )
-def test_wrong_arguments_are_refused(run: Run, tmp_path: Path, changed: dict, message: str):
+def test_wrong_arguments_are_refused(run: Run, tmp_path: Path, changed: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(ListSource(train=[[example("a")]]), **changed)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_device_without_memory_is_an_error(run: Run):
+def test_a_device_without_memory_is_an_error(run: Run) -> None:
     import jax
 
     class Full(stub_encoders.MeanColor):
@@ -332,14 +332,14 @@ def test_a_device_without_memory_is_an_error(run: Run):
         run(ListSource(train=[[example("a")]]), image=Full())
 
 
-def test_an_example_that_ends_its_worker_is_dropped():
+def test_an_example_that_ends_its_worker_is_dropped() -> None:
     settings = Settings((16,), "mean_std", 16, False, 0.0, 0, batch_size=2)
     (batch,) = make_batches([(Label("deadly"), None), (Label(None), None)], settings)
     assert (batch.pixels, batch.last) == ({}, True)
     assert [(id, prepared.dropped) for id, prepared in batch.examples] == [("deadly", preparation.ENDED_WORKER)]
 
 
-def test_progress_tells_rate_waiting_time_and_price(monkeypatch: pytest.MonkeyPatch):
+def test_progress_tells_rate_waiting_time_and_price(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(preparation.time, "monotonic", lambda: now)
     lines: list[str] = []
@@ -366,7 +366,7 @@ def test_progress_tells_rate_waiting_time_and_price(monkeypatch: pytest.MonkeyPa
     assert "2.5 min left" in lines[1]
 
 
-def test_the_summary_says_what_was_made_dropped_and_altered(run: Run):
+def test_the_summary_says_what_was_made_dropped_and_altered(run: Run) -> None:
     lines: list[str] = []
     items = [example("good", "ok"), example("bad", image=b""), example("long", "abcdef")]
     run(ListSource(train=[items]), report=lines.append)
@@ -376,7 +376,7 @@ def test_the_summary_says_what_was_made_dropped_and_altered(run: Run):
     assert altered == "altered 1: caption was cut to 5 tokens: long"
 
 
-def test_the_command_prints_one_line_for_an_error_and_its_flags_for_help(tmp_path: Path):
+def test_the_command_prints_one_line_for_an_error_and_its_flags_for_help(tmp_path: Path) -> None:
     def call(*flags: str) -> subprocess.CompletedProcess:
         arguments = [sys.executable, "-m", "micro_dit.precompute", *flags]
         return subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True)
@@ -475,7 +475,7 @@ def write_odd_folder(folder: Path) -> dict[str, np.ndarray | str]:
     return expected
 
 
-def test_a_folder_of_500_odd_images(run: Run, tmp_path: Path):
+def test_a_folder_of_500_odd_images(run: Run, tmp_path: Path) -> None:
     expected = write_odd_folder(tmp_path / "photos")
     assert len(expected) == 500
     manifest = run(f"folder:{tmp_path / 'photos'}", batch_size=32, workers=2)

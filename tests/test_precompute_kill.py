@@ -85,7 +85,7 @@ def undisturbed(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return contents(out)
 
 
-def test_killed_three_times(archives: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+def test_killed_three_times(archives: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     out, chance, done = tmp_path / "shards", random.Random(), 0
     for _ in range(3):
         process = start(archives, out)
@@ -108,7 +108,7 @@ def test_killed_three_times(archives: Path, undisturbed: dict[str, bytes], tmp_p
     assert contents(out) == undisturbed
 
 
-def test_two_hosts_at_once(archives: Path, undisturbed: dict[str, bytes], tmp_path: Path):
+def test_two_hosts_at_once(archives: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "shards"
     hosts = [start(archives, out, f"--process_index={index}", "--process_count=2") for index in range(2)]
     outputs = [finish(host) for host in hosts]

@@ -53,7 +53,7 @@ def rehearsed(tiny_shards: Path) -> tuple[subprocess.CompletedProcess[str], dict
     return done, json.loads(done.stdout)
 
 
-def test_what_does_not_fit_is_told_by_the_exit_status(rehearsed: tuple[Any, dict[str, Any]]):
+def test_what_does_not_fit_is_told_by_the_exit_status(rehearsed: tuple[Any, dict[str, Any]]) -> None:
     done, found = rehearsed
     assert done.returncode == 1
     assert [phase["fits"] for phase in found["phases"]] == [True, False]
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_told_by_the_exit_status(rehearsed: tuple[Any, dict
     assert "compiling phase unmasked" in done.stderr
 
 
-def test_the_microbatch_that_it_suggests_was_compiled_and_fits(rehearsed: tuple[Any, dict[str, Any]]):
+def test_the_microbatch_that_it_suggests_was_compiled_and_fits(rehearsed: tuple[Any, dict[str, Any]]) -> None:
     done, found = rehearsed
     suggested = re.search(r"--config\.microbatch=(\d+) it takes ([\d.]+) GB", done.stderr)
     assert suggested
@@ -72,7 +72,7 @@ def test_the_microbatch_that_it_suggests_was_compiled_and_fits(rehearsed: tuple[
     assert f"in passes of {suggested[1]}" in done.stderr
 
 
-def test_bytes_are_those_of_the_sharded_state(rehearsed: tuple[Any, dict[str, Any]]):
+def test_bytes_are_those_of_the_sharded_state(rehearsed: tuple[Any, dict[str, Any]]) -> None:
     masked, unmasked = rehearsed[1]["phases"]
     network = tiny.network(**MODEL)
     parameters = sum(int(np.prod(leaf.shape)) for leaf in abstract_params(network).values())
@@ -87,7 +87,7 @@ def test_bytes_are_those_of_the_sharded_state(rehearsed: tuple[Any, dict[str, An
     assert masked["sampler_peak_bytes"] > 4 * parameters / 2
 
 
-def test_flops_agree_with_those_counted_by_hand(rehearsed: tuple[Any, dict[str, Any]]):
+def test_flops_agree_with_those_counted_by_hand(rehearsed: tuple[Any, dict[str, Any]]) -> None:
     """Without recomputation; what is no product makes the difference."""
     network = tiny.network(**MODEL)
     for phase, images, mask in zip(rehearsed[1]["phases"], (IMAGES, TOO_MANY), (0.75, 0.0), strict=True):
@@ -95,7 +95,7 @@ def test_flops_agree_with_those_counted_by_hand(rehearsed: tuple[Any, dict[str, 
         assert phase["compiler_flops"] == pytest.approx(phase["flops"], rel=0.1)
 
 
-def test_collectives_and_times(rehearsed: tuple[Any, dict[str, Any]]):
+def test_collectives_and_times(rehearsed: tuple[Any, dict[str, Any]]) -> None:
     masked = rehearsed[1]["phases"][0]
     traffic = masked["step"]["traffic"]
     assert traffic["all-gather"]["bytes"] > 0, "parameters that two devices share are gathered"
@@ -107,13 +107,13 @@ def test_collectives_and_times(rehearsed: tuple[Any, dict[str, Any]]):
     assert masked["images_per_second"] == pytest.approx(IMAGES / masked["seconds_per_step"])
 
 
-def test_the_table_says_how_many_collectives_are_hidden():
+def test_the_table_says_how_many_collectives_are_hidden() -> None:
     assert rehearse._of_kind(Traffic(4, 8e6, 6e6)) == "4 × 2"
     assert rehearse._of_kind(Traffic(4, 8e6, 6e6, hidden=3)) == "4 × 2, 3 hidden"
     assert rehearse._of_kind(None) == "–"
 
 
-def test_what_fits_exits_with_0_and_prints_a_table(tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]):
+def test_what_fits_exits_with_0_and_prints_a_table(tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]) -> None:
     done = run(tiny_shards, "--phase=masked")  # compiled before
     assert done.returncode == 0, done.stderr
     assert f"{rehearsed[1]['phases'][0]['parameters']:,}" in done.stdout
@@ -121,7 +121,7 @@ def test_what_fits_exits_with_0_and_prints_a_table(tiny_shards: Path, rehearsed:
         assert row in done.stdout
 
 
-def test_an_unknown_phase_is_refused():
+def test_an_unknown_phase_is_refused() -> None:
     with pytest.raises(UserError, match="no phase 'nothing'; the phases are masked, unmasked"):
         rehearse.rehearse(tiny.get_config("nowhere"), Topology("cpu", (8,)), only="nothing")
 
@@ -137,7 +137,7 @@ def test_an_unknown_phase_is_refused():
 )
 def test_search_for_a_microbatch(
     monkeypatch: pytest.MonkeyPatch, fixed: float, per_image: float, compilations: int, suggestion: str
-):
+) -> None:
     """A step of 512 images on a chip of 16 GB, which is made to need a fixed part and one in proportion."""
     tried = []
 
@@ -179,7 +179,7 @@ def test_search_for_a_microbatch(
     ],
     ids=["line", "more fixed", "concave", "convex", "jump", "never"],
 )
-def test_the_largest_microbatch_that_fits(peak_of: Any):
+def test_the_largest_microbatch_that_fits(peak_of: Any) -> None:
     sizes, limit, tried = [8 * 2**i for i in range(8)], 16e9, []
     peaks = {0: 4e9, 2048: max(peak_of(2048), 1.1 * limit)}
     found = rehearse.largest_that_fits(sizes, peaks, limit, lambda n: tried.append(n) or peak_of(n))
@@ -187,7 +187,7 @@ def test_the_largest_microbatch_that_fits(peak_of: Any):
     assert len(tried) == len(set(tried)) <= 4
 
 
-def test_passes_save_memory(tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]):
+def test_passes_save_memory(tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]) -> None:
     """With 32 images on each device at once instead of 512."""
     whole = rehearsed[1]["phases"][0]
     done = run(tiny_shards, "--json", "--phase=masked", "--config.microbatch=256")
@@ -199,7 +199,7 @@ def test_passes_save_memory(tiny_shards: Path, rehearsed: tuple[Any, dict[str, A
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, XLA's compiler for TPUs, is missing")
-def test_a_slice_of_tpus_is_rehearsed_without_one(tiny_shards: Path):
+def test_a_slice_of_tpus_is_rehearsed_without_one(tiny_shards: Path) -> None:
     arguments = ["--topology=v5e:2x2", "--phase=masked", "--json", "--config.mesh.data=1", "--config.mesh.fsdp=4"]
     narrow = ["--config.model.dim=64", "--config.phases[0].batch_size=16"]  # half a minute of compiling is enough
     done = run(tiny_shards, *arguments, *narrow)

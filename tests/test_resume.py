@@ -32,7 +32,7 @@ WAYS = ("after a step", "in a save", "at the start")
 class Loop:
     """The real command line, as all launchers start it; to be used in a with statement, after which nothing runs."""
 
-    def __init__(self, shards: Path, workdir: Path, restarts: int):
+    def __init__(self, shards: Path, workdir: Path, restarts: int) -> None:
         self.workdir, self.metrics, self.out = workdir, workdir / "metrics.jsonl", workdir.with_name("out.txt")
         command = [sys.executable, "launch/until_done.py", f"--restarts={restarts}"]
         command += [sys.executable, "-m", "tests.helpers.recorded_run", workdir.with_name("batches.jsonl")]
@@ -115,7 +115,7 @@ def batches_of(shards: Path) -> dict[tuple[str, str], int]:
 
 def test_kills_and_a_signal_change_nothing(
     tiny_shards: Path, finished_run: Path, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture
-):
+) -> None:
     kills = pytestconfig.getoption("kills")
     moments, workdir, seen = random.Random(kills), tmp_path / "run", []
     targets = sorted(moments.sample(range(3, STEPS - 14), kills))

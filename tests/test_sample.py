@@ -53,7 +53,7 @@ def generator() -> Generator:
 
 def test_an_image_depends_on_its_caption_and_seed_and_not_on_the_batch(
     generator: Generator, params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     images = generator(params, CAPTIONS, [5, 6, 7, 8])
     assert images.shape == (4, 16, 16, 3)
     assert images.dtype == np.uint8
@@ -66,7 +66,7 @@ def test_an_image_depends_on_its_caption_and_seed_and_not_on_the_batch(
     assert differs.tolist() == [False, True, True, False]
 
 
-def test_call_by_call_is_the_whole_sampler(generator: Generator, params: dict[str, jax.Array]):
+def test_call_by_call_is_the_whole_sampler(generator: Generator, params: dict[str, jax.Array]) -> None:
     noise = draw_noise(CONFIG, [5, 6])
     F = guide(generators.bind(CONFIG, params), 2.0)
     whole = heun(lambda x, sigma: edm.denoise(F, x, sigma, CAPTIONS[:2], 0.9), noise, noise_levels(3))
@@ -76,7 +76,7 @@ def test_call_by_call_is_the_whole_sampler(generator: Generator, params: dict[st
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_what_is_rehearsed_is_what_is_compiled(params: dict[str, jax.Array], guidance: float):
+def test_what_is_rehearsed_is_what_is_compiled(params: dict[str, jax.Array], guidance: float) -> None:
     denoising, place = Denoising(CONFIG, sigma_data=0.9), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     call, programs = denoising._call, set()
 
@@ -92,7 +92,7 @@ def test_what_is_rehearsed_is_what_is_compiled(params: dict[str, jax.Array], gui
     assert programs == {jax.jit(function, out_shardings=place).lower(*arguments).as_text()}
 
 
-def test_steps_and_scales_compile_nothing_anew(params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch):
+def test_steps_and_scales_compile_nothing_anew(params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch) -> None:
     traced = []
     bind = generators.bind
     monkeypatch.setattr(generators, "bind", lambda *arguments: traced.append(1) or bind(*arguments))
@@ -112,12 +112,12 @@ def test_steps_and_scales_compile_nothing_anew(params: dict[str, jax.Array], mon
     np.testing.assert_array_equal(all_of_it, images[2])
 
 
-def test_no_steps_are_refused():
+def test_no_steps_are_refused() -> None:
     with pytest.raises(UserError, match="0 sampling steps: use at least 1"):
         Generator(CONFIG, Blocks(), guidance=1.0, steps=0, sigma_data=0.9)
 
 
-def test_bytes_are_rounded_and_clipped():
+def test_bytes_are_rounded_and_clipped() -> None:
     assert to_uint8(jnp.asarray([-2.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
 
 
@@ -143,7 +143,7 @@ def picture(side: int = 16) -> Image.Image:
     return Image.fromarray(colors.repeat(2, 0).repeat(2, 1))
 
 
-def test_the_same_prompt_and_seed_give_the_same_image_in_every_batch(model: Model):
+def test_the_same_prompt_and_seed_give_the_same_image_in_every_batch(model: Model) -> None:
     together = model.latents(["one", "two", "three"], num=2, seed=4, **SHORT)
     assert together.shape == (6, 8, 8, 4)
     np.testing.assert_array_equal(model.latents("two", seed=5, **SHORT)[0], together[3])
@@ -156,18 +156,18 @@ def test_the_same_prompt_and_seed_give_the_same_image_in_every_batch(model: Mode
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws(model: Model, sampler: str):
+def test_every_sampler_draws(model: Model, sampler: str) -> None:
     latents = model.latents("one", sampler=sampler, **SHORT)
     assert np.isfinite(latents).all()
 
 
-def test_an_empty_prompt_is_unconditional(model: Model, words: Words):
+def test_an_empty_prompt_is_unconditional(model: Model, words: Words) -> None:
     empty, unguided = model.latents("", steps=2, guidance=3.0), model.latents("one", steps=2, guidance=0.0)
     tiny.assert_close(empty, unguided)
     assert words.encoded == [["one"]]
 
 
-def test_a_negative_prompt_changes_the_image_unless_it_is_empty(model: Model):
+def test_a_negative_prompt_changes_the_image_unless_it_is_empty(model: Model) -> None:
     plain = model.latents("one", **SHORT)
     assert np.abs(model.latents("one", negative_prompt="two", **SHORT) - plain).max() > 1e-3
     np.testing.assert_array_equal(model.latents("one", negative_prompt=" ", **SHORT), plain)
@@ -176,7 +176,7 @@ def test_a_negative_prompt_changes_the_image_unless_it_is_empty(model: Model):
     tiny.assert_close(same, model.latents("one", steps=2, guidance=1.0))
 
 
-def test_autoguidance_leads_away_from_the_earlier_checkpoint(model: Model, finished_run: Path):
+def test_autoguidance_leads_away_from_the_earlier_checkpoint(model: Model, finished_run: Path) -> None:
     weak = load(finished_run, 48)
     alone = model.latents("one", steps=2, guidance=1.0)
     tiny.assert_close(model.latents("one", steps=2, guidance=1.0, autoguidance=weak), alone)
@@ -191,7 +191,7 @@ def test_autoguidance_leads_away_from_the_earlier_checkpoint(model: Model, finis
         model.latents("one", autoguidance=weak, negative_prompt="two", **SHORT)
 
 
-def test_an_image_changes_as_much_as_the_strength_says(model: Model):
+def test_an_image_changes_as_much_as_the_strength_says(model: Model) -> None:
     original = model.encode(picture())
     assert model.generate("one", image=picture(), strength=0.0)[0].tobytes() == picture().tobytes()
     differences = [
@@ -203,7 +203,7 @@ def test_an_image_changes_as_much_as_the_strength_says(model: Model):
     assert differences[1] < differences[2] < differences[3]
 
 
-def test_only_the_masked_part_is_drawn_anew(model: Model):
+def test_only_the_masked_part_is_drawn_anew(model: Model) -> None:
     mask = np.zeros((16, 16), bool)
     mask[5:, :3] = True  # latents from row 2 on, in columns 0 and 1
     redrawn = model.latents(["one", "two"], image=picture(), mask=mask, **SHORT)
@@ -217,7 +217,7 @@ def test_only_the_masked_part_is_drawn_anew(model: Model):
     np.testing.assert_array_equal(model.latents(["one", "two"], image=picture(), mask=as_picture, **SHORT), redrawn)
 
 
-def test_a_long_prompt_is_cut_and_the_cut_is_shown(model: Model, words: Words):
+def test_a_long_prompt_is_cut_and_the_cut_is_shown(model: Model, words: Words) -> None:
     said: list[str] = []
     model.warn = said.append
     model.embed(["one two three", "one two three four five"])
@@ -242,12 +242,12 @@ def test_a_long_prompt_is_cut_and_the_cut_is_shown(model: Model, words: Words):
         (dict(image=picture(), mask=np.zeros((16, 16), bool)), "the mask is black everywhere"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(model: Model, settings: dict[str, Any], message: str):
+def test_settings_that_make_no_sense_are_refused(model: Model, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         model.generate("one", **settings)
 
 
-def test_encoders_that_do_not_belong_to_the_model_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch):
+def test_encoders_that_do_not_belong_to_the_model_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Blocks, "channels", 16)
     with pytest.raises(UserError, match="noise has latents of 16 channels, the model of 4"):
         model.decode(np.zeros((1, 8, 8, 4), np.float32))
@@ -256,7 +256,7 @@ def test_encoders_that_do_not_belong_to_the_model_are_refused(model: Model, monk
         model.embed(["one"])
 
 
-def test_a_model_folder_draws_what_its_run_draws(model: Model, tmp_path: Path):
+def test_a_model_folder_draws_what_its_run_draws(model: Model, tmp_path: Path) -> None:
     about = model.about
     told = {name: getattr(about, name) for name in ("sigma_data", "vae", "text_encoder", "caption_tokens")}
     told |= {"caption_cleaning": about.caption_cleaning, "source": "a test"}
@@ -268,7 +268,7 @@ def test_a_model_folder_draws_what_its_run_draws(model: Model, tmp_path: Path):
         load(tmp_path / "model", 3)
 
 
-def test_a_model_that_is_not_there_is_named(finished_run: Path, tmp_path: Path):
+def test_a_model_that_is_not_there_is_named(finished_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint of step 7 \(it has steps 48, 80, 84\)"):
         load(finished_run, 7)
     with pytest.raises(UserError, match="is no work directory of a run and no model folder"):
@@ -301,7 +301,7 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, str]]:
 
 def test_the_command_draws_what_the_api_draws(
     command: SimpleNamespace, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture
-):
+) -> None:
     sample.main(["sample"])
     assert "4 images from step 84 of run: " in capsys.readouterr().out
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -316,7 +316,7 @@ def test_the_command_draws_what_the_api_draws(
     assert (told["prompt"], told["seed"]) == ("one | two", "3 to 4")
 
 
-def test_the_command_samples_from_the_moving_average(loaded: Model, finished_run: Path):
+def test_the_command_samples_from_the_moving_average(loaded: Model, finished_run: Path) -> None:
     end = tiny.read_checkpoint(finished_run)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, end["ema"])
     assert any(not np.array_equal(end["ema"][name], end["params"][name]) for name in end["ema"])
@@ -324,7 +324,7 @@ def test_the_command_samples_from_the_moving_average(loaded: Model, finished_run
     jax.tree.map(np.testing.assert_array_equal, earlier, tiny.read_checkpoint(finished_run, 48)["params"])
 
 
-def test_settings_of_the_run_are_the_default(command: SimpleNamespace, finished_run: Path, tmp_path: Path):
+def test_settings_of_the_run_are_the_default(command: SimpleNamespace, finished_run: Path, tmp_path: Path) -> None:
     workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
     run = json.loads((workdir / "config.json").read_text())
     run["config"]["sampling"].update(guidance=0.5, steps=1)
@@ -338,7 +338,7 @@ def test_settings_of_the_run_are_the_default(command: SimpleNamespace, finished_
 
 def test_prompts_are_cleaned_as_the_shards_captions_were(
     command: SimpleNamespace, finished_run: Path, tmp_path: Path, words: Words
-):
+) -> None:
     run = json.loads((finished_run / "config.json").read_text())
     assert run["shards"]["caption_cleaning"] == "none"
     run["shards"]["caption_cleaning"] = "deepfloyd-2"
@@ -352,7 +352,7 @@ def test_prompts_are_cleaned_as_the_shards_captions_were(
     assert read(Path(command.out))[1]["prompt"] == "A <b>Red</b> Heart #12 | plain"  # in the user's words
 
 
-def test_a_picture_to_start_from(command: SimpleNamespace, tmp_path: Path):
+def test_a_picture_to_start_from(command: SimpleNamespace, tmp_path: Path) -> None:
     picture().save(tmp_path / "start.png")
     vars(command).update(image=str(tmp_path / "start.png"), strength=0.0, num=1, prompt=[""])
     sample.main(["sample"])
@@ -374,7 +374,9 @@ def test_a_picture_to_start_from(command: SimpleNamespace, tmp_path: Path):
         (dict(autoguidance="7"), "no checkpoint of step 7"),
     ],
 )
-def test_what_is_missing_is_named(command: SimpleNamespace, tmp_path: Path, change: dict[str, Any], message: str):
+def test_what_is_missing_is_named(
+    command: SimpleNamespace, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     if change.get("prompts_file") == "blank":
         (tmp_path / "blank").write_text("\n  \n")
         change = {"prompts_file": str(tmp_path / "blank")}
@@ -383,7 +385,7 @@ def test_what_is_missing_is_named(command: SimpleNamespace, tmp_path: Path, chan
         sample.main(["sample"])
 
 
-def test_the_flags_are_defined(monkeypatch: pytest.MonkeyPatch):
+def test_the_flags_are_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     from absl import flags
 
     values = flags.FlagValues()

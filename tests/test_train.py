@@ -72,13 +72,13 @@ def columns(recorded: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 LARGE = ("posterior", "noise", "ranks")
 
 
-def test_mask_level_noise_and_caption_drop_are_independent(monkeypatch: pytest.MonkeyPatch):
+def test_mask_level_noise_and_caption_drop_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     for (a, x), (b, y) in itertools.combinations(columns(draws(monkeypatch, step=3)).items(), 2):
         if a.split()[0] != b.split()[0]:
             assert abs(np.corrcoef(x, y)[0, 1]) < 5 / np.sqrt(B), (a, b)
 
 
-def test_every_step_draws_anew_and_the_same_seed_repeats(monkeypatch: pytest.MonkeyPatch):
+def test_every_step_draws_anew_and_the_same_seed_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = columns(draws(monkeypatch, step=0)), columns(draws(monkeypatch, step=1))
     for name, value in first.items():
         assert abs(np.corrcoef(value, second[name])[0, 1]) < 5 / np.sqrt(B), name
@@ -88,7 +88,7 @@ def test_every_step_draws_anew_and_the_same_seed_repeats(monkeypatch: pytest.Mon
         assert not np.array_equal(value, columns(other)[name]), name
 
 
-def test_draws_have_their_distributions(monkeypatch: pytest.MonkeyPatch):
+def test_draws_have_their_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = draws(monkeypatch, step=0)
     for name in ("posterior", "noise", "sigma"):
         assert recorded[name].mean() == pytest.approx(0, abs=5 / np.sqrt(recorded[name].size)), name
@@ -111,7 +111,7 @@ def quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quadratic")
-def test_a_step_schedules_the_rate_and_averages_within_its_phase():
+def test_a_step_schedules_the_rate_and_averages_within_its_phase() -> None:
     phase = Phase(**tiny.MASKED | dict(ema_decay=0.99975, ema_start=2, warmup_steps=4, learning_rate=0.1))
     step = make_train_step(NETWORK, phase, first_step=100, recipe=RECIPE)
     params = {"w": jnp.asarray([1.0, -2.0, 3.0])}
@@ -143,7 +143,7 @@ def config(tiny_shards: Path) -> ConfigDict:
     return tiny.get_config(str(tiny_shards))
 
 
-def test_a_run_leaves_its_records(finished_run: Path, tiny_shards: Path):
+def test_a_run_leaves_its_records(finished_run: Path, tiny_shards: Path) -> None:
     records = read_metrics(finished_run / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, 85))
     assert all(np.isfinite(record["loss"]) for record in records)
@@ -167,7 +167,9 @@ def test_a_run_leaves_its_records(finished_run: Path, tiny_shards: Path):
     assert all(not np.array_equal(params[name], last["params"][name]) for name in params)
 
 
-def test_a_finished_run_is_not_trained_further(finished_run: Path, config: ConfigDict, tmp_path: Path, capfd: Any):
+def test_a_finished_run_is_not_trained_further(
+    finished_run: Path, config: ConfigDict, tmp_path: Path, capfd: Any
+) -> None:
     workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
     train(config, workdir)
     out = capfd.readouterr().out
@@ -178,7 +180,7 @@ def test_a_finished_run_is_not_trained_further(finished_run: Path, config: Confi
 
 def test_after_damage_the_checkpoint_before_leads_to_the_same_end(
     finished_run: Path, config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture
-):
+) -> None:
     workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
     damaged = workdir / "checkpoints" / "84"
     largest = max((path for path in damaged.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
@@ -191,7 +193,9 @@ def test_after_damage_the_checkpoint_before_leads_to_the_same_end(
     assert (workdir / "unreadable_checkpoints" / "84").is_dir()
 
 
-def test_a_phase_takes_the_weights_alone_to_another_resolution(config: ConfigDict, tmp_path: Path, finished_run: Path):
+def test_a_phase_takes_the_weights_alone_to_another_resolution(
+    config: ConfigDict, tmp_path: Path, finished_run: Path
+) -> None:
     """With four times the tokens, another position table, new moments, and a held-out loss."""
     workdir = tmp_path / "run"
     high = dict(
@@ -232,7 +236,7 @@ def test_a_phase_takes_the_weights_alone_to_another_resolution(config: ConfigDic
 @pytest.mark.parametrize("when", ["evaluating", "drawing"])
 def test_told_to_stop_between_steps_it_saves_without_finishing_them(
     config: ConfigDict, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, when: str
-):
+) -> None:
     drawn: list[int] = []
 
     def told_meanwhile(stops: Callable[[], bool] = lambda: False) -> dict[str, float]:
@@ -264,7 +268,7 @@ def test_told_to_stop_between_steps_it_saves_without_finishing_them(
 class Poisoned:
     """The data's iterator, with NaN in one batch."""
 
-    def __init__(self, iterator: Any, batch: int):
+    def __init__(self, iterator: Any, batch: int) -> None:
         self.iterator, self.left = iterator, batch
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -279,7 +283,7 @@ class Poisoned:
 @pytest.mark.parametrize("batch", [16, 19])  # a step that is saved, and one that is not
 def test_nan_stops_the_run_and_the_last_good_checkpoint_is_named(
     config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
-):
+) -> None:
     make = loop.make_train_iterator
     monkeypatch.setattr(loop, "make_train_iterator", lambda *a, **k: Poisoned(make(*a, **k), batch))
     with pytest.raises(UserError, match=f"the loss is nan .* at step {batch}, in phase 'masked'") as error:
@@ -293,7 +297,9 @@ def test_nan_stops_the_run_and_the_last_good_checkpoint_is_named(
     assert all(np.isfinite(value).all() for value in checkpoint["params"].values())
 
 
-def test_a_full_disk_stops_the_run_with_one_line(config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_stops_the_run_with_one_line(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from orbax.checkpoint import v1 as ocp
 
     def fail(*arguments: Any, **named: Any) -> None:
@@ -342,7 +348,7 @@ def set_field(name: str, value: Any) -> Callable[[ConfigDict], None]:
 )
 def test_bad_input_is_one_line_that_says_what_to_do(
     config: ConfigDict, tmp_path: Path, change: Callable[[ConfigDict], None], message: str
-):
+) -> None:
     change(config)
     with pytest.raises(UserError, match=message) as error:
         train(config, tmp_path / "run")
@@ -358,7 +364,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(
         (dict(caption_cleaning="deepfloyd-2"), "caption cleanings differ"),
     ],
 )
-def test_the_phases_shards_must_be_of_one_kind(config: ConfigDict, tmp_path: Path, other: dict, what: str):
+def test_the_phases_shards_must_be_of_one_kind(config: ConfigDict, tmp_path: Path, other: dict, what: str) -> None:
     shards = tiny.write_shards(tmp_path / "other", **other)
     config.phases = (config.phases[0], config.phases[1] | dict(shards=str(shards)))
     message = f"{config.data.shards} and {shards} cannot be used together, because their {what}"
@@ -379,7 +385,7 @@ def test_the_phases_shards_must_be_of_one_kind(config: ConfigDict, tmp_path: Pat
 )
 def test_shards_that_contradict_the_config_are_refused(
     config: ConfigDict, tmp_path: Path, change: Callable[[ConfigDict], None], written: dict, message: str
-):
+) -> None:
     config.data.shards = str(tiny.write_shards(tmp_path / "shards", **written))
     change(config)
     with pytest.raises(UserError, match=message) as error:
@@ -388,7 +394,7 @@ def test_shards_that_contradict_the_config_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_on_a_mix_records_all_of_it(config: ConfigDict, tiny_shards: Path, tmp_path: Path):
+def test_a_run_on_a_mix_records_all_of_it(config: ConfigDict, tiny_shards: Path, tmp_path: Path) -> None:
     other = tiny.write_shards(tmp_path / "other", attribution="somebody")
     config.data.shards = f"{tiny_shards}=0.7,{other}=0.3"
     config.phases = (config.phases[0] | dict(steps=2),)
@@ -403,13 +409,13 @@ def test_a_run_on_a_mix_records_all_of_it(config: ConfigDict, tiny_shards: Path,
     assert any("heldout_loss" in record for record in records)
 
 
-def test_the_directory_of_another_run_is_refused(config: ConfigDict, finished_run: Path):
+def test_the_directory_of_another_run_is_refused(config: ConfigDict, finished_run: Path) -> None:
     config.seed = 1
     with pytest.raises(UserError, match=r"belongs to a run with another config: seed \(0 there, 1 here\); give a new"):
         train(config, finished_run)
 
 
-def test_shards_made_again_are_noticed(config: ConfigDict, finished_run: Path, tmp_path: Path):
+def test_shards_made_again_are_noticed(config: ConfigDict, finished_run: Path, tmp_path: Path) -> None:
     workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
     text = (workdir / "config.json").read_text()
     fingerprint = read_manifest(config.data.shards).fingerprint

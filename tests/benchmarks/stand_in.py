@@ -11,7 +11,7 @@ from micro_dit.errors import UserError
 class Device:
     """Answers, sleeps, refuses or ends, as it is told."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
     def hello(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def contender():
     assert contender.process.returncode is not None
 
 
-def test_answers(contender: Contender):
+def test_answers(contender: Contender) -> None:
     assert contender.ask("hello") == {"device": "stand-in"}
     answer = contender.ask("threads")
     assert answer == {"threads": "3", "pid": contender.process.pid}
@@ -36,7 +36,7 @@ def test_answers(contender: Contender):
         contender.ask("hello")
 
 
-def test_who_is_late_is_ended(contender: Contender):
+def test_who_is_late_is_ended(contender: Contender) -> None:
     contender.ask("hello")
     started = time.monotonic()
     with pytest.raises(OutOfTime):
@@ -56,7 +56,7 @@ def rows(ours: float) -> list[dict[str, Any]]:
     ]
 
 
-def test_ratios_are_to_the_twin():
+def test_ratios_are_to_the_twin() -> None:
     found = train_step.ratios(rows(ours=12.0))
     assert found["mask 75%: CPU seconds, micro_dit / eager twin"] == 1.2
     assert found["mask 0%: CPU seconds, micro_dit / best of the twins"] == 1.5
@@ -64,7 +64,7 @@ def test_ratios_are_to_the_twin():
     assert train_step.ratios([row for row in rows(12.0) if row["contender"] == train_step.OURS]) == {}
 
 
-def test_regressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_regressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     baseline, figures = tmp_path / "baseline.json", tmp_path / "figures.json"
 
     def bench(ours: float, *arguments: str) -> int:
@@ -88,7 +88,7 @@ def test_regressions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert len(json.loads(figures.read_text())["rows"]) == 6
 
 
-def test_gpu_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_gpu_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "MODULES", dict.fromkeys(gpu.MODULES, "tests.benchmarks.stand_in"))
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     figures = tmp_path / "figures.json"
@@ -114,7 +114,7 @@ def test_gpu_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert results["quantize"] == ""
 
 
-def test_a_gpu_bench_in_8_bits_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_gpu_bench_in_8_bits_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu, "MODULES", dict.fromkeys(gpu.MODULES, "tests.benchmarks.stand_in"))
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))

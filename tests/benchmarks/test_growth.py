@@ -42,20 +42,20 @@ def exponents(
     return growth.exponents(sizes, flops), growth.exponents(sizes, largest)
 
 
-def test_attention_grows_with_the_square_of_the_tokens():
+def test_attention_grows_with_the_square_of_the_tokens() -> None:
     flops, largest = exponents(PARTS["attention"])
     assert flops == pytest.approx([2, 2])
     assert largest == pytest.approx([2, 2])
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "attention"])
-def test_every_other_part_grows_with_the_tokens(name: str):
+def test_every_other_part_grows_with_the_tokens(name: str) -> None:
     flops, largest = exponents(PARTS[name])
     assert all(slope <= LINEAR or math.isnan(slope) for slope in flops)  # masking has no products
     assert 0.9 < max(largest) <= LINEAR
 
 
-def test_one_hot_dispatch_would_be_noticed():
+def test_one_hot_dispatch_would_be_noticed() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 16, WIDTH))
     ours, one_hot = make_experts(ExpertChoiceFFN), make_experts(OneHotExperts)
     assert jnp.allclose(ours(x), one_hot(x), atol=1e-6), "the same layer"
@@ -72,7 +72,7 @@ def test_one_hot_dispatch_would_be_noticed():
 
 
 @pytest.mark.parametrize("kept", [0.25, 1.0], ids=["masked", "unmasked"])
-def test_without_attention_the_whole_step_grows_with_the_tokens(monkeypatch: pytest.MonkeyPatch, kept: float):
+def test_without_attention_the_whole_step_grows_with_the_tokens(monkeypatch: pytest.MonkeyPatch, kept: float) -> None:
     def step(tokens: int) -> tuple[Any, Sequence[Any]]:
         return growth.step_of(growth.Setting(tokens, kept), WIDTH, "float32")
 
@@ -86,7 +86,7 @@ def test_without_attention_the_whole_step_grows_with_the_tokens(monkeypatch: pyt
     assert 0.9 < largest <= LINEAR
 
 
-def test_exponents_and_table():
+def test_exponents_and_table() -> None:
     assert growth.exponents((1, 2, 8), (3, 12, 24)) == pytest.approx([2, 0.5])
     timed = [growth.Timed(lambda: None, flops, 0.0) for flops in (1e9, 4e9)]
     found = growth.curve("tokens", (256, 512), timed, (0.1, 0.3))
@@ -96,7 +96,7 @@ def test_exponents_and_table():
     assert second.split() == ["512", "300", "1.58", "4", "2.00", "–"]
 
 
-def test_plot(tmp_path):
+def test_plot(tmp_path) -> None:
     def line(name: str) -> dict[str, Any]:
         timed = [growth.Timed(lambda: None, flops, 0.0) for flops in (1e9, 4e9)]
         return growth.curve(name, (256, 512), timed, (0.1, 0.3))

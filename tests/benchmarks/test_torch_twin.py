@@ -61,7 +61,7 @@ def make_training(config: DiTConfig, params: Any, **options: Any) -> torch_twin.
 class Both:
     """The tiny network in both, and what a step draws. Its mixer has a dense block and one of experts."""
 
-    def __init__(self, mask_ratio: float):
+    def __init__(self, mask_ratio: float) -> None:
         self.config = tiny.network(use_bias=True, depth=1)
         self.params = tiny.random_params(self.config)
         self.x, _, self.y = tiny.inputs(self.config, IMAGES)

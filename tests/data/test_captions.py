@@ -16,7 +16,7 @@ from micro_dit.errors import UserError
 PAIRS = json.loads((Path(__file__).parents[1] / "golden" / "captions.json").read_text(encoding="utf-8"))["pairs"]
 
 
-def test_golden_pairs():
+def test_golden_pairs() -> None:
     assert len(PAIRS) >= 30
     wrong = [pair for pair in PAIRS if clean_caption_once(pair["input"]) != pair["once"]]
     wrong += [pair for pair in PAIRS if clean_caption(pair["input"]) != pair["output"]]
@@ -33,17 +33,17 @@ def test_golden_pairs():
         ("ﬁve ｃａｔｓ", "five cats"),
     ],
 )
-def test_odd_text(text, cleaned):
+def test_odd_text(text, cleaned) -> None:
     assert clean_caption(text) == cleaned
 
 
 @pytest.mark.parametrize("text", ["<![unknown[ ]]> a cat", "<![if gte mso 9]> a cat", "\ud83d & <b>a cat</b>"])
-def test_markup_that_the_parser_refuses(text):
+def test_markup_that_the_parser_refuses(text) -> None:
     assert "a cat" in clean_caption(text)
     clean_caption(text).encode()
 
 
-def test_repair_is_left_out_only_where_it_changes_nothing():
+def test_repair_is_left_out_only_where_it_changes_nothing() -> None:
     """The shortcut for plain ASCII: what the rules leave of it is neither to be repaired nor unescaped."""
     draw = random.Random(0)
     plain = [chr(code) for code in range(32, 127)]
@@ -53,7 +53,7 @@ def test_repair_is_left_out_only_where_it_changes_nothing():
         assert html.unescape(ftfy.fix_text(text)) == text
 
 
-def test_no_rule_is_idle():
+def test_no_rule_is_idle() -> None:
     """Each rule is needed by some caption, and says why it is there."""
     text = (
         '<person> http://a.com www:/b @user 漢字 – “a” ‘b’ &quot; &amp 1.2.3.4 \\n #1 #12345 1234567 a.jpg "" .. *** . '
@@ -69,7 +69,7 @@ def test_no_rule_is_idle():
     ("package", "load", "pip_name"),
     [("bs4", captions._markup_parser, "beautifulsoup4"), ("ftfy", captions._encoding_repairer, "ftfy")],
 )
-def test_missing_package(monkeypatch, package, load, pip_name):
+def test_missing_package(monkeypatch, package, load, pip_name) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {pip_name}"):
         load.__wrapped__()

@@ -36,11 +36,11 @@ def gray_to_rgb(grays: np.ndarray) -> np.ndarray:
         ("JPEG2000", {}, 1),
     ],
 )
-def test_formats(format: str, options: dict, tolerance: int):
+def test_formats(format: str, options: dict, tolerance: int) -> None:
     assert np.abs(corners(encoded(quadrants(), format, **options)) - QUADRANTS).max() <= tolerance
 
 
-def test_color_modes():
+def test_color_modes() -> None:
     gray = gray_to_rgb(GRAYS)
     np.testing.assert_array_equal(corners(encoded(quadrants(GRAYS))), gray)
     assert np.abs(corners(encoded(quadrants(GRAYS), "JPEG")) - gray).max() <= 3
@@ -55,7 +55,7 @@ def test_color_modes():
     assert np.abs(corners(encoded(quadrants().convert("YCbCr"), "TIFF", compression="jpeg")) - QUADRANTS).max() <= 6
 
 
-def test_transparency_becomes_white():
+def test_transparency_becomes_white() -> None:
     white = QUADRANTS.astype(int)
     white[0, 0] = 255
     alpha = np.full((2, 2, 1), 255, np.uint8)
@@ -74,7 +74,7 @@ def test_transparency_becomes_white():
 
 
 @pytest.mark.parametrize(("format", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})])
-def test_the_first_frame_of_an_animation(format: str, options: dict):
+def test_the_first_frame_of_an_animation(format: str, options: dict) -> None:
     black = Image.new("RGB", (32, 32))
     data = encoded(quadrants(), format, save_all=True, append_images=[black, black], duration=50, **options)
     assert Image.open(io.BytesIO(data)).n_frames >= 2
@@ -83,7 +83,7 @@ def test_the_first_frame_of_an_animation(format: str, options: dict):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_exif_orientation(orientation: int, format: str):
+def test_exif_orientation(orientation: int, format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(quadrants().resize((32, 48)), format, exif=exif)
@@ -93,7 +93,7 @@ def test_exif_orientation(orientation: int, format: str):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_data_do_not_spoil_the_pixels():
+def test_damaged_exif_data_do_not_spoil_the_pixels() -> None:
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40
     assert np.abs(corners(encoded(quadrants(), "JPEG", quality=95, exif=exif)) - QUADRANTS).max() <= 4
 
@@ -118,12 +118,12 @@ def cut(format: str) -> bytes:
         (png_of_zeros(16000), "image has more than 178 megapixels"),
     ],
 )
-def test_what_cannot_be_used_says_why(data: bytes, reason: str):
+def test_what_cannot_be_used_says_why(data: bytes, reason: str) -> None:
     with pytest.raises(UnusableImage, match=f"^({reason})"):
         crop_image(data, [16], 16)
 
 
-def test_a_large_image_is_judged_by_its_header():
+def test_a_large_image_is_judged_by_its_header() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # as Pillow would, from half of the limit
         with pytest.raises(UnusableImage, match="smaller"):
@@ -131,7 +131,7 @@ def test_a_large_image_is_judged_by_its_header():
 
 
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (31, 17), (16, 16), (8, 200), (257, 255), (640, 427), (7, 5)])
-def test_a_crop_is_what_resizing_all_and_then_cropping_gives(size: tuple[int, int]):
+def test_a_crop_is_what_resizing_all_and_then_cropping_gives(size: tuple[int, int]) -> None:
     # No black and no white: Pillow clips between its two passes, and their order depends on the size.
     image = Image.fromarray(np.random.default_rng(0).integers(64, 192, (*size[::-1], 3), np.uint8))
     resized = image.resize(tuple(side * 16 // min(size) for side in size), Image.Resampling.BICUBIC)
@@ -142,7 +142,7 @@ def test_a_crop_is_what_resizing_all_and_then_cropping_gives(size: tuple[int, in
     assert np.abs(crop - expected).max() <= 1
 
 
-def test_a_very_long_image_is_not_resized_whole():
+def test_a_very_long_image_is_not_resized_whole() -> None:
     long = np.zeros((20, 10_000, 3), np.uint8)
     long[:, 5000:] = (0, 0, 255)
     long[:, :5000] = (255, 0, 0)

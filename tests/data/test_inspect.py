@@ -64,7 +64,9 @@ def run(*argv: str, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> None:
     inspect.main(["inspect", *argv])
 
 
-def test_a_good_folder_is_described(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_a_good_folder_is_described(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     run(str(folder), monkeypatch=monkeypatch, verify=True)
     lines = capsys.readouterr().out.splitlines()
     rows = [re.split(r" {2,}", line.strip(), maxsplit=1) for line in lines]
@@ -86,12 +88,14 @@ def test_a_good_folder_is_described(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_latents_of_another_scale_are_noticed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
+) -> None:
     run(str(folder), monkeypatch=monkeypatch, sigma_data=2.0)
     assert "0.32 × sigma_data 2: off by more than 2 times: training refuses it" in capsys.readouterr().out
 
 
-def test_damage_is_found_by_checksums(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+def test_damage_is_found_by_checksums(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     (file,) = folder.glob("train-*.array_record")
     data = bytearray(file.read_bytes())
     data[data.index(b"gray number 3")] ^= 1
@@ -117,7 +121,7 @@ def test_damage_is_found_by_checksums(folder: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_rejects_that_do_not_add_up_are_found(
     folder: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
-):
+) -> None:
     path = folder / "rejects.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.unlink()
@@ -130,7 +134,7 @@ def test_rejects_that_do_not_add_up_are_found(
 
 def test_the_contact_sheet_shows_decoded_latents(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, encoder: list[str]
-):
+) -> None:
     run(str(folder), monkeypatch=monkeypatch, sheet=str(tmp_path / "sheet.png"), images=9)
     assert f"9 images of train: {tmp_path / 'sheet.png'}" in capsys.readouterr().out
     assert encoder == ["flat"]
@@ -150,7 +154,7 @@ def test_the_contact_sheet_shows_decoded_latents(
 
 def test_a_folder_in_the_making_tells_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
+) -> None:
     parts = {"train": ["slice-00000", "slice-00001", "slice-00002"], "validation": ["slice-00000"]}
     plan = Plan(tmp_path / "begun", {"source": "colors"}, parts)
     plan.finish_part(PartReport("train", 0, "slice-00000"))
@@ -164,7 +168,7 @@ def test_a_folder_in_the_making_tells_how_far_it_is(
         run(str(tmp_path / "begun"), monkeypatch=monkeypatch)
 
 
-def test_the_command_line(folder: Path, tmp_path: Path):
+def test_the_command_line(folder: Path, tmp_path: Path) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "micro_dit.data.inspect", *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
@@ -179,7 +183,7 @@ def test_the_command_line(folder: Path, tmp_path: Path):
     assert "give one folder of shards" in call().stderr
 
 
-def test_fields_are_listed():
+def test_fields_are_listed() -> None:
     manifest = tiny.make_manifest((64,), VAE, statistics={"64": {"mean": [0.0] * 3, "std": [1.0] * 3}})
     text = inspect.describe(manifest, 0.9)
     for field in record_fields((64,), "mean_std", VAE, tiny.TEXT):

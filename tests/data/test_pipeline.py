@@ -58,7 +58,7 @@ def numbers(iterator: Any, batches: int) -> list[int]:
 # ---- One folder ------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_has_float16_arrays_of_the_asked_resolution(shards: Path):
+def test_a_batch_has_float16_arrays_of_the_asked_resolution(shards: Path) -> None:
     batch = next(make_train_iterator(shards, "train", 32, batch_size=5, seed=0))
     assert {name: (array.shape, str(array.dtype)) for name, array in batch.items()} == {
         "latent_mean": ((5, 4, 4, 8), "float16"),
@@ -70,14 +70,14 @@ def test_a_batch_has_float16_arrays_of_the_asked_resolution(shards: Path):
     assert next(make_train_iterator(shards, "train", 16, 5, 0))["latent_mean"].shape == (5, 2, 2, 8)
 
 
-def test_samples_are_the_mean_and_have_no_std(tmp_path: Path):
+def test_samples_are_the_mean_and_have_no_std(tmp_path: Path) -> None:
     folder = write_numbers(tmp_path / "shards", posterior="sample")
     batch = next(make_train_iterator(folder, "train", 32, batch_size=5, seed=0))
     assert {name: array.shape for name, array in batch.items()} == {"latent_mean": (5, 4, 4, 8), "caption": (5, 4, 6)}
     assert set(load_split(folder, "validation", 16)) == {"latent_mean", "caption", "text", "id"}
 
 
-def test_every_epoch_has_every_example_once_in_another_order(shards: Path):
+def test_every_epoch_has_every_example_once_in_another_order(shards: Path) -> None:
     iterator = make_train_iterator(shards, "train", 16, batch_size=4, seed=0)
     seen = numbers(iterator, EXAMPLES)  # four epochs, whose ends lie inside batches
     epochs = [seen[start : start + EXAMPLES] for start in range(0, len(seen), EXAMPLES)]
@@ -86,7 +86,7 @@ def test_every_epoch_has_every_example_once_in_another_order(shards: Path):
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_the_seed_decides_the_order(shards: Path):
+def test_the_seed_decides_the_order(shards: Path) -> None:
     def order(seed: int) -> list[int]:
         return numbers(make_train_iterator(shards, "train", 16, 4, seed), 5)
 
@@ -94,19 +94,19 @@ def test_the_seed_decides_the_order(shards: Path):
     assert order(1) != order(2)
 
 
-def test_the_batch_size_does_not_change_the_order(shards: Path):
+def test_the_batch_size_does_not_change_the_order(shards: Path) -> None:
     assert numbers(make_train_iterator(shards, "train", 16, 4, 0), 15) == numbers(
         make_train_iterator(shards, "train", 16, 10, 0), 6
     )
 
 
-def test_a_batch_may_be_larger_than_the_split(shards: Path):
+def test_a_batch_may_be_larger_than_the_split(shards: Path) -> None:
     seen = numbers(make_train_iterator(shards, "train", 16, batch_size=50, seed=0), 1)
     assert sorted(seen[:EXAMPLES]) == sorted(seen[EXAMPLES : 2 * EXAMPLES]) == list(range(EXAMPLES))
 
 
 @pytest.mark.parametrize("batches", [0, 2, 9, 31])
-def test_the_state_continues_exactly(shards: Path, batches: int):
+def test_the_state_continues_exactly(shards: Path, batches: int) -> None:
     iterator = make_train_iterator(shards, "train", 16, batch_size=4, seed=3)
     numbers(iterator, batches + 1)
     state = iterator.get_state()
@@ -118,7 +118,7 @@ def test_the_state_continues_exactly(shards: Path, batches: int):
     assert numbers(iterator, 8) == expected
 
 
-def test_each_epoch_takes_the_next_caption(tmp_path: Path):
+def test_each_epoch_takes_the_next_caption(tmp_path: Path) -> None:
     folder = write_numbers(tmp_path / "shards", counts={"train": 8}, captions=3)
 
     def captions(seed: int, epochs: int) -> list[set[tuple[int, int]]]:
@@ -163,7 +163,9 @@ def assert_equal(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.nd
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_the_order_and_the_position_do_not_depend_on_the_number_of_processes(two: tuple[Path, Path], mixed: bool):
+def test_the_order_and_the_position_do_not_depend_on_the_number_of_processes(
+    two: tuple[Path, Path], mixed: bool
+) -> None:
     mix = f"{two[0]}=0.7,{two[1]}=0.3" if mixed else str(two[0])
     expected, _ = global_batches(mix, 1, 12)
     begun, state = global_batches(mix, 1, 5)
@@ -178,7 +180,7 @@ def test_the_order_and_the_position_do_not_depend_on_the_number_of_processes(two
 # ---- Mixes -----------------------------------------------------------------------------------------------------------
 
 
-def test_weights_are_kept_exactly_and_folders_are_covered_once_an_epoch(two: tuple[Path, Path]):
+def test_weights_are_kept_exactly_and_folders_are_covered_once_an_epoch(two: tuple[Path, Path]) -> None:
     iterator = make_train_iterator(f"{two[0]}=0.7,{two[1]}=0.3", "train", 16, batch_size=10, seed=0)
     seen = [numbers(iterator, 1) for _ in range(30)]
     assert [sum(number >= 100 for number in batch) for batch in seen] == [3] * 30  # in each batch of ten
@@ -190,7 +192,7 @@ def test_weights_are_kept_exactly_and_folders_are_covered_once_an_epoch(two: tup
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
-def test_without_weights_every_record_is_equally_likely(two: tuple[Path, Path]):
+def test_without_weights_every_record_is_equally_likely(two: tuple[Path, Path]) -> None:
     iterator = make_train_iterator(f"{two[0]}, {two[1]}", "train", 16, batch_size=32, seed=0)
     epochs = [numbers(iterator, 1) for _ in range(3)]
     everything = [*range(EXAMPLES), *range(100, 109)]
@@ -198,14 +200,14 @@ def test_without_weights_every_record_is_equally_likely(two: tuple[Path, Path]):
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_folders_of_a_mix_are_shuffled_differently(tmp_path: Path):
+def test_folders_of_a_mix_are_shuffled_differently(tmp_path: Path) -> None:
     one, other = (write_numbers(tmp_path / name, first, {"train": 20}) for name, first in (("a", 0), ("b", 100)))
     seen = numbers(make_train_iterator(f"{one},{other}", "train", 16, 40, 0), 1)
     assert [n for n in seen if n < 100] != [n - 100 for n in seen if n >= 100]
 
 
 @pytest.mark.parametrize("weights", [(1,), (7, 3), (1, 1, 1), (1, 1_000_003), (5, 0, 2), (3, 10, 2, 999)])
-def test_dealing_is_exact_even_and_gapless(weights: tuple[int, ...]):
+def test_dealing_is_exact_even_and_gapless(weights: tuple[int, ...]) -> None:
     total = sum(weights)
     counts = [0] * len(weights)
     for position in range(min(3 * total, 5000)):
@@ -221,14 +223,14 @@ def test_dealing_is_exact_even_and_gapless(weights: tuple[int, ...]):
         assert [far[folder] for folder in range(len(weights))] == list(weights)
 
 
-def test_weights_need_not_add_up_to_one(two: tuple[Path, Path]):
+def test_weights_need_not_add_up_to_one(two: tuple[Path, Path]) -> None:
     mix = read_mix(f"{two[0]}=1.4,{two[1]}=0.6")
     assert mix.weights("train") == [7, 3]
     assert read_mix(f"{two[0]}=1e-9,{two[1]}=1").weights("train") == [1, 10**9]
     assert read_mix(f"{two[0]},{two[1]}").weights("train") == [23, 9]
 
 
-def test_a_mix_is_parsed():
+def test_a_mix_is_parsed() -> None:
     assert parse_mix("data/a") == [("data/a", None)]
     assert parse_mix("data/a, data/b") == [("data/a", None), ("data/b", None)]
     assert parse_mix("a=0.7,b=3e-1") == [("a", 0.7), ("b", 0.3)]
@@ -249,7 +251,7 @@ def test_a_mix_is_parsed():
         ("a=nan,b=1", "a weight that is not positive"),
     ],
 )
-def test_a_wrong_mix_is_refused(mix: str, message: str):
+def test_a_wrong_mix_is_refused(mix: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         read_mix(mix)
     assert "\n" not in str(error.value)
@@ -271,18 +273,18 @@ def test_a_wrong_mix_is_refused(mix: str, message: str):
         (dict(caption_cleaning="deepfloyd-2"), r"caption cleanings differ \(none and deepfloyd-2\)"),
     ],
 )
-def test_folders_that_do_not_fit_are_refused_by_name(shards: Path, tmp_path: Path, others: dict, what: str):
+def test_folders_that_do_not_fit_are_refused_by_name(shards: Path, tmp_path: Path, others: dict, what: str) -> None:
     other = write_numbers(tmp_path / "other", **others)
     with pytest.raises(UserError, match=f"^{shards} and {other} cannot be used together, because their {what}: "):
         make_train_iterator(f"{shards},{other}", "train", 16, 4, 0)
 
 
-def test_where_no_fingerprint_is_known_the_name_is_enough(shards: Path, tmp_path: Path):
+def test_where_no_fingerprint_is_known_the_name_is_enough(shards: Path, tmp_path: Path) -> None:
     other = write_numbers(tmp_path / "other", 100, vae=dataclasses.replace(VAE, fingerprint="unverified"))
     next(make_train_iterator(f"{shards},{other}", "train", 16, 4, 0))
 
 
-def test_a_mix_has_one_manifest(two: tuple[Path, Path], tmp_path: Path):
+def test_a_mix_has_one_manifest(two: tuple[Path, Path], tmp_path: Path) -> None:
     manifest = read_mix(f"{two[0]}=0.7,{two[1]}=0.3").manifest()
     assert (manifest.records("train"), manifest.records("validation")) == (32, 5)
     assert manifest.bytes == sum(read_manifest(folder).bytes for folder in two)
@@ -301,7 +303,7 @@ def test_a_mix_has_one_manifest(two: tuple[Path, Path], tmp_path: Path):
 # ---- Splits in memory ------------------------------------------------------------------------------------------------
 
 
-def test_a_split_is_loaded_in_order(shards: Path):
+def test_a_split_is_loaded_in_order(shards: Path) -> None:
     loaded = load_split(shards, "validation", 32)
     assert loaded["text"] == ["number 0", "number 1", "number 2"]
     assert loaded["id"] == ["validation-0", "validation-1", "validation-2"]
@@ -312,7 +314,7 @@ def test_a_split_is_loaded_in_order(shards: Path):
     assert len(load_split(shards, "validation", 32, limit=9)["id"]) == 3
 
 
-def test_a_split_of_a_mix_alternates_and_is_loaded_whole(two: tuple[Path, Path], tmp_path: Path):
+def test_a_split_of_a_mix_alternates_and_is_loaded_whole(two: tuple[Path, Path], tmp_path: Path) -> None:
     loaded = load_split(f"{two[0]}=0.5,{two[1]}=0.5", "validation", 32)
     assert sorted(loaded["id"]) == [f"validation-{number}" for number in (0, 1, 100, 101, 2)]
     first = load_split(f"{two[0]}=0.5,{two[1]}=0.5", "validation", 32, limit=4)["id"]
@@ -339,12 +341,12 @@ def test_a_split_of_a_mix_alternates_and_is_loaded_whole(two: tuple[Path, Path],
         ((None, "train", 16, 4, -1), "at least 0"),
     ],
 )
-def test_wrong_arguments_are_refused(shards: Path, arguments: tuple, message: str):
+def test_wrong_arguments_are_refused(shards: Path, arguments: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_train_iterator(arguments[0] or shards, *arguments[1:])
 
 
-def test_a_damaged_record_stops_the_iterator_with_its_name(tmp_path: Path):
+def test_a_damaged_record_stops_the_iterator_with_its_name(tmp_path: Path) -> None:
     folder = write_numbers(tmp_path / "shards")
     path = folder / "validation-00000-of-00001.array_record"
     data = bytearray(path.read_bytes())
@@ -355,7 +357,7 @@ def test_a_damaged_record_stops_the_iterator_with_its_name(tmp_path: Path):
         next(iterator)
 
 
-def test_reading_needs_neither_torch_nor_tensorflow(shards: Path):
+def test_reading_needs_neither_torch_nor_tensorflow(shards: Path) -> None:
     code = (
         "import sys; from micro_dit.data.pipeline import make_train_iterator;"
         f"next(make_train_iterator({str(shards)!r}, 'train', 16, 4, 0));"

@@ -59,7 +59,7 @@ def assert_same(one: Record, other: Record) -> None:
 # ---- Records ---------------------------------------------------------------------------------------------------------
 
 
-def test_fields_are_the_latents_of_each_resolution_then_the_captions():
+def test_fields_are_the_latents_of_each_resolution_then_the_captions() -> None:
     assert [(field.name, field.shape, field.per_caption) for field in FIELDS] == [
         ("latent_mean_16", (2, 2, 8), False),
         ("latent_std_16", (2, 2, 8), False),
@@ -72,7 +72,7 @@ def test_fields_are_the_latents_of_each_resolution_then_the_captions():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_record_survives_packing(seed: int):
+def test_any_record_survives_packing(seed: int) -> None:
     """Ids and captions of any Unicode, empty ones too; arrays of any values, not finite ones too."""
     generator = np.random.default_rng(seed)
 
@@ -95,14 +95,14 @@ def test_any_record_survives_packing(seed: int):
         parse_record(data + b"x", FIELDS)
 
 
-def test_only_the_named_fields_are_parsed():
+def test_only_the_named_fields_are_parsed() -> None:
     record = make_record(3)
     parsed = parse_record(pack_record(record, FIELDS), FIELDS, ["latent_std_32"])
     assert list(parsed.arrays) == ["latent_std_32"]
     np.testing.assert_array_equal(parsed.arrays["latent_std_32"], record.arrays["latent_std_32"])
 
 
-def test_what_is_no_whole_record_is_refused():
+def test_what_is_no_whole_record_is_refused() -> None:
     record = make_record(3)
     with pytest.raises(ValueError, match="has no caption"):
         pack_record(record._replace(captions=()), FIELDS)
@@ -113,7 +113,7 @@ def test_what_is_no_whole_record_is_refused():
         pack_record(record, FIELDS)
 
 
-def test_a_record_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_a_record_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = pack_record(make_record(3), FIELDS)
     monkeypatch.setattr(shards, "FORMAT_VERSION", 3)
     with pytest.raises(UserError, match="has format 2, and this code reads 3"):
@@ -123,7 +123,7 @@ def test_a_record_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch)
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read(folder: Path):
+def test_what_is_written_is_read(folder: Path) -> None:
     manifest = read_manifest(folder)
     check_shards(manifest, folder, checksums=True)
     assert [file.name for file in manifest.splits["train"]] == [
@@ -139,13 +139,13 @@ def test_what_is_written_is_read(folder: Path):
         assert_same(reader[number], make_record(number, 1 if number % 3 else 3))
 
 
-def test_the_manifest_survives_json(folder: Path):
+def test_the_manifest_survives_json(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert dataclasses.replace(manifest, splits={}, statistics={}) == make_manifest()
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
-def test_statistics_are_those_of_drawn_latents(folder: Path):
+def test_statistics_are_those_of_drawn_latents(folder: Path) -> None:
     """Of many draws from the stored posteriors, channel by channel."""
     manifest = read_manifest(folder)
     records = [make_record(number) for number in range(12)]  # captions come last: their number changes no latent
@@ -163,7 +163,7 @@ def test_statistics_are_those_of_drawn_latents(folder: Path):
         assert manifest.latent_std(resolution) == pytest.approx(np.sqrt(np.mean(drawn**2)), rel=0.02)
 
 
-def test_statistics_do_not_depend_on_the_files(tmp_path: Path):
+def test_statistics_do_not_depend_on_the_files(tmp_path: Path) -> None:
     records = [make_record(number) for number in range(7)]
     folders = [tiny.write_folder(tmp_path / str(n), make_manifest(), {"train": records}, n) for n in (2, 7)]
     one, other = (read_manifest(folder).statistics for folder in folders)
@@ -171,7 +171,7 @@ def test_statistics_do_not_depend_on_the_files(tmp_path: Path):
         np.testing.assert_allclose(one[resolution][moment], other[resolution][moment], rtol=1e-12)
 
 
-def test_a_file_appears_only_when_it_is_whole(tmp_path: Path):
+def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / shard_name("train", 1, 12)
     assert path.name == "train-00001-of-00012.array_record"
     with ShardFileWriter(path, FIELDS) as writer:
@@ -182,7 +182,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path):
     assert (writer.info.name, writer.info.records, writer.info.bytes) == (path.name, 3, path.stat().st_size)
 
 
-def test_the_same_records_make_the_same_bytes_over_what_a_killed_process_left(tmp_path: Path):
+def test_the_same_records_make_the_same_bytes_over_what_a_killed_process_left(tmp_path: Path) -> None:
     infos = []
     for folder in ("one", "other"):
         path = tmp_path / folder / "train.array_record"
@@ -195,7 +195,7 @@ def test_the_same_records_make_the_same_bytes_over_what_a_killed_process_left(tm
     assert infos[0] == infos[1]
 
 
-def test_a_file_without_records_is_not_made(tmp_path: Path):
+def test_a_file_without_records_is_not_made(tmp_path: Path) -> None:
     with ShardFileWriter(tmp_path / "empty.array_record", FIELDS) as writer:
         pass
     assert (writer.info.records, writer.info.bytes, writer.latent_sums) == (0, 0, {})
@@ -205,7 +205,7 @@ def test_a_file_without_records_is_not_made(tmp_path: Path):
     assert latent_statistics([writer.latent_sums]) == {}
 
 
-def test_an_error_leaves_nothing(tmp_path: Path):
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
         with ShardFileWriter(tmp_path / "train.array_record", FIELDS) as writer:
             writer.write(make_record(0))
@@ -223,9 +223,9 @@ def test_an_error_leaves_nothing(tmp_path: Path):
 @pytest.mark.parametrize("fails", ["write", "close"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, fails: str
-):
+) -> None:
     class FullDisk:
-        def __init__(self, path: str, options: str):
+        def __init__(self, path: str, options: str) -> None:
             Path(path).touch()
 
         def write(self, data: bytes) -> None:
@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path):
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=rf"Cannot write {tmp_path}/nowhere/train.array_record .*: correct that"),
         ShardFileWriter(tmp_path / "nowhere" / "train.array_record", FIELDS) as writer,
@@ -257,25 +257,25 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path):
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
-def test_missing_shards_name_the_command(tmp_path: Path):
+def test_missing_shards_name_the_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"No shards at .*: make them with python -m micro_dit\.precompute"):
         read_manifest(tmp_path / "nowhere")
 
 
-def test_an_object_store_is_refused():
+def test_an_object_store_is_refused() -> None:
     with pytest.raises(UserError, match=r"gs://bucket/shards is in an object store.*: mount the bucket"):
         read_manifest("gs://bucket/shards")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format_version": 2}', '{"format_version": 2, "x": 2}'])
-def test_a_damaged_manifest_is_refused(folder: Path, text: str):
+def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="is damaged"):
         read_manifest(folder)
 
 
 @pytest.mark.parametrize("version", [1, 7])
-def test_a_manifest_of_another_version_is_refused(folder: Path, version: int):
+def test_a_manifest_of_another_version_is_refused(folder: Path, version: int) -> None:
     (folder / "manifest.json").write_text(f'{{"format_version": {version}, "new": "things"}}')
     with pytest.raises(UserError, match=f"has format {version}, and this code reads 2: make the shards again"):
         read_manifest(folder)
@@ -296,12 +296,12 @@ def test_a_manifest_of_another_version_is_refused(folder: Path, version: int):
         ({"resolution": 16, "sigma_data": 3.0}, "deviation 1.4 at 16 px, but sigma_data is 3"),
     ],
 )
-def test_shards_of_another_kind_are_refused(folder: Path, asked: dict, message: str):
+def test_shards_of_another_kind_are_refused(folder: Path, asked: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_shards(read_manifest(folder), folder, **asked)
 
 
-def test_shards_of_the_asked_kind_are_accepted(folder: Path):
+def test_shards_of_the_asked_kind_are_accepted(folder: Path) -> None:
     check_shards(
         read_manifest(folder),
         folder,
@@ -317,7 +317,7 @@ def test_shards_of_the_asked_kind_are_accepted(folder: Path):
     )
 
 
-def test_names_count_where_fingerprints_are_not_known(folder: Path):
+def test_names_count_where_fingerprints_are_not_known(folder: Path) -> None:
     known = read_manifest(folder)
     unknown = dataclasses.replace(known, vae=dataclasses.replace(VAE, fingerprint="unverified"))
     check_shards(known, folder, vae="a/copy", vae_fingerprint="0123")
@@ -328,27 +328,27 @@ def test_names_count_where_fingerprints_are_not_known(folder: Path):
         check_shards(known, folder, vae="other")
 
 
-def test_a_missing_shard_is_named(folder: Path):
+def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / "train-00001-of-00003.array_record").unlink()
     with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record is missing"):
         check_shards(read_manifest(folder), folder)
 
 
-def test_a_shard_of_another_size_is_named(folder: Path):
+def test_a_shard_of_another_size_is_named(folder: Path) -> None:
     path = folder / "train-00001-of-00003.array_record"
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record has \d+ bytes instead of \d+"):
         check_shards(read_manifest(folder), folder)
 
 
-def test_a_shard_with_another_count_is_named(folder: Path):
+def test_a_shard_with_another_count_is_named(folder: Path) -> None:
     path = folder / "train-00001-of-00003.array_record"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record has 0 records instead of 4"):
         check_shards(read_manifest(folder), folder)
 
 
-def test_damage_inside_a_shard_is_found_by_its_checksum_and_on_reading(folder: Path):
+def test_damage_inside_a_shard_is_found_by_its_checksum_and_on_reading(folder: Path) -> None:
     path = folder / "train-00001-of-00003.array_record"
     manifest = read_manifest(folder)
     data = bytearray(path.read_bytes())
@@ -363,6 +363,6 @@ def test_damage_inside_a_shard_is_found_by_its_checksum_and_on_reading(folder: P
 
 
 @pytest.mark.parametrize("split", ["test", "empty"])
-def test_a_split_without_examples_is_refused(folder: Path, split: str):
+def test_a_split_without_examples_is_refused(folder: Path, split: str) -> None:
     with pytest.raises(UserError, match=f"no examples in split '{split}': choose one of train, validation"):
         SplitReader(folder, read_manifest(folder), split)

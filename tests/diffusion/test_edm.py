@@ -22,7 +22,7 @@ def network(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("sigma_data", [0.9, 0.5])
-def test_the_scalings_keep_unit_variance(sigma_data: float):
+def test_the_scalings_keep_unit_variance(sigma_data: float) -> None:
     c_skip, c_out, c_in, c_noise = edm.precondition(SIGMAS, sigma_data)
     # The network's input and its target have unit variance (EDM, equations 114 to 122).
     np.testing.assert_allclose(c_in**2 * (SIGMAS**2 + sigma_data**2), 1, rtol=1e-6)
@@ -33,7 +33,7 @@ def test_the_scalings_keep_unit_variance(sigma_data: float):
     np.testing.assert_allclose(weight * c_out**2, 1, rtol=1e-5)
 
 
-def test_without_noise_the_denoiser_is_the_identity_and_in_pure_noise_the_network():
+def test_without_noise_the_denoiser_is_the_identity_and_in_pure_noise_the_network() -> None:
     x = images(0)
     np.testing.assert_allclose(edm.denoise(network, x, jnp.asarray([1e-6]), Y), x, atol=1e-5)
     large = jnp.asarray([1e6])
@@ -59,7 +59,7 @@ def brute_force(x: np.ndarray, D_x: np.ndarray, sigma: np.ndarray, keep: np.ndar
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_loss_is_that_of_a_loop_over_the_kept_patches(masked: bool):
+def test_the_loss_is_that_of_a_loop_over_the_kept_patches(masked: bool) -> None:
     x, noise, sigma = images(1), images(2), jnp.asarray([0.1, 0.5, 1.0, 3.0])
     mask = mask_from_noise(jax.random.uniform(jax.random.key(0), (B, 16)), 5) if masked else None
     loss = edm.loss(network, x, Y, sigma, noise, mask=mask)
@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_a_loop_over_the_kept_patches(masked: bool):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_dropped_patches_do_not_count():
+def test_dropped_patches_do_not_count() -> None:
     x, noise, sigma = images(1), images(2), jnp.ones(B)
     mask = mask_from_noise(jax.random.uniform(jax.random.key(0), (B, 16)), 5)
     dropped = jnp.repeat(jnp.repeat(mask.dropped.reshape(B, 4, 4), 2, 1), 2, 2)[..., None]
@@ -82,7 +82,7 @@ def test_dropped_patches_do_not_count():
     assert np.all(edm.loss(wrong_where_dropped, x, Y, sigma, noise) > 1000)
 
 
-def test_the_best_network_has_the_loss_of_the_posterior():
+def test_the_best_network_has_the_loss_of_the_posterior() -> None:
     """For data ~ Normal(0, sigma_data²) the ideal denoiser is c_skip·x, so F = 0 and the weighted error is 1."""
     generator = np.random.default_rng(0)
     x = jnp.asarray(0.9 * generator.standard_normal((2000, 4, 4, 2), dtype=np.float32))
@@ -92,7 +92,7 @@ def test_the_best_network_has_the_loss_of_the_posterior():
     assert float(loss.mean()) == pytest.approx(1, abs=0.02)
 
 
-def test_noise_levels_of_training_are_log_normal():
+def test_noise_levels_of_training_are_log_normal() -> None:
     draws = np.log(np.asarray(edm.draw_sigma(jax.random.key(0), 40_000, -0.6, 1.2), np.float64))
     assert draws.mean() == pytest.approx(-0.6, abs=0.03)
     assert draws.std() == pytest.approx(1.2, abs=0.03)

@@ -18,7 +18,7 @@ from micro_dit.diffusion.samplers import (
 
 
 @pytest.mark.parametrize("steps", [1, 2, 18, 30])
-def test_noise_levels_go_down_to_zero(steps: int):
+def test_noise_levels_go_down_to_zero(steps: int) -> None:
     levels = noise_levels(steps)
     assert levels.shape == (steps + 1,)
     assert levels[0] == pytest.approx(80)
@@ -30,12 +30,12 @@ def test_noise_levels_go_down_to_zero(steps: int):
         np.testing.assert_allclose(np.diff(levels[:-1] ** (1 / 7), 2), 0, atol=1e-12)
 
 
-def test_no_steps_are_refused():
+def test_no_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 step, not 0"):
         noise_levels(0)
 
 
-def test_a_part_of_the_way_takes_a_part_of_the_steps():
+def test_a_part_of_the_way_takes_a_part_of_the_steps() -> None:
     np.testing.assert_allclose(partial_noise_levels(14, 1.0), noise_levels(14), rtol=1e-12)
     half = partial_noise_levels(14, 0.5)
     assert len(half) == 8
@@ -65,14 +65,14 @@ def error(sampler: Callable, steps: int, variance: float) -> float:
 
 # Not variance 1 for the last: there its errors nearly cancel.
 @pytest.mark.parametrize(("sampler", "order", "variance"), [(heun, 2, 1.0), (euler, 1, 1.0), (dpmpp_2m, 2, 0.25)])
-def test_the_error_falls_with_the_order(sampler: Callable, order: int, variance: float):
+def test_the_error_falls_with_the_order(sampler: Callable, order: int, variance: float) -> None:
     errors = [error(sampler, steps, variance) for steps in (9, 17, 33)]  # 8, 16 and 32 steps above the last
     assert errors[0] < (0.05 if order == 2 else 0.25)
     for coarse, fine in itertools.pairwise(errors):
         assert 0.82 * 2**order < coarse / fine < 1.3 * 2**order
 
 
-def test_eulers_method_is_ddim():
+def test_eulers_method_is_ddim() -> None:
     levels = noise_levels(5)
     x = np.asarray(noise(), np.float64) * levels[0]
     for sigma, following in itertools.pairwise(levels):  # DDIM: the guess of the image, under less of the same noise
@@ -81,7 +81,7 @@ def test_eulers_method_is_ddim():
     np.testing.assert_allclose(euler(linear_denoiser, noise(), levels), x, rtol=2e-3, atol=2e-5)
 
 
-def test_dpm_solver_is_the_papers():
+def test_dpm_solver_is_the_papers() -> None:
     """Algorithm 2 of arXiv 2211.01095, written out in lambda with alpha = 1."""
     levels = noise_levels(6, sigma_min=0.1, sigma_max=10.0)
     x, t = np.asarray(noise(), np.float64) * levels[0], -np.log(levels[:-1])
@@ -99,20 +99,20 @@ def test_dpm_solver_is_the_papers():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_one_step_is_the_denoiser_itself(name: str):
+def test_one_step_is_the_denoiser_itself(name: str) -> None:
     x = SAMPLERS[name].run(linear_denoiser, noise(), noise_levels(1))
     np.testing.assert_allclose(x, linear_denoiser(80 * noise(), 80.0), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_denoiser_that_knows_the_answer_is_believed(name: str):
+def test_a_denoiser_that_knows_the_answer_is_believed(name: str) -> None:
     answer = jnp.full((2, 4, 4, 1), 0.7)
     x = SAMPLERS[name].run(lambda x, sigma: answer, noise(), noise_levels(10))
     np.testing.assert_allclose(x, answer, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_known_part_is_the_original_under_the_noise_of_each_level(name: str):
+def test_the_known_part_is_the_original_under_the_noise_of_each_level(name: str) -> None:
     levels = noise_levels(6)
     known = jnp.linspace(-1, 1, 16).reshape(4, 4, 1)
     redraw = jnp.arange(4)[:, None, None] < 2
@@ -131,7 +131,7 @@ def test_the_known_part_is_the_original_under_the_noise_of_each_level(name: str)
     assert np.abs(x[:, :2] - known[:2]).max() > 0.1
 
 
-def test_the_network_is_traced_once_and_called_twice_a_step_but_the_last():
+def test_the_network_is_traced_once_and_called_twice_a_step_but_the_last() -> None:
     calls, traces = [], []
 
     def counting(x: jax.Array, sigma: jax.Array) -> jax.Array:

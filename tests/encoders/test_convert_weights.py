@@ -15,7 +15,7 @@ from micro_dit.errors import UserError
 from tests.helpers.published import open_clip_tensors, write_clip, write_open_clip, write_t5
 
 
-def test_a_converted_tower_is_the_same(tmp_path: Path):
+def test_a_converted_tower_is_the_same(tmp_path: Path) -> None:
     model = write_clip(tmp_path / "reference")
     write_open_clip(tmp_path / "safe", model)
     pickled = tmp_path / "pickled"
@@ -35,7 +35,7 @@ def test_a_converted_tower_is_the_same(tmp_path: Path):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_several_files_and_their_index_are_converted(tmp_path: Path):
+def test_several_files_and_their_index_are_converted(tmp_path: Path) -> None:
     write_t5(tmp_path / "t5")
     tensors = load_file(tmp_path / "t5" / "model.safetensors")
     (tmp_path / "t5" / "model.safetensors").unlink()
@@ -53,7 +53,7 @@ def test_several_files_and_their_index_are_converted(tmp_path: Path):
     assert load_text_encoder(str(tmp_path / "out"), 12).encode(["a cat"]).any()
 
 
-def test_shared_and_strided_tensors_of_any_dtype_keep_their_values(tmp_path: Path):
+def test_shared_and_strided_tensors_of_any_dtype_keep_their_values(tmp_path: Path) -> None:
     table = torch.arange(12.0).reshape(3, 4)
     state = {"a": table, "b": table.T, "c": table[1:], "half": table.bfloat16(), "count": torch.tensor(3)}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "vae.pt")
@@ -66,7 +66,7 @@ def test_shared_and_strided_tensors_of_any_dtype_keep_their_values(tmp_path: Pat
         assert torch.equal(found[name], tensor)
 
 
-def test_names_are_those_of_the_hub():
+def test_names_are_those_of_the_hub() -> None:
     assert safetensors_name("pytorch_model.bin") == "model.safetensors"
     assert safetensors_name("open_clip_pytorch_model.bin") == "open_clip_model.safetensors"
     assert safetensors_name("diffusion_pytorch_model.bin") == "diffusion_pytorch_model.safetensors"
@@ -80,7 +80,7 @@ class Runs:
         return os.system, ("echo bad",)
 
 
-def test_code_is_not_run_and_other_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture):
+def test_code_is_not_run_and_other_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     torch.save({"a": torch.zeros(2), "b": Runs()}, tmp_path / "bad.bin")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("text")

@@ -47,14 +47,14 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, li
     return calls
 
 
-def test_folders_and_what_comes_with_the_package_need_no_hub(asked: list, tmp_path: Path):
+def test_folders_and_what_comes_with_the_package_need_no_hub(asked: list, tmp_path: Path) -> None:
     assert resolve_folder(str(tmp_path), ["config.json"]) == tmp_path
     assert resolve_folder("openmoji_vae", ["config.json"]) == ASSETS / "openmoji_vae"
     assert load_image_encoder("openmoji_vae").name == "openmoji_vae"
     assert not asked
 
 
-def test_names_of_the_hub_lead_to_repositories_and_folders_in_them(asked: list, tmp_path: Path):
+def test_names_of_the_hub_lead_to_repositories_and_folders_in_them(asked: list, tmp_path: Path) -> None:
     assert resolve_folder("owner/some.repo-1", ["config.json", "vae/config.json"]) == tmp_path
     assert resolve_folder("owner/repo/text_encoder_2", ["model.safetensors", "../tokenizer*/vocab.json"]) == (
         tmp_path / "text_encoder_2"
@@ -68,14 +68,14 @@ def test_names_of_the_hub_lead_to_repositories_and_folders_in_them(asked: list, 
 
 
 @pytest.mark.parametrize("pattern", ["*", "*.bin", "pytorch_model.pt", "weights.pickle", "vae/*"])
-def test_pickles_are_never_asked_for(asked: list, pattern: str):
+def test_pickles_are_never_asked_for(asked: list, pattern: str) -> None:
     with pytest.raises(ValueError, match="may match files other than"):
         resolve_folder("owner/repo", [pattern])
     assert not asked
 
 
 @pytest.mark.parametrize("name", ["nothing", "/no/such/folder", "./missing/vae", "~/missing", "owner/re po", " "])
-def test_what_is_neither_folder_nor_repository_is_refused(asked: list, name: str):
+def test_what_is_neither_folder_nor_repository_is_refused(asked: list, name: str) -> None:
     with pytest.raises(UserError, match="is no folder: give a folder, or owner/repository"):
         resolve_folder(name, ["config.json"])
     with pytest.raises(UserError, match=r"leave out the '\.\.'"):
@@ -99,7 +99,7 @@ def refused(error: type[Exception], monkeypatch: pytest.MonkeyPatch, status: int
     return str(caught.value)
 
 
-def test_each_trouble_with_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+def test_each_trouble_with_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is gated: accept its terms" in refused(errors.GatedRepoError, monkeypatch, 403)
     assert "nor such a repository" in refused(errors.RepositoryNotFoundError, monkeypatch)
     assert "can't be reached, and its local cache lacks" in refused(errors.LocalEntryNotFoundError, monkeypatch)
@@ -112,7 +112,7 @@ def test_each_trouble_with_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPat
         resolve_folder("owner/repo", ["config.json"])
 
 
-def test_without_a_network_the_cache_is_used(cache: Path):
+def test_without_a_network_the_cache_is_used(cache: Path) -> None:
     with pytest.raises(UserError, match="can't be reached, and its local cache lacks"):
         load_image_encoder("owner/pipeline")
     vae = cached(cache, "owner/pipeline") / "vae"
@@ -125,7 +125,7 @@ def test_without_a_network_the_cache_is_used(cache: Path):
         assert (encoder.name, encoder.fingerprint) == (name, shipped.fingerprint)
 
 
-def test_text_towers_are_found_in_the_cache(cache: Path):
+def test_text_towers_are_found_in_the_cache(cache: Path) -> None:
     pytest.importorskip("torch")
     from tests.helpers.published import write_clip, write_open_clip
 
@@ -139,7 +139,7 @@ def test_text_towers_are_found_in_the_cache(cache: Path):
     np.testing.assert_allclose(encoder.encode(["a photo"])[0, :4], opened.encode(["a photo"])[0, :4], atol=1e-5)
 
 
-def test_only_the_weights_that_are_used_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_only_the_weights_that_are_used_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
     def download(repository: str, allow_patterns: list[str]) -> str:
@@ -157,7 +157,7 @@ def test_only_the_weights_that_are_used_are_asked_for(monkeypatch: pytest.Monkey
         resolve_weights("owner/repo", ["c.safetensors"])
 
 
-def test_a_repository_without_safetensors_says_how_to_convert(cache: Path):
+def test_a_repository_without_safetensors_says_how_to_convert(cache: Path) -> None:
     pickled = cached(cache, "owner/pickled")
     (pickled / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
     with pytest.raises(UserError, match=r"'owner/pickled' has none of open_clip_model\.safetensors.*convert_weights"):
@@ -167,7 +167,7 @@ def test_a_repository_without_safetensors_says_how_to_convert(cache: Path):
         load_image_encoder("owner/pickled")
 
 
-def test_importing_asks_for_nothing():
+def test_importing_asks_for_nothing() -> None:
     """The hub's library is imported when a name is looked up, not before."""
     code = "import sys, micro_dit.encoders.image, micro_dit.encoders.text; print('huggingface_hub' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])

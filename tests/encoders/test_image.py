@@ -67,7 +67,7 @@ def make_reference(settings, folder):
     return model
 
 
-def assert_close(ours, theirs):
+def assert_close(ours, theirs) -> None:
     theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
     assert ours.shape == theirs.shape
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
@@ -85,13 +85,13 @@ def folder(tiny, tmp_path):
     return tmp_path
 
 
-def edit_config(folder, **changes):
+def edit_config(folder, **changes) -> None:
     file = folder / CONFIG_FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("settings", [WITH_ATTENTION, PLAIN, ATTENTION_IN_LEVELS], ids=["attention", "plain", "levels"])
-def test_same_numbers_as_diffusers(settings, tmp_path):
+def test_same_numbers_as_diffusers(settings, tmp_path) -> None:
     torch = pytest.importorskip("torch")
     reference = make_reference(settings, tmp_path).requires_grad_(False)
     encoder = load_image_encoder(str(tmp_path))
@@ -115,7 +115,7 @@ def test_same_numbers_as_diffusers(settings, tmp_path):
     assert encoder.channels == settings["latent_channels"]
 
 
-def test_diffusers_reads_what_is_saved(tiny, folder):
+def test_diffusers_reads_what_is_saved(tiny, folder) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     reference, info = diffusers.AutoencoderKL.from_pretrained(folder, output_loading_info=True)
@@ -128,7 +128,7 @@ def test_diffusers_reads_what_is_saved(tiny, folder):
     assert_close(jax.jit(lambda z: model.decode(z))(latents), theirs)
 
 
-def test_saved_weights_come_back_exactly_and_float16_ones_as_float32(tiny, folder):
+def test_saved_weights_come_back_exactly_and_float16_ones_as_float32(tiny, folder) -> None:
     config, parameters = tiny
     assert read_config(folder) == config
     again = load_parameters(folder, config)
@@ -142,7 +142,7 @@ def test_saved_weights_come_back_exactly_and_float16_ones_as_float32(tiny, folde
     assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG_FILE, WEIGHTS_FILE])
 
 
-def test_old_attention_names_are_read(tmp_path):
+def test_old_attention_names_are_read(tmp_path) -> None:
     config = AutoencoderConfig(block_out_channels=(8,), norm_num_groups=4)
     parameters = nnx.to_pure_dict(nnx.state(AutoencoderKL(config, rngs=nnx.Rngs(0))))
     save_autoencoder(tmp_path, config, parameters)
@@ -154,7 +154,7 @@ def test_old_attention_names_are_read(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, load_parameters(tmp_path, config), parameters)
 
 
-def test_every_tensor_that_does_not_fit_is_listed(tiny, folder):
+def test_every_tensor_that_does_not_fit_is_listed(tiny, folder) -> None:
     tensors = load_file(folder / WEIGHTS_FILE)
     del tensors["encoder.conv_in.bias"]
     tensors["decoder.conv_out.extra"] = np.zeros(3, np.float32)
@@ -180,18 +180,18 @@ def test_every_tensor_that_does_not_fit_is_listed(tiny, folder):
         ({"norm_num_groups": 5}, "norm_num_groups"),
     ],
 )
-def test_unsupported_settings_are_named(folder, changes, named):
+def test_unsupported_settings_are_named(folder, changes, named) -> None:
     edit_config(folder, **changes)
     with pytest.raises(UserError, match=named):
         read_config(folder)
 
 
-def test_settings_that_change_nothing_are_passed_over(tiny, folder):
+def test_settings_that_change_nothing_are_passed_over(tiny, folder) -> None:
     edit_config(folder, _name_or_path="x", use_tiling=False, architectures=None, sample_size=[64, 64], extra_layers=0)
     assert read_config(folder) == dataclasses.replace(tiny[0], sample_size=(64, 64))
 
 
-def test_missing_and_broken_files_are_named(folder):
+def test_missing_and_broken_files_are_named(folder) -> None:
     with pytest.raises(UserError, match=r"no_such_folder' is no folder"):
         load_image_encoder(str(folder / "no_such_folder"))
     (folder / WEIGHTS_FILE).write_bytes(b"not a safetensors file")
@@ -205,13 +205,13 @@ def test_missing_and_broken_files_are_named(folder):
         load_image_encoder(str(folder))
 
 
-def test_images_that_do_not_divide_are_refused(tiny):
+def test_images_that_do_not_divide_are_refused(tiny) -> None:
     encoder = ImageEncoder(*tiny, "tiny")
     with pytest.raises(UserError, match=r"30×31.*multiples of 2"):
         encoder.encode(np.zeros((1, 30, 31, 3), np.float32))
 
 
-def test_the_fingerprint_tells_weights_and_settings_apart(tiny, folder):
+def test_the_fingerprint_tells_weights_and_settings_apart(tiny, folder) -> None:
     config, parameters = tiny
     first = ImageEncoder(config, parameters, "tiny").fingerprint
     assert load_image_encoder(str(folder)).fingerprint == first
@@ -221,14 +221,14 @@ def test_the_fingerprint_tells_weights_and_settings_apart(tiny, folder):
     assert ImageEncoder(config, changed, "tiny").fingerprint != first
 
 
-def test_the_autoencoder_of_a_whole_pipeline_is_found(tiny, tmp_path):
+def test_the_autoencoder_of_a_whole_pipeline_is_found(tiny, tmp_path) -> None:
     save_autoencoder(tmp_path / "pipeline" / "vae", *tiny)
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     encoder = load_image_encoder(str(tmp_path / "pipeline"))
     assert (encoder.name, encoder.fingerprint) == ("pipeline", ImageEncoder(*tiny, "tiny").fingerprint)
 
 
-def test_bytes_are_scaled_as_numbers_are(tiny):
+def test_bytes_are_scaled_as_numbers_are(tiny) -> None:
     encoder = ImageEncoder(*tiny, "tiny")
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     expected = encoder.encode(images / np.float32(127.5) - 1)
@@ -236,7 +236,7 @@ def test_bytes_are_scaled_as_numbers_are(tiny):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_bfloat16_products_give_nearly_the_same_float32_results(tmp_path):
+def test_bfloat16_products_give_nearly_the_same_float32_results(tmp_path) -> None:
     make_reference(WITH_ATTENTION, tmp_path)
     exact, rounded = load_image_encoder(str(tmp_path)), load_image_encoder(str(tmp_path), "bfloat16")
     assert exact.fingerprint == rounded.fingerprint
@@ -249,7 +249,7 @@ def test_bfloat16_products_give_nearly_the_same_float32_results(tmp_path):
         load_image_encoder(str(tmp_path), "float16")
 
 
-def test_weights_stored_in_bfloat16_are_read(tiny, folder):
+def test_weights_stored_in_bfloat16_are_read(tiny, folder) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file, save_file
 

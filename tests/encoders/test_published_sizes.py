@@ -45,7 +45,7 @@ def errors(ours: jax.Array, theirs: np.ndarray) -> tuple[float, float]:
     return np.abs(difference).max() / np.abs(theirs).max(), np.sqrt((difference**2).mean() / (theirs**2).mean())
 
 
-def test_the_sdxl_autoencoder():
+def test_the_sdxl_autoencoder() -> None:
     diffusers = pytest.importorskip("diffusers")
     config = AutoencoderConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.13025)
     started = time.process_time()
@@ -79,7 +79,7 @@ def test_the_sdxl_autoencoder():
     print(f"{time.process_time() - started:.0f} CPU-seconds")
 
 
-def test_the_vit_h_text_tower():
+def test_the_vit_h_text_tower() -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     sizes = {

@@ -9,7 +9,7 @@ from tests.helpers.published import write_clip
 FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 
 
-def test_eight_devices_encode_as_one_does(tmp_path: Path):
+def test_eight_devices_encode_as_one_does(tmp_path: Path) -> None:
     write_clip(tmp_path)
     script, root = Path(__file__).with_name("sharded_encoders.py"), str(Path(__file__).parents[2])
     environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}

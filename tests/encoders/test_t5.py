@@ -27,7 +27,7 @@ def encoder(folder: Path) -> TextEncoder:
     return load_text_encoder(str(folder), TOKENS)
 
 
-def test_same_numbers_as_transformers_and_zeros_for_padding(folder: Path, encoder: TextEncoder):
+def test_same_numbers_as_transformers_and_zeros_for_padding(folder: Path, encoder: TextEncoder) -> None:
     assert (encoder.tokens, encoder.channels) == (TOKENS, 32)
     tokenizer = T5TokenizerFast.from_pretrained(folder)
     inputs = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
@@ -43,7 +43,7 @@ def test_same_numbers_as_transformers_and_zeros_for_padding(folder: Path, encode
         assert not ours[row, valid:].any()
 
 
-def test_tokens_are_counted_and_captions_do_not_depend_on_each_other(folder: Path, encoder: TextEncoder):
+def test_tokens_are_counted_and_captions_do_not_depend_on_each_other(folder: Path, encoder: TextEncoder) -> None:
     assert encoder.count_tokens(["a photo of the cat", ""]) == [6, 1]
     np.testing.assert_allclose(encoder.encode(CAPTIONS)[1], encoder.encode(["a cat"])[0], atol=1e-5)
     assert encoder.encode([]).shape == (0, TOKENS, 32)
@@ -52,7 +52,7 @@ def test_tokens_are_counted_and_captions_do_not_depend_on_each_other(folder: Pat
     assert load_text_encoder(str(folder)).tokens == 120
 
 
-def test_whole_models_in_parts_are_read(folder: Path, encoder: TextEncoder, tmp_path: Path):
+def test_whole_models_in_parts_are_read(folder: Path, encoder: TextEncoder, tmp_path: Path) -> None:
     for file in folder.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(folder / "model.safetensors") | {"decoder.x": torch.zeros(2), "lm_head.weight": torch.zeros(2)}
@@ -68,7 +68,7 @@ def test_whole_models_in_parts_are_read(folder: Path, encoder: TextEncoder, tmp_
     assert rounded.fingerprint == parts.fingerprint
 
 
-def test_what_does_not_fit_is_named(folder: Path, tmp_path: Path):
+def test_what_does_not_fit_is_named(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
 

@@ -24,14 +24,14 @@ TINY = dataclasses.replace(train_vae.CONFIG, block_out_channels=(8,), norm_num_g
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch) -> None:
     """Trains a network of one level, on nine images instead of thousands."""
     monkeypatch.setattr(train_vae, "CONFIG", TINY)
     monkeypatch.setattr(train_vae, "OpenMoji", functools.partial(OpenMoji, ("component",)))
     monkeypatch.setattr(OpenMoji, "pixels", functools.partialmethod(OpenMoji.pixels, workers=1))
 
 
-def test_a_short_training_writes_a_loadable_autoencoder_with_normalized_latents(tiny, tmp_path, capsys):
+def test_a_short_training_writes_a_loadable_autoencoder_with_normalized_latents(tiny, tmp_path, capsys) -> None:
     metrics = train_vae.train(str(tmp_path), minutes=None, steps=3, seed=0, batch_size=2, learning_rate=1e-3)
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["steps"] == 3
@@ -44,7 +44,7 @@ def test_a_short_training_writes_a_loadable_autoencoder_with_normalized_latents(
     np.testing.assert_allclose(std, 0.9, rtol=1e-3)
 
 
-def test_training_goes_on_from_given_weights(tiny, tmp_path):
+def test_training_goes_on_from_given_weights(tiny, tmp_path) -> None:
     parameters = nnx.to_pure_dict(nnx.state(AutoencoderKL(TINY, rngs=nnx.Rngs(7))))
     save_autoencoder(tmp_path / "init", TINY, parameters, np.float16)
     arguments = {"minutes": None, "steps": 1, "seed": 0, "batch_size": 2, "learning_rate": 0.0}
@@ -53,13 +53,13 @@ def test_training_goes_on_from_given_weights(tiny, tmp_path):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3), after, before)
 
 
-def test_either_minutes_or_steps(tmp_path):
+def test_either_minutes_or_steps(tmp_path) -> None:
     for length in ({"minutes": None, "steps": None}, {"minutes": 1.0, "steps": 1}):
         with pytest.raises(UserError, match="either --minutes or --steps"):
             train_vae.train(str(tmp_path), seed=0, batch_size=4, learning_rate=1e-3, **length)
 
 
-def test_steps_lower_the_loss_and_move_the_averages():
+def test_steps_lower_the_loss_and_move_the_averages() -> None:
     graph, initial = nnx.split(AutoencoderKL(TINY, rngs=nnx.Rngs(0)))
     parameters = nnx.to_pure_dict(initial)
     optimizer = train_vae.make_optimizer()
@@ -77,7 +77,7 @@ def test_steps_lower_the_loss_and_move_the_averages():
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), state["ema"], state["parameters"])))
 
 
-def test_crops_contain_ink_and_keep_the_colors():
+def test_crops_contain_ink_and_keep_the_colors() -> None:
     image = np.full((1, 128, 128, 3), 255, np.uint8)
     image[0, 8:12, 100:104] = (10, 20, 30)  # one small dot near a corner
     ink = train_vae.find_ink(image)
@@ -93,25 +93,25 @@ def test_crops_contain_ink_and_keep_the_colors():
         assert len(places) >= 4
 
 
-def test_blank_images_can_be_cropped():
+def test_blank_images_can_be_cropped() -> None:
     image = np.full((1, 128, 128, 3), 255, np.uint8)
     assert (train_vae.inked_crops(image, train_vae.find_ink(image), np.random.default_rng(0), 3, 64) == 255).all()
 
 
-def test_the_learning_rate_rises_and_then_falls_to_one_percent():
+def test_the_learning_rate_rises_and_then_falls_to_one_percent() -> None:
     assert train_vae.learning_rate_at(0.0, 0, 1.0) == pytest.approx(1 / train_vae.WARMUP_STEPS)
     assert train_vae.learning_rate_at(0.0, 10_000, 1.0) == pytest.approx(1.0)
     assert train_vae.learning_rate_at(0.5, 10_000, 1.0) == pytest.approx(0.505)
     assert train_vae.learning_rate_at(1.1, 10_000, 1.0) == pytest.approx(0.01)
 
 
-def test_psnr_in_decibels():
+def test_psnr_in_decibels() -> None:
     images = np.zeros((2, 4, 4, 3), np.uint8)
     others = np.stack([np.full((4, 4, 3), 255, np.uint8), np.full((4, 4, 3), 1, np.uint8)])
     np.testing.assert_allclose(train_vae.psnr(images, others), [0, 20 * np.log10(255)], atol=1e-4)
 
 
-def test_the_shipped_autoencoder_reconstructs_drawings_it_has_never_seen():
+def test_the_shipped_autoencoder_reconstructs_drawings_it_has_never_seen() -> None:
     encoder = load_image_encoder(str(SHIPPED))
     assert (encoder.downsample, encoder.channels) == (8, 8)
     metrics = json.loads((SHIPPED / "metrics.json").read_text())
@@ -121,7 +121,7 @@ def test_the_shipped_autoencoder_reconstructs_drawings_it_has_never_seen():
     assert (SHIPPED / "diffusion_pytorch_model.safetensors").stat().st_size < 6e6
 
 
-def test_reconstruct_rounds_to_pixels():
+def test_reconstruct_rounds_to_pixels() -> None:
     encoder = ImageEncoder(TINY, nnx.to_pure_dict(nnx.state(AutoencoderKL(TINY, rngs=nnx.Rngs(0)))), "tiny")
     images = np.zeros((3, 16, 16, 3), np.uint8)
     decoded = encoder.decode(encoder.encode(np.full((3, 16, 16, 3), -1, np.float32))[0])

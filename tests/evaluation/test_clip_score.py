@@ -52,7 +52,7 @@ def images(n: int, seed: int = 0) -> np.ndarray:
     return generator.integers(0, 256, (n, 4, 4, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
 
 
-def test_the_score_is_that_of_transformers(folder: Path, clip: Clip):
+def test_the_score_is_that_of_transformers(folder: Path, clip: Clip) -> None:
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
     pixels = processor([Image.fromarray(image) for image in images(4)], return_tensors="pt")["pixel_values"]
@@ -76,7 +76,7 @@ def test_the_score_is_that_of_transformers(folder: Path, clip: Clip):
         clip_score(clip, InMemory(images(4)), embeddings)
 
 
-def test_the_discrepancy_by_its_formula():
+def test_the_discrepancy_by_its_formula() -> None:
     generator = np.random.default_rng(0)
     x, y = generator.standard_normal((1030, 3)), 2 + generator.standard_normal((7, 3))
 
@@ -89,7 +89,7 @@ def test_the_discrepancy_by_its_formula():
     assert mmd(np.zeros((1, 2)), np.full((1, 2), 1e3)) == pytest.approx(2000)
 
 
-def test_references_of_cmmd(folder: Path, clip: Clip, tmp_path: Path):
+def test_references_of_cmmd(folder: Path, clip: Clip, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     for number, image in enumerate(images(6)):
         Image.fromarray(image).save(tmp_path / "real" / f"{number}.png")
@@ -108,7 +108,7 @@ def test_references_of_cmmd(folder: Path, clip: Clip, tmp_path: Path):
     assert other.pipeline["reference"].startswith("6 images of")
 
 
-def test_other_models_and_files_are_refused(clip: Clip, tmp_path: Path):
+def test_other_models_and_files_are_refused(clip: Clip, tmp_path: Path) -> None:
     save_embeddings(tmp_path / "clip.npz", np.zeros((3, 16), np.float32), {"network": "another"})
     with pytest.raises(UserError, match=r"clip.npz was made with another, not with clip"):
         load_embeddings(tmp_path / "clip.npz", clip)

@@ -21,7 +21,7 @@ def captions(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_caption_an_image_in_an_order_of_their_own(captions: Path):
+def test_a_caption_an_image_in_an_order_of_their_own(captions: Path) -> None:
     chosen = read_coco_prompts(captions)
     assert len(chosen) == len({c.file_name for c in chosen}) == 50
     for prompt, file_name in chosen:
@@ -34,7 +34,7 @@ def test_a_caption_an_image_in_an_order_of_their_own(captions: Path):
     assert [c.prompt for c in chosen[:3]] == ["image 31, caption 0", "image 33, caption 0", "image 43, caption 3"]
 
 
-def test_a_shorter_list_is_the_beginning_and_a_seed_another_one(captions: Path):
+def test_a_shorter_list_is_the_beginning_and_a_seed_another_one(captions: Path) -> None:
     content = json.loads(captions.read_text())
     content["annotations"].reverse()
     captions.with_name("reversed.json").write_text(json.dumps(content))
@@ -44,7 +44,7 @@ def test_a_shorter_list_is_the_beginning_and_a_seed_another_one(captions: Path):
     assert read_coco_prompts(captions, seed=1) != chosen
 
 
-def test_other_files_are_refused(tmp_path: Path):
+def test_other_files_are_refused(tmp_path: Path) -> None:
     for text, message in (
         ('{"images": []}', "is no file of COCO captions .*annotations.*take captions_val2014.json"),
         ("[", "is no file of COCO captions"),

@@ -28,7 +28,7 @@ def measured(images: np.ndarray, prompts: list[str]) -> dict[str, Any]:
     return {m.name: m for m in domain_measures(InMemory(images, prompts), REAL, ENCODER)}
 
 
-def test_the_real_images_are_found_and_others_are_not():
+def test_the_real_images_are_found_and_others_are_not() -> None:
     right = measured(pictures(300), CAPTIONS)
     assert right["caption_retrieval_top1"].value == right["caption_retrieval_top5"].value == 1
     assert abs(right["latent_frechet"].value) < 1e-3
@@ -40,7 +40,7 @@ def test_the_real_images_are_found_and_others_are_not():
     assert measured(pictures(300, seed=1) // 2, CAPTIONS)["latent_frechet"].value > 0.1
 
 
-def test_more_damage_is_worse():
+def test_more_damage_is_worse() -> None:
     noise = np.random.default_rng(2).normal(0, 1, (300, 8, 8, 3))
     ranks = []
     for amount in (0, 150, 400, 1000):
@@ -50,14 +50,14 @@ def test_more_damage_is_worse():
     assert ranks[0] > ranks[-1] + 0.2
 
 
-def test_ranks_by_hand():
+def test_ranks_by_hand() -> None:
     real = np.array([[1.0, 0], [0, 1], [-1, 0], [0, -1]]).reshape(4, 1, 1, 2)
     generated = np.array([[2.0, 0.1], [2.0, 0.1], [0.1, 1.0]]).reshape(3, 1, 1, 2)
     captions = ["right", "up", "left", "up"]  # two with one caption: the better counts
     assert retrieval_ranks(generated, ["right", "left", "up"], real, captions).tolist() == [1, 4, 1]
 
 
-def test_pooling_takes_means():
+def test_pooling_takes_means() -> None:
     latents = np.arange(2 * 8 * 6 * 3, dtype=np.float32).reshape(2, 8, 6, 3)
     pooled = pool(latents)
     assert pooled.shape == (2, 4 * 4 * 3)
@@ -65,7 +65,7 @@ def test_pooling_takes_means():
     np.testing.assert_allclose(pooled[0, -3:], latents[0, -2:, -1:].mean((0, 1)))
 
 
-def test_the_standard_error_counts_captions_not_images():
+def test_the_standard_error_counts_captions_not_images() -> None:
     prompts = [caption for caption in CAPTIONS[:2] for _ in range(8)]
     images = pictures(300)[[0] * 8 + [2] * 8]  # always right, never right
     found = measured(images, prompts)["caption_retrieval_top1"]
@@ -74,6 +74,6 @@ def test_the_standard_error_counts_captions_not_images():
     assert found.pipeline["captions"] == 2
 
 
-def test_prompts_must_be_captions():
+def test_prompts_must_be_captions() -> None:
     with pytest.raises(UserError, match="needs captions of the shards as prompts, and 'a lighthouse' is none"):
         measured(pictures(1), ["a lighthouse"])

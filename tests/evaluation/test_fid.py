@@ -43,7 +43,7 @@ def params(tensors: dict[str, np.ndarray]) -> inception.Params:
 # ---- The network -----------------------------------------------------------------------------------------------------
 
 
-def test_features_are_those_of_torch_fidelity(params: inception.Params):
+def test_features_are_those_of_torch_fidelity(params: inception.Params) -> None:
     """Computed by torch-fidelity 0.4.0 in float32, with the same weights and images."""
     expected = np.load(GOLDEN)["features"]
     features = np.asarray(jax.jit(inception.features)(params, two_images()))
@@ -53,7 +53,7 @@ def test_features_are_those_of_torch_fidelity(params: inception.Params):
     assert np.linalg.norm(apart - expected_apart) <= 1e-3 * np.linalg.norm(expected_apart)
 
 
-def test_resizing_is_tensorflows():
+def test_resizing_is_tensorflows() -> None:
     """Pixel i comes from i·size/299; the last ones repeat, and nothing is smoothed."""
     ramp = np.arange(100, dtype=np.uint8)[None, None, :, None].repeat(598, 1).repeat(3, 3)
     resized = np.asarray(inception.resize(ramp))
@@ -63,7 +63,9 @@ def test_resizing_is_tensorflows():
     assert np.asarray(inception.resize(rows.astype(np.uint8))).max() == 0  # every other row alone
 
 
-def test_other_weights_are_refused(tensors: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_weights_are_refused(
+    tensors: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     damaged = tensors | {"Mixed_7c.branch_pool.conv.weight": np.zeros((192, 2048, 3, 3), np.float32)}
     with pytest.raises(
         UserError, match=r"not the FID network: Mixed_7c.branch_pool.conv.weight is \(192, 2048, 3, 3\)"
@@ -92,7 +94,7 @@ def random_covariance(seed: int, size: int = 12) -> np.ndarray:
     return x.T @ x / len(x)
 
 
-def test_distance_in_closed_form():
+def test_distance_in_closed_form() -> None:
     zero, one = np.zeros(12), np.ones(12)
     diagonal = np.arange(1.0, 13.0)
     ours, theirs = gaussian(zero, np.diag(diagonal)), gaussian(2 * one, np.diag(4 * diagonal))
@@ -104,7 +106,7 @@ def test_distance_in_closed_form():
     assert frechet_distance(gaussian(zero, covariance), scaled) == pytest.approx(4 * np.trace(covariance))
 
 
-def test_distance_by_the_usual_formula():
+def test_distance_by_the_usual_formula() -> None:
     from scipy.linalg import sqrtm
 
     a, b = random_covariance(1), random_covariance(2)
@@ -114,14 +116,14 @@ def test_distance_by_the_usual_formula():
     assert frechet_distance(gaussian(0 * mean, b), gaussian(mean, a)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_covariances_without_full_rank():
+def test_covariances_without_full_rank() -> None:
     x = np.random.default_rng(4).standard_normal((10, 300))
     ours = statistics([x], {})
     assert abs(frechet_distance(ours, ours)) < 1e-9
     assert frechet_distance(ours, gaussian(ours.mu, 0 * ours.sigma)) == pytest.approx(np.trace(ours.sigma))
 
 
-def test_statistics_are_gathered_batch_by_batch():
+def test_statistics_are_gathered_batch_by_batch() -> None:
     x = 1000 + np.random.default_rng(5).standard_normal((57, 7)).astype(np.float32)
     found = statistics(np.split(x, [1, 20, 33]), {"network": "n"})
     assert found.n == 57
@@ -166,7 +168,7 @@ def as_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
     return np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in damaged])
 
 
-def test_what_damage_does(network: FidNetwork):
+def test_what_damage_does(network: FidNetwork) -> None:
     images, others = drawings(48, 0), drawings(48, 1)
 
     def of_some_features(images: np.ndarray) -> Statistics:  # all of them would take minutes
@@ -187,7 +189,7 @@ def test_what_damage_does(network: FidNetwork):
     assert jpeg[2] > 2 * jpeg[0]
 
 
-def test_a_number_says_how_it_came_about(network: FidNetwork, tmp_path: Path):
+def test_a_number_says_how_it_came_about(network: FidNetwork, tmp_path: Path) -> None:
     images, warnings = InMemory(drawings(20, 0)), []
     real = network.statistics(InMemory(drawings(33, 1)), set="val2014")
     save_statistics(tmp_path / "real.npz", real)
@@ -205,7 +207,7 @@ def test_a_number_says_how_it_came_about(network: FidNetwork, tmp_path: Path):
 # ---- Statistics files ------------------------------------------------------------------------------------------------
 
 
-def test_wrong_statistics_files(network: FidNetwork, tmp_path: Path):
+def test_wrong_statistics_files(network: FidNetwork, tmp_path: Path) -> None:
     zeros = Statistics(np.zeros(2048), np.eye(2048), 5, {"network": "other, sha256 0123"})
     save_statistics(tmp_path / "other.npz", zeros)
     with pytest.raises(UserError, match=r"made with another network \(other, sha256 0123\) than pt_inception"):
@@ -220,7 +222,7 @@ def test_wrong_statistics_files(network: FidNetwork, tmp_path: Path):
         load_statistics(tmp_path / "none.npz")
 
 
-def test_statistics_of_other_programs_are_read(tmp_path: Path):
+def test_statistics_of_other_programs_are_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "theirs.npz", mu=np.ones(2048), sigma=np.eye(2048))
     found = load_statistics(tmp_path / "theirs.npz")
     assert (found.n, found.pipeline) == (0, {"network": "not told by the file"})
@@ -234,7 +236,7 @@ def weights(params: inception.Params, tmp_path: Path, monkeypatch: pytest.Monkey
     return str(tmp_path / "weights.pth")
 
 
-def test_references_that_make_no_sense(tmp_path: Path, weights: str):
+def test_references_that_make_no_sense(tmp_path: Path, weights: str) -> None:
     for reference, message in (
         ("", "fid compares with real images: give --reference"),
         (str(tmp_path / "nowhere"), "there is no folder .*nowhere; give one of real images, or a statistics file"),
@@ -248,7 +250,7 @@ def test_references_that_make_no_sense(tmp_path: Path, weights: str):
 
 def test_statistics_of_a_folder_are_kept(
     network: FidNetwork, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     (tmp_path / "real").mkdir()
     for number, image in enumerate(drawings(5, 3)):
         Image.fromarray(image).resize((96, 80)).save(tmp_path / "real" / f"{number}.png")

@@ -15,7 +15,7 @@ def write_lines(path: Path, records: list[Any]) -> Path:
     return path
 
 
-def test_prompts_and_folders(tmp_path: Path):
+def test_prompts_and_folders(tmp_path: Path) -> None:
     """A line as the public file has it."""
     line = {
         "tag": "color_attr",
@@ -39,7 +39,7 @@ def result(tag: str, correct: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_every_task_counts_the_same(tmp_path: Path):
+def test_every_task_counts_the_same(tmp_path: Path) -> None:
     results = [result(task, False) for task in TASKS] + [result("counting", True)] * 3 + [result("colors", True)]
     measures = {m.name: m for m in summarize(write_lines(tmp_path / "results.jsonl", results))}
     assert next(iter(measures)) == "geneval"
@@ -61,12 +61,12 @@ def test_every_task_counts_the_same(tmp_path: Path):
         ([], "results .* are empty"),
     ],
 )
-def test_wrong_results(tmp_path: Path, records: list[Any], message: str):
+def test_wrong_results(tmp_path: Path, records: list[Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         summarize(write_lines(tmp_path / "results.jsonl", records))
 
 
-def test_wrong_prompts(tmp_path: Path):
+def test_wrong_prompts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"GenEval's prompts .* can't be read"):
         read_prompts(tmp_path / "none.jsonl")
     (tmp_path / "prompts.jsonl").write_text("a photo of a bench\n")

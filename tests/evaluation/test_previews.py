@@ -36,14 +36,14 @@ def previews(workdir: Path, prompts: list[str] = PROMPTS, **manifest: Any) -> Pr
 
 def test_prompts_are_cleaned_as_the_shards_captions_were_and_shown_in_the_users_words(
     tmp_path: Path, encoded: list[list[str]]
-):
+) -> None:
     made = previews(tmp_path, caption_cleaning="deepfloyd-2")
     assert encoded == [["a red heart", "plain"]]
     assert made.prompts == PROMPTS
     assert made.metadata(3)["prompts"] == "A <b>Red</b> Heart #12 | plain"
 
 
-def test_embeddings_are_kept_for_the_same_prompts_and_cleaning_only(tmp_path: Path, encoded: list[list[str]]):
+def test_embeddings_are_kept_for_the_same_prompts_and_cleaning_only(tmp_path: Path, encoded: list[list[str]]) -> None:
     previews(tmp_path)
     previews(tmp_path)
     assert encoded == [PROMPTS]
@@ -55,13 +55,13 @@ def test_embeddings_are_kept_for_the_same_prompts_and_cleaning_only(tmp_path: Pa
     assert len(encoded) == 3
 
 
-def test_unknown_rules_of_cleaning_are_refused(tmp_path: Path, encoded: list[list[str]]):
+def test_unknown_rules_of_cleaning_are_refused(tmp_path: Path, encoded: list[list[str]]) -> None:
     with pytest.raises(UserError, match="were cleaned by 'other-1', and this code knows 'deepfloyd-2' and 'none'"):
         previews(tmp_path, caption_cleaning="other-1")
 
 
 @pytest.mark.parametrize("which", ["image", "text"])
-def test_other_encoders_are_refused(tmp_path: Path, encoded: list[list[str]], which: str):
+def test_other_encoders_are_refused(tmp_path: Path, encoded: list[list[str]], which: str) -> None:
     other = {"image": dict(vae=tiny.VAE), "text": dict(text=tiny.TEXT)}[which]
     other = {name: type(info)(**vars(info) | {"fingerprint": "89ab"}) for name, info in other.items()}
     with pytest.raises(UserError, match=rf"made with {which} encoder noise \(89ab\), but noise is"):

@@ -38,7 +38,7 @@ def evaluation(folder: Path) -> Path:
     return write_report(folder, measures, 3.0)
 
 
-def test_what_it_says(tmp_path: Path):
+def test_what_it_says(tmp_path: Path) -> None:
     text = evaluation(tmp_path).read_text(encoding="utf-8")
     assert "run &lt;1&gt;, step 1,200" in text
     assert "&lt;b&gt;red&lt;/b&gt; heart" in text
@@ -51,7 +51,7 @@ def test_what_it_says(tmp_path: Path):
     assert not re.findall(r"<script|<link(?! rel=\"icon\")|url\(|@import", text)
 
 
-def test_a_report_of_nothing_but_a_loss(tmp_path: Path):
+def test_a_report_of_nothing_but_a_loss(tmp_path: Path) -> None:
     measures = Measures(tmp_path, {"model": "run", "step": None})
     measures.add(Measure("heldout_loss", 0.25, "lower", {"loss": "EDM"}, {"params": "ema"}))
     text = write_report(tmp_path, measures, 3.0).read_text()
@@ -67,7 +67,7 @@ def browser_path() -> str:
     return path
 
 
-def test_a_browser_shows_it_without_a_network(tmp_path: Path, browser_path: str):
+def test_a_browser_shows_it_without_a_network(tmp_path: Path, browser_path: str) -> None:
     from playwright.sync_api import sync_playwright
 
     page_file = evaluation(tmp_path)

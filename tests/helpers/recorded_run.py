@@ -20,7 +20,7 @@ def checksum(batch: Mapping[str, np.ndarray]) -> int:
 class Recorded:
     """An iterator that adds a line to a file for each batch: what data it is of, its number, its checksum."""
 
-    def __init__(self, iterator: Any, data: str, path: str):
+    def __init__(self, iterator: Any, data: str, path: str) -> None:
         self.iterator, self.data, self.path = iterator, data, path
 
     def __next__(self) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ class MeanColor:
 
     name, fingerprint, channels, downsample = "mean-color", "0123", 3, 8
 
-    def __init__(self, seconds: float = 0.0):
+    def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds  # for a batch
 
     def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ def edit(folder: Path, change: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(fields | change))
 
 
-def test_there_and_back_is_the_identity(folder: Path, params: dict[str, np.ndarray]):
+def test_there_and_back_is_the_identity(folder: Path, params: dict[str, np.ndarray]) -> None:
     back, config, about = load_model_folder(folder)
     assert config == CONFIG
     assert hash(config) == hash(CONFIG)  # tuples, not lists
@@ -49,7 +49,7 @@ def test_there_and_back_is_the_identity(folder: Path, params: dict[str, np.ndarr
     assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_narrow_floats_are_widened_and_a_model_may_be_replaced(folder: Path, params: dict[str, np.ndarray]):
+def test_narrow_floats_are_widened_and_a_model_may_be_replaced(folder: Path, params: dict[str, np.ndarray]) -> None:
     narrow = {name: value.astype(ml_dtypes.bfloat16) for name, value in params.items()}
     save_model_folder(folder, narrow, CONFIG, ABOUT | {"source": "another"})
     back, _, about = load_model_folder(folder)
@@ -58,7 +58,7 @@ def test_narrow_floats_are_widened_and_a_model_may_be_replaced(folder: Path, par
         np.testing.assert_array_equal(back[name], value.astype(np.float32), err_msg=name)
 
 
-def test_what_may_be_told_besides(folder: Path, params: dict[str, np.ndarray]):
+def test_what_may_be_told_besides(folder: Path, params: dict[str, np.ndarray]) -> None:
     told = ABOUT | {"step": 7, "guidance": 3, "steps": 14, "vae_fingerprint": "0123", "text_fingerprint": "4567"}
     save_model_folder(folder, params, CONFIG, told, dtype="float16")
     back, _, about = load_model_folder(folder)
@@ -73,7 +73,7 @@ def test_what_may_be_told_besides(folder: Path, params: dict[str, np.ndarray]):
         save_model_folder(folder, params, CONFIG, told | {"color": "red"})
 
 
-def test_the_image_encoder_may_be_in_the_folder(folder: Path, params: dict[str, np.ndarray], tmp_path: Path):
+def test_the_image_encoder_may_be_in_the_folder(folder: Path, params: dict[str, np.ndarray], tmp_path: Path) -> None:
     vae = tmp_path / "somewhere"
     vae.mkdir()
     for name in ("config.json", "diffusion_pytorch_model.safetensors", "notes.txt"):
@@ -85,7 +85,7 @@ def test_the_image_encoder_may_be_in_the_folder(folder: Path, params: dict[str, 
     assert load_model_folder(folder)[2] == ABOUT  # what is left of another model's encoder is not this one's
 
 
-def test_nothing_else_is_written_over(tmp_path: Path, params: dict[str, np.ndarray]):
+def test_nothing_else_is_written_over(tmp_path: Path, params: dict[str, np.ndarray]) -> None:
     (tmp_path / "config.json").write_text('{"config": {}}')  # of a run
     assert not is_model_folder(tmp_path)
     with pytest.raises(UserError, match=r"is no model folder, but has a config\.json"):
@@ -95,7 +95,7 @@ def test_nothing_else_is_written_over(tmp_path: Path, params: dict[str, np.ndarr
         save_model_folder(tmp_path / "config.json", params, CONFIG, ABOUT)
 
 
-def test_parameters_of_another_network_are_refused(tmp_path: Path, params: dict[str, np.ndarray]):
+def test_parameters_of_another_network_are_refused(tmp_path: Path, params: dict[str, np.ndarray]) -> None:
     wrong = {name: value for name, value in params.items() if name != "blocks.1.attn.qkv.kernel"}
     wrong |= {"extra": np.zeros(3, np.float32), "final_layer.linear.bias": np.zeros(3, np.float32)}
     message = r"missing blocks\.1\.attn\.qkv\.kernel; unexpected extra; final_layer.* of \(3,\), expected \(16,\)"
@@ -116,13 +116,13 @@ def test_parameters_of_another_network_are_refused(tmp_path: Path, params: dict[
         ({"model": dataclasses.asdict(CONFIG) | {"num_experts": 4}}, "does not fit the network: .*mlp"),
     ],
 )
-def test_a_wrong_config_is_refused(folder: Path, change: dict[str, Any], message: str):
+def test_a_wrong_config_is_refused(folder: Path, change: dict[str, Any], message: str) -> None:
     edit(folder, change)
     with pytest.raises(UserError, match=message):
         load_model_folder(folder)
 
 
-def test_a_damaged_folder_is_refused(folder: Path):
+def test_a_damaged_folder_is_refused(folder: Path) -> None:
     fields = json.loads((folder / "config.json").read_text())
     del fields["vae"]
     (folder / "config.json").write_text(json.dumps(fields))
@@ -143,5 +143,5 @@ def test_a_damaged_folder_is_refused(folder: Path):
         load_model_folder(folder / "missing")
 
 
-def test_fields_may_come_from_json(folder: Path):
+def test_fields_may_come_from_json(folder: Path) -> None:
     assert config_from(json.loads(json.dumps(dataclasses.asdict(CONFIG))), "here") == CONFIG

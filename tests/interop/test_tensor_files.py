@@ -16,7 +16,7 @@ from micro_dit.errors import UserError
 from micro_dit.interop.tensor_files import read_tensors, write_safetensors, write_torch
 
 
-def test_tensors_of_both_formats_keep_their_bits(tmp_path: Path):
+def test_tensors_of_both_formats_keep_their_bits(tmp_path: Path) -> None:
     table = torch.arange(12.0).reshape(3, 4)
     tensors = {"a": table, "half": table.half() / 3, "brain": table.bfloat16() / 3, "scalar": torch.tensor(3.0)}
     torch.save(tensors | {"view": table.T, "trained": torch.nn.Parameter(table)}, tmp_path / "w.pt")
@@ -34,7 +34,7 @@ def test_tensors_of_both_formats_keep_their_bits(tmp_path: Path):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_what_is_read_is_mapped_and_not_loaded(tmp_path: Path, name: str):
+def test_what_is_read_is_mapped_and_not_loaded(tmp_path: Path, name: str) -> None:
     tensors = {"a": torch.arange(1024.0), "b": torch.arange(1024.0)}
     torch.save(tensors, tmp_path / name) if name == "w.pt" else save_file(tensors, tmp_path / name)
     a = read_tensors(tmp_path / name)["a"]
@@ -42,7 +42,7 @@ def test_what_is_read_is_mapped_and_not_loaded(tmp_path: Path, name: str):
     np.testing.assert_array_equal(a, np.arange(1024))
 
 
-def test_narrow_files_hold_what_fits_into_them(tmp_path: Path):
+def test_narrow_files_hold_what_fits_into_them(tmp_path: Path) -> None:
     arrays = {"a": np.float32([1 / 3, 70000.0, np.inf])}
     write_safetensors(tmp_path / "w.safetensors", arrays, "bfloat16")
     np.testing.assert_array_equal(read_tensors(tmp_path / "w.safetensors")["a"], arrays["a"].astype(ml_dtypes.bfloat16))
@@ -52,7 +52,7 @@ def test_narrow_files_hold_what_fits_into_them(tmp_path: Path):
     assert (tmp_path / "w.safetensors").read_bytes() == before
 
 
-def test_written_files_are_float32_contiguous_and_whole(tmp_path: Path):
+def test_written_files_are_float32_contiguous_and_whole(tmp_path: Path) -> None:
     value = np.arange(6, dtype=np.float32).reshape(2, 3)
     value.flags.writeable = False
     half = value.astype(ml_dtypes.bfloat16)
@@ -78,7 +78,7 @@ def test_written_files_are_float32_contiguous_and_whole(tmp_path: Path):
 
 
 @pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s}, lambda s: {"model": {"state_dict": s}, "epoch": 3}])
-def test_a_state_dict_in_a_dictionary_is_found(tmp_path: Path, wrap: Any):
+def test_a_state_dict_in_a_dictionary_is_found(tmp_path: Path, wrap: Any) -> None:
     torch.save(wrap({"a": torch.ones(2)}), tmp_path / "w.pt")
     assert read_tensors(tmp_path / "w.pt").keys() == {"a"}
 
@@ -86,7 +86,7 @@ def test_a_state_dict_in_a_dictionary_is_found(tmp_path: Path, wrap: Any):
 class Runs:
     """A pickle that runs a program."""
 
-    def __init__(self, mark: Path):
+    def __init__(self, mark: Path) -> None:
         self.mark = mark
 
     def __reduce__(self):
@@ -117,7 +117,7 @@ def write_zipped_pickle(path: Path, value: Any) -> None:
     ],
     ids=["beside a tensor", "alone", "beside a model", "old format", "other protocol", "raw pickle"],
 )
-def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, write: Any, message: str):
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, write: Any, message: str) -> None:
     mark = tmp_path / "mark"
     write(tmp_path / "bad.pt", Runs(mark))
     with pytest.raises(UserError, match=message):
@@ -144,14 +144,14 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, write: Any, messa
     ],
     ids=lambda value: None if isinstance(value, str) else "file",
 )
-def test_anything_but_named_float_tensors_is_refused(tmp_path: Path, content: Any, message: str):
+def test_anything_but_named_float_tensors_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(UserError, match=message):
         read_tensors(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_damaged_files_are_refused(tmp_path: Path, name: str):
+def test_damaged_files_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     with pytest.raises(UserError, match="there is no file"):
         read_tensors(path)

@@ -27,7 +27,7 @@ def state_dict() -> dict[str, np.ndarray]:
     return to_state_dict({name: np.asarray(value) for name, value in tiny.random_params(CONFIG).items()}, CONFIG)
 
 
-def test_there_and_back_is_the_identity_bit_for_bit(state_dict: dict[str, np.ndarray]):
+def test_there_and_back_is_the_identity_bit_for_bit(state_dict: dict[str, np.ndarray]) -> None:
     params = tiny.random_params(CONFIG)
     back = from_state_dict(state_dict, CONFIG)
     assert list(back) == list(params)
@@ -38,7 +38,7 @@ def test_there_and_back_is_the_identity_bit_for_bit(state_dict: dict[str, np.nda
     np.testing.assert_array_equal(state_dict["mask_token"], np.zeros((1, 1, 16)))
 
 
-def test_layouts(state_dict: dict[str, np.ndarray]):
+def test_layouts(state_dict: dict[str, np.ndarray]) -> None:
     params = {name: np.asarray(value) for name, value in tiny.random_params(CONFIG).items()}
     np.testing.assert_array_equal(state_dict["blocks.1.attn.qkv.weight"], params["blocks.1.attn.qkv.kernel"].T)
     patch = params["patch_embedding.proj.kernel"].reshape(2, 2, 4, 32)
@@ -58,11 +58,11 @@ def test_layouts(state_dict: dict[str, np.ndarray]):
         ("final_layer.norm.scale", "final_layer.norm_final.weight"),
     ],
 )
-def test_names(ours: str, theirs: str):
+def test_names(ours: str, theirs: str) -> None:
     assert release_name(ours) == theirs
 
 
-def test_names_do_not_collide():
+def test_names_do_not_collide() -> None:
     assert len(release_shapes(CONFIG)) == len(tiny.random_params(CONFIG)) + 2
 
 
@@ -83,7 +83,7 @@ def without(name: str) -> Any:
         ),
     ],
 )
-def test_what_does_not_fit_is_named(state_dict: dict[str, np.ndarray], change: Any, message: str):
+def test_what_does_not_fit_is_named(state_dict: dict[str, np.ndarray], change: Any, message: str) -> None:
     change(state_dict)
     with pytest.raises(UserError, match=message):
         from_state_dict(state_dict, CONFIG)
@@ -110,7 +110,7 @@ def published(size: str, dtype: Any = np.float32, **fields: Any) -> dict[str, np
         ("MicroDiT_Tiny_2", dict(input_size=128, in_channels=4, caption_channels=4096, pos_interp_scale=4.0)),
     ],
 )
-def test_published_sizes_are_recognized(size: str, fields: dict[str, Any], dtype: Any):
+def test_published_sizes_are_recognized(size: str, fields: dict[str, Any], dtype: Any) -> None:
     assert recognize(published(size, dtype, **fields)) == (size, make_config(size, **fields))
 
 
@@ -126,7 +126,7 @@ def test_published_sizes_are_recognized(size: str, fields: dict[str, Any], dtype
         (lambda t: t.update(pos_embed=t["pos_embed"][:, :0]), "keeps none of the 0 tokens"),
     ],
 )
-def test_other_networks_are_not_recognized(change: Any, message: str):
+def test_other_networks_are_not_recognized(change: Any, message: str) -> None:
     tensors = published("MicroDiT_Tiny_2", input_size=32)
     change(tensors)
     with pytest.raises(UserError, match=message):
@@ -134,14 +134,14 @@ def test_other_networks_are_not_recognized(change: Any, message: str):
 
 
 @pytest.mark.parametrize("prefix", ["", "dit.", "module.", "_orig_mod.", "module.dit._orig_mod.", "dit._orig_mod."])
-def test_prefixes_of_wrappers_are_taken_off(state_dict: dict[str, np.ndarray], prefix: str):
+def test_prefixes_of_wrappers_are_taken_off(state_dict: dict[str, np.ndarray], prefix: str) -> None:
     plain = without_wrappers({prefix + name: value for name, value in state_dict.items()})
     assert list(plain) == list(state_dict)
     inside = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in state_dict.items()}
     assert list(without_wrappers(inside)) == list(state_dict)
 
 
-def test_two_networks_in_one_are_refused(state_dict: dict[str, np.ndarray]):
+def test_two_networks_in_one_are_refused(state_dict: dict[str, np.ndarray]) -> None:
     both = state_dict | {f"module.{name}": value for name, value in state_dict.items()}
     with pytest.raises(UserError, match=r"has both pos_embed and module\.pos_embed"):
         without_wrappers(both)

@@ -69,7 +69,7 @@ def training_commands() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(("launcher", "words"), sorted(training_commands().items()))
-def test_the_command_is_the_same_and_its_flags_exist(launcher: str, words: list[str]):
+def test_the_command_is_the_same_and_its_flags_exist(launcher: str, words: list[str]) -> None:
     assert words[0] == "launch/until_done.py"
     module = words.index("micro_dit.main")
     assert words[module - 1] == "-m"
@@ -92,7 +92,7 @@ def test_the_command_is_the_same_and_its_flags_exist(launcher: str, words: list[
         assert tiny.load_config_file(ROOT / file, variant).phases
 
 
-def test_every_config_that_is_named_exists():
+def test_every_config_that_is_named_exists() -> None:
     for path in files():
         for file, variant in re.findall(r"(configs/\w+\.py)(?::(\w+))?", path.read_text()):
             assert tiny.load_config_file(ROOT / file, variant or "demo").phases, path.name
@@ -102,7 +102,7 @@ def files() -> list[Path]:
     return [path for path in sorted(LAUNCH.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
 
 
-def test_no_name_of_anyone_is_in_the_files():
+def test_no_name_of_anyone_is_in_the_files() -> None:
     """No project, bucket, host, address, key, or path of somebody's machine; only places that belong to products."""
     public = (
         "cloud.google.com", "docs.skypilot.co", "jobset.sigs.k8s.io", "packages.cloud.google.com", "huggingface.co",
@@ -123,13 +123,13 @@ def test_no_name_of_anyone_is_in_the_files():
 
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
-def test_shell_scripts_are_clean(path: Path):
+def test_shell_scripts_are_clean(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", path], check=True)
 
 
-def test_slurm_saves_before_the_limit_and_goes_back_in_line(tmp_path: Path):
+def test_slurm_saves_before_the_limit_and_goes_back_in_line(tmp_path: Path) -> None:
     """The script itself, with an srun and an scontrol that write down how they were called."""
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in re.findall("#SBATCH .*", text))
@@ -156,7 +156,7 @@ def test_slurm_saves_before_the_limit_and_goes_back_in_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
-def test_a_jobset_starts_again_what_was_stopped_and_ends_at_errors(kind: str):
+def test_a_jobset_starts_again_what_was_stopped_and_ends_at_errors(kind: str) -> None:
     found = jobset(kind)
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert found["metadata"]["name"] == "demo"
@@ -179,7 +179,7 @@ def test_a_jobset_starts_again_what_was_stopped_and_ends_at_errors(kind: str):
     assert pod(kind)["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
 
 
-def test_the_jobset_of_tpus_fills_its_slice():
+def test_the_jobset_of_tpus_fills_its_slice() -> None:
     (job,) = jobset("tpu")["spec"]["replicatedJobs"]
     rows, columns = pod("tpu")["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
     chips = pod("tpu")["containers"][0]["resources"]["limits"]["google.com/tpu"]
@@ -187,7 +187,7 @@ def test_the_jobset_of_tpus_fills_its_slice():
     assert hosts["parallelism"] * chips == hosts["completions"] * chips == int(rows) * int(columns)
 
 
-def test_the_jobset_of_gpus_tells_each_process_of_the_others():
+def test_the_jobset_of_gpus_tells_each_process_of_the_others() -> None:
     """By the flags with which tests/multidevice runs two processes."""
     found = jobset("gpu")
     (job,) = found["spec"]["replicatedJobs"]
@@ -203,7 +203,7 @@ def test_the_jobset_of_gpus_tells_each_process_of_the_others():
     assert all(f"--{flag}=" in tested for flag in ("coordinator", "process_index", "process_count"))
 
 
-def test_missing_names_are_said_in_one_line():
+def test_missing_names_are_said_in_one_line() -> None:
     for kind, missing in (("tpu", "IMAGE"), ("gpu", "BUCKET")):
         environment = {"PATH": os.environ["PATH"]} | NAMES | {missing: ""}
         done = subprocess.run([LAUNCH / "gke.sh", "--dry_run", kind, "apply"], env=environment, capture_output=True)
@@ -212,7 +212,7 @@ def test_missing_names_are_said_in_one_line():
         assert done.stderr.count(b"\n") == 1
 
 
-def test_sky_recovers_from_spot_and_needs_its_names():
+def test_sky_recovers_from_spot_and_needs_its_names() -> None:
     found = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     assert found["resources"]["use_spot"] is True
     assert found["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
@@ -222,7 +222,7 @@ def test_sky_recovers_from_spot_and_needs_its_names():
         subprocess.run(["bash", "-n"], input=found[step].encode(), check=True)
 
 
-def test_the_image_is_pinned_and_runs_as_nobody():
+def test_the_image_is_pinned_and_runs_as_nobody() -> None:
     text = (LAUNCH / "docker" / "Dockerfile").read_text()
     assert re.search(r"^FROM python:3\.12\.\d+-slim-\w+$", text, re.MULTILINE)
     assert text.index("USER trainer") < text.index("ENTRYPOINT")
@@ -238,14 +238,14 @@ def test_the_image_is_pinned_and_runs_as_nobody():
 
 
 @pytest.mark.parametrize("path", [*SHELL[:2], *JOBSETS.values(), LAUNCH / "sky.yaml", LAUNCH / "docker" / "Dockerfile"])
-def test_each_header_says_what_it_needs_costs_and_how_to_watch_and_stop(path: Path):
+def test_each_header_says_what_it_needs_costs_and_how_to_watch_and_stop(path: Path) -> None:
     header = re.match(r"(?:#.*\n)+", path.read_text())
     assert header
     assert all(f"# {word}:  " in header[0] for word in ("Needs", "Costs", "Watch", "Stop"))
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/running.md"])
-def test_a_page_names_the_work_directory_that_the_loop_asks_for(page: str):
+def test_a_page_names_the_work_directory_that_the_loop_asks_for(page: str) -> None:
     commands = re.findall(r"launch/until_done\.py python [^\n`]*", (ROOT / page).read_text())
     assert commands
     assert all("--workdir=" in command for command in commands)

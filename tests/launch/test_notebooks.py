@@ -34,7 +34,7 @@ def texts(notebook: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
-def test_a_notebook_runs_and_makes_pictures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_notebook_runs_and_makes_pictures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MICRO_DIT_SMALL", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOKS[name], 4)
@@ -45,7 +45,7 @@ def test_a_notebook_runs_and_makes_pictures(name: str, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
-def test_committed_outputs_are_there_small_and_nobodys(name: str):
+def test_committed_outputs_are_there_small_and_nobodys(name: str) -> None:
     assert set(NOTEBOOKS) == set(PICTURES)
     assert NOTEBOOKS[name].stat().st_size < 300_000
     notebook = nbformat.read(NOTEBOOKS[name], 4)
@@ -56,7 +56,7 @@ def test_committed_outputs_are_there_small_and_nobodys(name: str):
 
 
 @pytest.mark.parametrize("name", sorted(PICTURES))
-def test_a_notebook_fits_what_colab_has(name: str):
+def test_a_notebook_fits_what_colab_has(name: str) -> None:
     """It prints versions before anything else, asks for none, and brings no TensorFlow."""
     cells = [cell.source for cell in nbformat.read(NOTEBOOKS[name], 4).cells if cell.cell_type == "code"]
     assert "SMALL = bool(os.environ" in cells[0]

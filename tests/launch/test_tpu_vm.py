@@ -61,7 +61,7 @@ def actions(calls: list[list[str]]) -> list[str]:
     return done
 
 
-def test_after_preemptions_the_run_goes_on_until_it_is_done(tpu_vm: Any):
+def test_after_preemptions_the_run_goes_on_until_it_is_done(tpu_vm: Any) -> None:
     states = ["", "CREATING", "READY", "READY", "PREEMPTED", "PREEMPTED", "PREEMPTED", "READY", "READY", "READY"]
     # Running, then not to be reached as the slice is gone; then stopped and saved; then done.
     statuses = ["running", "", "running", "75", "running", "0"]
@@ -81,21 +81,21 @@ def test_after_preemptions_the_run_goes_on_until_it_is_done(tpu_vm: Any):
     ]  # fmt: skip
 
 
-def test_a_run_that_fails_again_and_again_is_left_to_be_looked_at(tpu_vm: Any):
+def test_a_run_that_fails_again_and_again_is_left_to_be_looked_at(tpu_vm: Any) -> None:
     done, calls = tpu_vm("up", states=["READY"], statuses=["1"], **SETTINGS)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: the run fails (launch/tpu_vm.sh logs); slice is still there")
     assert actions(calls) == ["scp", "worker_install", "worker_train"] * 3
 
 
-def test_hardware_that_can_not_be_had_ends_it(tpu_vm: Any):
+def test_hardware_that_can_not_be_had_ends_it(tpu_vm: Any) -> None:
     done, calls = tpu_vm("up", states=[""], **SETTINGS)
     assert done.returncode == 1
     assert "error: slice could not be created; --provisioning=queued waits in line" in done.stderr
     assert actions(calls) == ["create"] * 3
 
 
-def test_queued_resources_are_waited_for_and_deleted_with_their_node(tpu_vm: Any):
+def test_queued_resources_are_waited_for_and_deleted_with_their_node(tpu_vm: Any) -> None:
     states = ["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "READY"]
     done, calls = tpu_vm("--provisioning=queued_spot", "up", states=states, **SETTINGS)
     assert done.returncode == 0, done.stderr
@@ -105,7 +105,7 @@ def test_queued_resources_are_waited_for_and_deleted_with_their_node(tpu_vm: Any
     assert delete == ["compute", "tpus", "queued-resources", "delete", "slice", *WHERE, "--force", "--quiet"]
 
 
-def test_a_dry_run_prints_what_would_be_called_and_calls_nothing(tpu_vm: Any):
+def test_a_dry_run_prints_what_would_be_called_and_calls_nothing(tpu_vm: Any) -> None:
     done, calls = tpu_vm("--dry_run", "up", **SETTINGS)
     assert done.returncode == 0, done.stderr
     assert calls == []
@@ -115,13 +115,13 @@ def test_a_dry_run_prints_what_would_be_called_and_calls_nothing(tpu_vm: Any):
 
 
 @pytest.mark.parametrize("missing", sorted(set(SETTINGS) - {"POLL_SECONDS"}))
-def test_a_missing_name_is_said_in_one_line(tpu_vm: Any, missing: str):
+def test_a_missing_name_is_said_in_one_line(tpu_vm: Any, missing: str) -> None:
     done, calls = tpu_vm("up", **{name: value for name, value in SETTINGS.items() if name != missing})
     assert (done.returncode, calls) == (1, [])
     assert done.stderr == f"error: {missing} is not set; see the top of launch/tpu_vm.sh.\n"
 
 
-def test_a_worker_runs_the_training_command_in_the_background(tpu_vm: Any, tmp_path: Path):
+def test_a_worker_runs_the_training_command_in_the_background(tpu_vm: Any, tmp_path: Path) -> None:
     """The steps that gcloud runs on each worker, here; the interpreter writes down how it was called."""
     checkout = tmp_path / "micro_dit"
     python = checkout / ".venv" / "bin" / "python"

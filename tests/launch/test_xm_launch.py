@@ -24,7 +24,7 @@ def launch(*arguments: str, python: str = sys.executable, **environment: str) ->
 
 
 @pytest.mark.skipif(not XMANAGER_PYTHON, reason="needs XManager, whose hundred packages the other tests do without")
-def test_two_work_units_train_on_this_machine(tiny_shards: Path, tmp_path: Path):
+def test_two_work_units_train_on_this_machine(tiny_shards: Path, tmp_path: Path) -> None:
     steps = [f"--override=phases[{phase}].steps=2" for phase in range(2)]
     done = launch(
         f"--config=tests/helpers/tiny.py:{tiny_shards}", f"--workdir={tmp_path / 'runs'}",
@@ -42,7 +42,7 @@ def test_two_work_units_train_on_this_machine(tiny_shards: Path, tmp_path: Path)
     assert done.stdout.count("done: 4 steps") == 2
 
 
-def test_a_dry_run_needs_no_xmanager_and_prints_each_job():
+def test_a_dry_run_needs_no_xmanager_and_prints_each_job() -> None:
     done = launch("--config=configs/mask75.py:small", "--sweep=mask_ratio", "--xm_dry_run", "--python=python")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -53,13 +53,13 @@ def test_a_dry_run_needs_no_xmanager_and_prints_each_job():
     )
 
 
-def test_no_work_directory_has_a_name_that_checkpoints_would_be_lost_in():
+def test_no_work_directory_has_a_name_that_checkpoints_would_be_lost_in() -> None:
     done = launch("--config=configs/mask75.py:tiny", "--sweep=learning_rate", "--xm_dry_run")
     folders = re.findall(r"--workdir=(\S+)", done.stdout)
     assert folders == ["runs/xm/phases.0.learning_rate=0.001", "runs/xm/phases.0.learning_rate=0.003"]
 
 
-def test_clouds_are_asked_for_what_is_needed_of_them():
+def test_clouds_are_asked_for_what_is_needed_of_them() -> None:
     arguments = ("--config=configs/mask75.py:tiny", "--sweep=seed", "--xm_dry_run")
     done = launch(*arguments, "--executor=tpu", TPU_NAME="slice", ACCELERATOR_TYPE="v6e-16")
     assert done.returncode == 0, done.stderr

@@ -45,14 +45,14 @@ def params() -> dict[str, jax.Array]:
     return tiny.random_params(CONFIG)
 
 
-def test_every_token_comes_back_to_its_place(params: dict[str, jax.Array]):
+def test_every_token_comes_back_to_its_place(params: dict[str, jax.Array]) -> None:
     """Keeping all tokens, in random order, is not masking."""
     everything = mask_from_noise(NOISE, CONFIG.tokens)
     np.testing.assert_allclose(forward(params, X, everything), forward(params, X, None), atol=2e-5)
     assert float(jnp.std(forward(params, X, None))) > 0.1
 
 
-def test_dropped_tokens_are_replaced_by_the_mask_token_alone(params: dict[str, jax.Array]):
+def test_dropped_tokens_are_replaced_by_the_mask_token_alone(params: dict[str, jax.Array]) -> None:
     filled = restore_tokens(jnp.zeros((3, 4, 5)), MASK, fill=jnp.arange(5.0))
     np.testing.assert_array_equal(filled, MASK.dropped[:, :, None] * jnp.arange(5.0))
     # All patches come out, and of the dropped ones nothing is known but where they are.
@@ -65,11 +65,11 @@ def test_dropped_tokens_are_replaced_by_the_mask_token_alone(params: dict[str, j
     np.testing.assert_array_equal(forward(other, X, None), forward(params, X, None))
 
 
-def test_every_parameter_is_trained(params: dict[str, jax.Array]):
+def test_every_parameter_is_trained(params: dict[str, jax.Array]) -> None:
     assert [name for name, gradient in gradients(params).items() if not np.any(gradient)] == []
 
 
-def test_reconstruction_counts_a_tenth_and_only_with_a_mask():
+def test_reconstruction_counts_a_tenth_and_only_with_a_mask() -> None:
     F: edm.Network = lambda x, t, y: jnp.tanh(x) + t[:, None, None, None]  # noqa: E731
     sigma = jnp.exp(T)
     noisy = X + sigma[:, None, None, None] * X[::-1]
@@ -96,7 +96,7 @@ def reconstruction_by_hand(D_x: jax.Array, noisy: jax.Array) -> np.ndarray:
     return np.asarray(losses)
 
 
-def test_a_fresh_network_starts_at_zero_as_maskdits_does():
+def test_a_fresh_network_starts_at_zero_as_maskdits_does() -> None:
     params = jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(0))
     assert {name: leaf.shape for name, leaf in params.items()} == {
         name: leaf.shape for name, leaf in abstract_params(CONFIG).items()
@@ -108,7 +108,7 @@ def test_a_fresh_network_starts_at_zero_as_maskdits_does():
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_flops_are_those_of_all_products(masked: bool):
+def test_flops_are_those_of_all_products(masked: bool) -> None:
     jaxpr = jax.make_jaxpr(lambda params: bind(CONFIG, params)(X[:1], T[:1], Y[:1], one_image if masked else None))
     one_image = TokenMask(MASK.keep[:1], MASK.restore[:1])
     counted = sum(product_flops(jaxpr(abstract_params(CONFIG)).jaxpr))
@@ -129,18 +129,18 @@ def product_flops(jaxpr: Any) -> list[int]:
     return flops
 
 
-def test_its_parameters_have_a_place_on_a_mesh():
+def test_its_parameters_have_a_place_on_a_mesh() -> None:
     assert set(param_shardings(make_mesh(None), abstract_params(CONFIG))) == set(abstract_params(CONFIG))
 
 
-def test_networks_saved_before_there_were_decoders_can_be_read():
+def test_networks_saved_before_there_were_decoders_can_be_read() -> None:
     fields = dataclasses.asdict(tiny.network())
     older = {name: value for name, value in fields.items() if not name.startswith("decoder")}
     assert config_from(older, "here") == tiny.network()
     assert not any("decoder" in name for name in abstract_params(tiny.network()))
 
 
-def test_half_a_decoder_is_refused():
+def test_half_a_decoder_is_refused() -> None:
     for fields in (dict(decoder_depth=2), dict(decoder_dim=16), dict(decoder_depth=-1, decoder_dim=16)):
         with pytest.raises(UserError, match="give both, or neither"):
             tiny.network(**fields).check()

@@ -56,7 +56,7 @@ def exact(params: dict[str, jax.Array]) -> tuple[float, dict[str, np.ndarray]]:
     return float(loss), {name: np.asarray(value) for name, value in gradients.items()}
 
 
-def test_pinned_numbers(params: dict[str, jax.Array], exact: tuple[float, dict[str, np.ndarray]]):
+def test_pinned_numbers(params: dict[str, jax.Array], exact: tuple[float, dict[str, np.ndarray]]) -> None:
     """Whatever changes these numbers changes what every checkpoint computes."""
     loss, gradients = exact
     norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in gradients.values()))
@@ -67,13 +67,13 @@ def test_pinned_numbers(params: dict[str, jax.Array], exact: tuple[float, dict[s
 PINNED = (2.305121, 17.048602, 34.920422)
 
 
-def test_every_parameter_has_an_influence(exact: tuple[float, dict[str, np.ndarray]]):
+def test_every_parameter_has_an_influence(exact: tuple[float, dict[str, np.ndarray]]) -> None:
     assert [name for name, gradient in exact[1].items() if not np.any(gradient)] == []
 
 
 def test_parameters_are_float32_and_bfloat16_products_come_close(
     params: dict[str, jax.Array], exact: tuple[float, dict[str, np.ndarray]]
-):
+) -> None:
     assert {leaf.dtype for leaf in abstract_params(CONFIG).values()} == {np.dtype("float32")}
     loss, gradients = loss_and_gradients(params, jnp.bfloat16)
     assert loss.dtype == jnp.float32
@@ -85,7 +85,7 @@ def test_parameters_are_float32_and_bfloat16_products_come_close(
 
 def test_naive_masking_is_the_network_on_the_kept_tokens_alone(
     params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """Processing 16 tokens of which 4 are kept before the mixer = processing an image of those 4."""
     masked = forward(params, X, T, Y, MASK, "before_mixer")
     table = position_table(CONFIG.dim, CONFIG.grid, 1.0)
@@ -104,7 +104,7 @@ def test_naive_masking_is_the_network_on_the_kept_tokens_alone(
         np.testing.assert_array_equal(out[DROPPED[image]], 0)
 
 
-def test_dropped_patches_influence_the_rest_through_the_mixer_only(params: dict[str, jax.Array]):
+def test_dropped_patches_influence_the_rest_through_the_mixer_only(params: dict[str, jax.Array]) -> None:
     """What dropped patches hold reaches every kept token under deferred masking, and none under naive masking."""
     changed = X + 3 * unpatchify(jnp.repeat(MASK.dropped[:, :, None], 16, axis=2), 2, 8, 8)
 
@@ -120,7 +120,7 @@ def test_dropped_patches_influence_the_rest_through_the_mixer_only(params: dict[
 
 def test_dropped_tokens_get_exactly_no_gradient_from_the_backbone(
     params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     """The loss's gradient with respect to the mixer's output is zero where tokens are dropped."""
     drop = dit.drop_tokens
 
@@ -135,12 +135,12 @@ def test_dropped_tokens_get_exactly_no_gradient_from_the_backbone(
     assert np.all(np.abs(gradient[~DROPPED]).max(axis=-1) > 0)
 
 
-def test_a_mask_that_keeps_everything_changes_nothing(params: dict[str, jax.Array]):
+def test_a_mask_that_keeps_everything_changes_nothing(params: dict[str, jax.Array]) -> None:
     kept = forward(params, X, T, Y, fixed_mask(kept=16), "before_mixer")
     np.testing.assert_allclose(kept, forward(params, X, T, Y), atol=5e-5)
 
 
-def test_without_a_patch_mixer():
+def test_without_a_patch_mixer() -> None:
     config = tiny.network(use_patch_mixer=False)
     assert not any(name.startswith("mixer") for name in abstract_params(config))
 
@@ -153,13 +153,13 @@ def test_without_a_patch_mixer():
     assert np.any(after)
 
 
-def test_a_mixer_of_the_backbones_width_has_no_projections():
+def test_a_mixer_of_the_backbones_width_has_no_projections() -> None:
     names = set(abstract_params(tiny.network(patch_mixer_dim=32)))
     assert not any(name.startswith(("mixer_in", "mixer_caption_in", "mixer_out")) for name in names)
     assert any(name.startswith("mixer.") for name in names)
 
 
-def test_multiplier_lists_shorter_than_the_depth_cover_consecutive_blocks():
+def test_multiplier_lists_shorter_than_the_depth_cover_consecutive_blocks() -> None:
     config = tiny.network(depth=6, experts_every_n=100, qkv_multipliers=(0.5, 1.0, 2.0), ffn_multipliers=(1.0, 3.0))
     config.check()
     assert [block.attention_width for block in config.backbone_blocks()] == [32, 32, 32, 32, 64, 64]
@@ -167,13 +167,13 @@ def test_multiplier_lists_shorter_than_the_depth_cover_consecutive_blocks():
     assert widths == [32] * 3 + [64] * 3  # int(2·32/3) = 21 and int(2·96/3) = 64, in multiples of 16
 
 
-def test_experts_are_where_the_method_puts_them():
+def test_experts_are_where_the_method_puts_them() -> None:
     xl = make_config("MicroDiT_XL_2", input_size=32)
     assert [i for i, block in enumerate(xl.mixer_blocks()) if block.moe] == [1, 3, 5]
     assert [i for i, block in enumerate(xl.backbone_blocks()) if block.moe] == list(range(1, 27, 2))
 
 
-def test_layer_wise_scaling_follows_an_overridden_depth():
+def test_layer_wise_scaling_follows_an_overridden_depth() -> None:
     config = make_config("Nano", input_size=8, depth=3)
     assert config.ffn_multipliers == (0.5, 2.25, 4.0)
     assert make_config("Nano", input_size=8, depth=2, ffn_multipliers=(1.0,)).ffn_multipliers == (1.0,)
@@ -197,23 +197,23 @@ def test_layer_wise_scaling_follows_an_overridden_depth():
         (dict(num_experts=16, expert_capacity=1.0), (0.75, "before_mixer"), r"mixer would take int\(1.0·4/16\) = 0"),
     ],
 )
-def test_impossible_networks_are_refused(overrides: dict[str, Any], mask: tuple, message: str):
+def test_impossible_networks_are_refused(overrides: dict[str, Any], mask: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         tiny.network(**overrides).check(*mask)
     assert "\n" not in str(error.value)
 
 
-def test_unknown_sizes_and_fields_are_refused():
+def test_unknown_sizes_and_fields_are_refused() -> None:
     with pytest.raises(UserError, match="size 'Giant' is unknown; use one of Nano, MicroDiT_Tiny_2, MicroDiT_XL_2"):
         make_config("Giant", input_size=8)
     with pytest.raises(UserError, match=r"model has no field dmi; the fields are .*depth, .*dim"):
         make_config("Nano", input_size=8, dmi=3)
 
 
-def test_parameters_of_another_network_are_not_bound(params: dict[str, jax.Array]):
+def test_parameters_of_another_network_are_not_bound(params: dict[str, jax.Array]) -> None:
     with pytest.raises(ValueError, match=r"blocks\.1"):
         bind(dataclasses.replace(CONFIG, depth=1, qkv_multipliers=(1.0,), ffn_multipliers=(1.0,)), params)
 
 
-def test_the_config_can_be_written_down_and_read_back():
+def test_the_config_can_be_written_down_and_read_back() -> None:
     assert DiTConfig(**dataclasses.asdict(CONFIG)) == CONFIG

@@ -18,7 +18,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("size", "row"), ROWS)
-def test_parts_equal_the_release(size, row):
+def test_parts_equal_the_release(size, row) -> None:
     config = make_config(size, input_size=row["latent"])
     parts = forward_flops(config, row["mask_ratio"], row["caption_len"], one_hot_dispatch=True)
 
@@ -48,7 +48,7 @@ def test_parts_equal_the_release(size, row):
     assert sum(gathered.values()) == row["total_without_onehot"]
 
 
-def test_naive_masking_is_cheaper_than_deferred_by_the_mixer():
+def test_naive_masking_is_cheaper_than_deferred_by_the_mixer() -> None:
     config = make_config("MicroDiT_XL_2", input_size=32)
     deferred, naive = (forward_flops(config, 0.75, mask_position=place) for place in ("after_mixer", "before_mixer"))
     changed = {name for name in deferred if deferred[name] != naive[name]}
@@ -57,17 +57,17 @@ def test_naive_masking_is_cheaper_than_deferred_by_the_mixer():
     assert naive["mixer"] < deferred["mixer"] / 3
 
 
-def test_without_a_mixer_nothing_is_counted_for_it():
+def test_without_a_mixer_nothing_is_counted_for_it() -> None:
     parts = forward_flops(make_config("MicroDiT_XL_2", input_size=32, use_patch_mixer=False))
     assert {value for name, value in parts.items() if name.startswith("mixer")} == {0}
     assert parts["backbone"] > 0
 
 
-def test_training_is_three_forwards():
+def test_training_is_three_forwards() -> None:
     config = make_config("Nano", input_size=16)
     assert training_flops(config, 0.5, 32) == 3 * sum(forward_flops(config, 0.5, 32).values())
 
 
-def test_impossible_mask_is_refused():
+def test_impossible_mask_is_refused() -> None:
     with pytest.raises(UserError, match="mask_ratio"):
         forward_flops(make_config("Nano", input_size=16), 0.999)

@@ -28,7 +28,7 @@ def params(initialize: Callable[[jax.Array], dict[str, jax.Array]]) -> dict[str,
     return {name: np.asarray(value) for name, value in initialize(jax.random.key(0)).items()}
 
 
-def test_the_output_is_exactly_zero(config: DiTConfig, params: dict[str, np.ndarray]):
+def test_the_output_is_exactly_zero(config: DiTConfig, params: dict[str, np.ndarray]) -> None:
     out = jax.jit(lambda params, *inputs: bind(config, params)(*inputs))(params, *tiny.inputs(config))
     assert out.shape == (3, 8, 8, 4)
     np.testing.assert_array_equal(out, 0)
@@ -59,7 +59,7 @@ def normal_std(config: DiTConfig, name: str) -> float | None:
 EXPERTS = {"mixer.1.mlp.gate.kernel", "blocks.1.mlp.gate.kernel"}
 
 
-def test_normal_weights_have_their_standard_deviations(config: DiTConfig, params: dict[str, np.ndarray]):
+def test_normal_weights_have_their_standard_deviations(config: DiTConfig, params: dict[str, np.ndarray]) -> None:
     assert set(params) >= EXPERTS
     seen = set()
     for name, value in params.items():
@@ -77,7 +77,7 @@ def test_normal_weights_have_their_standard_deviations(config: DiTConfig, params
     assert len(seen) == 6
 
 
-def test_other_linear_weights_are_xavier_uniform(params: dict[str, np.ndarray]):
+def test_other_linear_weights_are_xavier_uniform(params: dict[str, np.ndarray]) -> None:
     names = [f"{part}.linear.kernel" for part in ("mixer_in", "mixer_caption_in", "mixer_out")]
     for name in ("patch_embedding.proj.kernel", *names):
         value = params[name]
@@ -86,7 +86,9 @@ def test_other_linear_weights_are_xavier_uniform(params: dict[str, np.ndarray]):
         assert value.std() == pytest.approx(bound / np.sqrt(3), rel=0.06), name
 
 
-def test_norms_are_ones_and_biases_zero_but_the_patch_embeddings(config: DiTConfig, params: dict[str, np.ndarray]):
+def test_norms_are_ones_and_biases_zero_but_the_patch_embeddings(
+    config: DiTConfig, params: dict[str, np.ndarray]
+) -> None:
     for name, value in params.items():
         if name.endswith("scale"):
             np.testing.assert_array_equal(value, 1, err_msg=name)
@@ -97,7 +99,7 @@ def test_norms_are_ones_and_biases_zero_but_the_patch_embeddings(config: DiTConf
     assert abs(bias.mean()) < 0.4 * bound
 
 
-def test_without_depth_init_all_blocks_are_alike(config: DiTConfig):
+def test_without_depth_init_all_blocks_are_alike(config: DiTConfig) -> None:
     flat = dataclasses.replace(config, depth_init=False)
     assert {block.out_std for block in flat.backbone_blocks()} == {float(0.02 / np.sqrt(8))}
     assert len({block.out_std for block in config.backbone_blocks()}) == 4
@@ -105,7 +107,7 @@ def test_without_depth_init_all_blocks_are_alike(config: DiTConfig):
 
 def test_parameters_differ_from_each_other_and_by_seed(
     initialize: Callable[[jax.Array], dict[str, jax.Array]], params: dict[str, np.ndarray]
-):
+) -> None:
     first, second = params["blocks.2.attn.qkv.kernel"], params["blocks.3.attn.qkv.kernel"]
     assert not np.array_equal(first[:, :48], second[:, :48])
     again = initialize(jax.random.key(0))["blocks.2.attn.qkv.kernel"]

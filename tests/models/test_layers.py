@@ -17,7 +17,7 @@ def stock_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("remat", [False, True])
-def test_attention_and_its_own_gradient_are_the_librarys(dtype: jnp.dtype, tolerance: float, remat: bool):
+def test_attention_and_its_own_gradient_are_the_librarys(dtype: jnp.dtype, tolerance: float, remat: bool) -> None:
     shapes = [(2, 5, WIDTH), (2, 7, WIDTH), (2, 7, WIDTH), (2, 5, WIDTH)]
     normal = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     q, k, v, d_out = (a.astype(dtype).astype(jnp.float32) for a in normal)
@@ -29,7 +29,7 @@ def test_attention_and_its_own_gradient_are_the_librarys(dtype: jnp.dtype, toler
         np.testing.assert_allclose(np.asarray(b, np.float32), a, atol=tolerance * np.abs(a).max())
 
 
-def test_large_logits_do_not_overflow():
+def test_large_logits_do_not_overflow() -> None:
     q = jnp.full((1, 2, WIDTH), 1e3)
     k = jnp.stack([jnp.full((1, WIDTH), 1e3), jnp.full((1, WIDTH), -1e3)], axis=1)
     out, vjp = jax.vjp(functools.partial(attend, heads=HEADS), q, k, k)

@@ -38,7 +38,7 @@ def by_one_hot(module: ExpertChoiceFFN, x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize(("experts", "capacity"), [(2, 1.0), (4, 2.0), (4, 0.5), (3, 3.0)])
-def test_values_and_gradients_equal_those_of_one_hot_products(experts: int, capacity: float):
+def test_values_and_gradients_equal_those_of_one_hot_products(experts: int, capacity: float) -> None:
     graphdef, state = layer(experts, capacity)
     x, weights = jax.random.normal(jax.random.key(2), (2, B, N, D))
 
@@ -55,7 +55,7 @@ def test_values_and_gradients_equal_those_of_one_hot_products(experts: int, capa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), our_gradients, their_gradients)
 
 
-def test_tokens_that_no_expert_chose_get_exactly_zero_and_no_gradient():
+def test_tokens_that_no_expert_chose_get_exactly_zero_and_no_gradient() -> None:
     graphdef, state = layer(experts=2, capacity=0.5)  # 3 tokens each of 12
     x = jax.random.normal(jax.random.key(3), (B, N, D))
     module = nnx.merge(graphdef, state)
@@ -70,7 +70,7 @@ def test_tokens_that_no_expert_chose_get_exactly_zero_and_no_gradient():
         assert np.all(np.any(out[image, sorted(taken)] != 0, axis=-1))
 
 
-def test_each_expert_takes_its_favorites_of_each_image():
+def test_each_expert_takes_its_favorites_of_each_image() -> None:
     graphdef, state = layer(experts=4, capacity=2.0)
     module = nnx.merge(graphdef, state)
     x = jax.random.normal(jax.random.key(4), (B, N, D))
@@ -83,7 +83,7 @@ def test_each_expert_takes_its_favorites_of_each_image():
             assert len(set(chosen[image, expert])) == 6
 
 
-def test_images_do_not_influence_each_other():
+def test_images_do_not_influence_each_other() -> None:
     graphdef, state = layer(experts=4, capacity=1.0)
     module = nnx.merge(graphdef, state)
     x = jax.random.normal(jax.random.key(5), (B, N, D))
@@ -93,12 +93,12 @@ def test_images_do_not_influence_each_other():
 @pytest.mark.parametrize(
     ("tokens", "experts", "capacity", "T"), [(256, 8, 2.0, 64), (4, 8, 2.0, 1), (3, 8, 2.0, 0), (10, 3, 1.0, 3)]
 )
-def test_tokens_per_expert_are_rounded_down(tokens: int, experts: int, capacity: float, T: int):
+def test_tokens_per_expert_are_rounded_down(tokens: int, experts: int, capacity: float, T: int) -> None:
     assert tokens_per_expert(tokens, experts, capacity) == T
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_routers_product_is_of_whole_float32_factors_on_every_device(dtype: jnp.dtype):
+def test_the_routers_product_is_of_whole_float32_factors_on_every_device(dtype: jnp.dtype) -> None:
     graphdef, state = layer(experts=4, capacity=2.0)
     x = jnp.ones((B, N, D), dtype)
     traced = jax.make_jaxpr(lambda x: nnx.merge(graphdef, state).route(x))(x)

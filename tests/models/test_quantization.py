@@ -44,7 +44,7 @@ def factors(*batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_two_products_are_rounded_and_the_third_is_not(name: str, batch: tuple[int, ...]):
+def test_two_products_are_rounded_and_the_third_is_not(name: str, batch: tuple[int, ...]) -> None:
     x, kernel, d_out = factors(*batch)
     values, gradients = TYPES[name]
     out, vjp = jax.vjp(quantized(name), jnp.asarray(x), jnp.asarray(kernel))
@@ -58,7 +58,7 @@ def test_two_products_are_rounded_and_the_third_is_not(name: str, batch: tuple[i
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_an_accelerators_program_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_accelerators_program_computes_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, kernel, d_out = (jnp.asarray(factor, jnp.bfloat16) for factor in factors(2))
 
     def run() -> list[np.ndarray]:
@@ -73,7 +73,7 @@ def test_an_accelerators_program_computes_the_same(name: str, monkeypatch: pytes
         np.testing.assert_allclose(there / unit, here / unit, atol=1e-2)  # bfloat16
 
 
-def test_rows_of_zeros_stay_zeros():
+def test_rows_of_zeros_stay_zeros() -> None:
     out, vjp = jax.vjp(quantized("int8"), jnp.zeros((3, 8)), jnp.zeros((8, 4)))
     for array in (out, *vjp(jnp.zeros((3, 4)))):
         np.testing.assert_array_equal(array, np.zeros(array.shape))
@@ -84,7 +84,7 @@ def loss(params: Any, quantize: str, remat: str = "none") -> jax.Array:
 
 
 @pytest.mark.parametrize("remat", REMAT)
-def test_the_blocks_products_with_weights_are_in_8_bits_once_each(remat: str):
+def test_the_blocks_products_with_weights_are_in_8_bits_once_each(remat: str) -> None:
     """In the program for a TPU; in the backward pass those of the outputs are computed again only if all is."""
     lowered = jax.jit(jax.grad(loss), static_argnums=(1, 2)).trace(abstract_params(CONFIG), "int8", remat)
     text = lowered.lower(lowering_platforms=("tpu",)).as_text()
@@ -97,7 +97,7 @@ def test_the_blocks_products_with_weights_are_in_8_bits_once_each(remat: str):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_networks_gradients_are_nearly_those_without_it(name: str):
+def test_the_networks_gradients_are_nearly_those_without_it(name: str) -> None:
     params = tiny.random_params(CONFIG)
     exact, expected = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, "")
     value, got = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, name)
@@ -108,7 +108,7 @@ def test_the_networks_gradients_are_nearly_those_without_it(name: str):
     assert all(np.any(gradient) for gradient in got.values())
 
 
-def test_an_unknown_format_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch):
+def test_an_unknown_format_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     check_format("")
     check_format("int8")
     with pytest.raises(UserError, match="quantize 'int4' is unknown; use one of int8, fp8, or ''"):

@@ -11,7 +11,7 @@ import pytest
 FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 
 
-def test_devices_and_batches_change_nothing(tmp_path: Path):
+def test_devices_and_batches_change_nothing(tmp_path: Path) -> None:
     script, root = Path(__file__).with_name("evaluated.py"), str(Path(__file__).parents[2])
     environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, script, tmp_path], env=environment, cwd=root, capture_output=True, text=True)

@@ -57,7 +57,7 @@ def found(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     return found | {"folder": folder}
 
 
-def test_two_processes_have_the_losses_of_one(found: dict[int, Any]):
+def test_two_processes_have_the_losses_of_one(found: dict[int, Any]) -> None:
     assert [found[count]["processes"] for count in (1, 2)] == [1, 2]
     assert [found[count]["devices"] for count in (1, 2)] == [8, 8]
     steps = {count: [r for r in found[count]["metrics"] if "loss" in r] for count in (1, 2)}
@@ -67,7 +67,7 @@ def test_two_processes_have_the_losses_of_one(found: dict[int, Any]):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
 
 
-def test_evaluation_and_pictures_are_those_of_one(found: dict[int, Any]):
+def test_evaluation_and_pictures_are_those_of_one(found: dict[int, Any]) -> None:
     evaluated = [[r for r in found[count]["metrics"] if "heldout_loss" in r] for count in (1, 2)]
     for theirs, ours in zip(*evaluated, strict=True):
         for name in ("heldout_loss", "heldout_loss_ema"):
@@ -76,7 +76,7 @@ def test_evaluation_and_pictures_are_those_of_one(found: dict[int, Any]):
     assert "final.png" in found[2]["files"]
 
 
-def test_checkpoints_are_those_of_one(found: dict[int, Any]):
+def test_checkpoints_are_those_of_one(found: dict[int, Any]) -> None:
     """And can be read by one process with a single device."""
     (one, about_one), (two, about_two) = (Checkpoints(found["folder"] / str(n)).load_params() for n in (1, 2))
     for field in ("step", "images", "phase", "data"):
@@ -88,7 +88,7 @@ def test_checkpoints_are_those_of_one(found: dict[int, Any]):
 
 def test_another_number_of_processes_and_another_mesh_go_on_with_the_same_batches(
     found: dict[int, Any], tiny_shards: Path, tmp_path: Path
-):
+) -> None:
     workdir = Path(shutil.copytree(found["folder"] / "2", tmp_path / "run"))
     shutil.rmtree(workdir / "checkpoints" / "4")
     resumed = run(tiny_shards, workdir, 1, data=2, fsdp=2, expert=2)
@@ -101,7 +101,7 @@ def test_another_number_of_processes_and_another_mesh_go_on_with_the_same_batche
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_process_that_waits_in_vain_says_for_what(tmp_path: Path, index: int):
+def test_a_process_that_waits_in_vain_says_for_what(tmp_path: Path, index: int) -> None:
     address = f"localhost:{free_port()}"
     command = [sys.executable, "-m", "micro_dit.main", "--config=configs/mask75.py", f"--workdir={tmp_path / 'run'}"]
     command += [f"--coordinator={address}", f"--process_index={index}", "--process_count=2", "--timeout=2"]
@@ -112,7 +112,7 @@ def test_a_process_that_waits_in_vain_says_for_what(tmp_path: Path, index: int):
     assert done.returncode == 1
 
 
-def test_half_of_the_flags_is_refused(tmp_path: Path):
+def test_half_of_the_flags_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "micro_dit.main", "--config=configs/mask75.py", "--process_index=1"]
     done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=SECONDS)
     assert done.stderr == "error: --coordinator, --process_index and --process_count belong together: give all three.\n"

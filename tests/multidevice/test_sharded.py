@@ -25,7 +25,7 @@ def found() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mesh", ALL)
-def test_every_mesh_trains_as_one_device_does(found: dict[str, Any], mesh: str):
+def test_every_mesh_trains_as_one_device_does(found: dict[str, Any], mesh: str) -> None:
     one = found["one"]["metrics"]
     assert len({values["loss"] for values in one}) == 3
     for values, expected in zip(found[mesh]["metrics"], one, strict=True):
@@ -35,22 +35,22 @@ def test_every_mesh_trains_as_one_device_does(found: dict[str, Any], mesh: str):
 
 
 @pytest.mark.parametrize("mesh", ALL)
-def test_no_batch_is_gathered(found: dict[str, Any], mesh: str):
+def test_no_batch_is_gathered(found: dict[str, Any], mesh: str) -> None:
     assert found[mesh]["gathers"] == []
 
 
-def test_a_gathered_batch_would_be_noticed(found: dict[str, Any]):
+def test_a_gathered_batch_would_be_noticed(found: dict[str, Any]) -> None:
     assert found["by hand"]
 
 
-def test_only_gradients_travel_where_parameters_are_whole(found: dict[str, Any]):
+def test_only_gradients_travel_where_parameters_are_whole(found: dict[str, Any]) -> None:
     """Dropping tokens and experts' choices stay on the device that has the image."""
     counts = found["data"]["collectives"]
     assert counts.pop("all-reduce") > 0
     assert set(counts.values()) == {0}, counts
 
 
-def test_tokens_travel_to_their_experts_alone(found: dict[str, Any]):
+def test_tokens_travel_to_their_experts_alone(found: dict[str, Any]) -> None:
     counts = {mesh: found[mesh]["collectives"]["all-to-all"] for mesh in MESHES}
     assert counts["experts"] > 0
     assert counts["tensor"] > 0
@@ -58,7 +58,7 @@ def test_tokens_travel_to_their_experts_alone(found: dict[str, Any]):
 
 
 @pytest.mark.parametrize("mesh", ALL)
-def test_each_device_holds_its_part_alone(found: dict[str, Any], mesh: str):
+def test_each_device_holds_its_part_alone(found: dict[str, Any], mesh: str) -> None:
     whole = found["one"]["held"]
     assert found[mesh]["held"] == found[mesh]["expected"]
     # Norms, biases and embeddings of the data are whole on each; conditioning is not split over 'tensor'.
@@ -69,7 +69,7 @@ def test_each_device_holds_its_part_alone(found: dict[str, Any], mesh: str):
         assert found[mesh][what] == expert.get(mesh, expert["experts"]), what
 
 
-def test_a_fresh_state_is_made_in_parts_and_is_the_same(found: dict[str, Any]):
+def test_a_fresh_state_is_made_in_parts_and_is_the_same(found: dict[str, Any]) -> None:
     one, parts = found["fresh"]["one"], found["fresh"]["experts"]
     assert parts["sums"] == pytest.approx(one["sums"], rel=1e-6)
     assert parts["held"] < 0.4 * one["held"]
@@ -89,6 +89,6 @@ def test_a_fresh_state_is_made_in_parts_and_is_the_same(found: dict[str, Any]):
         ("microbatches", "microbatch 24 does not divide batch_size 80 of phase 'masked'"),
     ],
 )
-def test_impossible_meshes_and_batches_are_refused(found: dict[str, Any], what: str, message: str):
+def test_impossible_meshes_and_batches_are_refused(found: dict[str, Any], what: str, message: str) -> None:
     assert message in found["refusals"][what]
     assert "\n" not in found["refusals"][what]

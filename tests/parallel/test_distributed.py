@@ -23,7 +23,7 @@ TPU = {"TPU_WORKER_HOSTNAMES": "10.0.0.2,10.0.0.3", "TPU_WORKER_ID": "1"}
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
     ],
 )
-def test_the_environment_tells_whether_there_are_others(environment: dict[str, str], expected: str | None):
+def test_the_environment_tells_whether_there_are_others(environment: dict[str, str], expected: str | None) -> None:
     assert launcher(environment) == expected
 
 
@@ -35,12 +35,12 @@ def test_the_environment_tells_whether_there_are_others(environment: dict[str, s
         (("host", 0, 2), "--coordinator is host:port"),
     ],
 )
-def test_impossible_flags_are_refused(given: tuple[str, int, int | None], message: str):
+def test_impossible_flags_are_refused(given: tuple[str, int, int | None], message: str) -> None:
     with pytest.raises(UserError, match=message):
         start(*given)
 
 
-def test_alone_there_is_nothing_to_wait_for():
+def test_alone_there_is_nothing_to_wait_for() -> None:
     assert main_first(lambda: 3) == 3
     assert any_process(True) is True
     assert any_process(False) is False

@@ -26,7 +26,7 @@ SAMPLER_TOLERANCE = 1e-3
 class Network:
     """A golden file's network with our functions over it, each compiled once."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.arrays, self.about = read(path)
         self.config: DiTConfig = config_of(json.loads(str(self.arrays["config_json"])))
         self.state_dict = under(self.arrays, "params/")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("text", "size"), [("v5e:8x8", 64), ("v5p:4x4x4", 64), ("h100:8", 8), ("cpu:3", 3)])
-def test_topologies(text: str, size: int):
+def test_topologies(text: str, size: int) -> None:
     topology = Topology.parse(text)
     assert topology.size == size
     assert str(topology) == text
@@ -34,7 +34,7 @@ def test_topologies(text: str, size: int):
         ("h100:16", "8 GPUs of one host"),
     ],
 )
-def test_what_is_no_topology_is_refused(text: str, message: str):
+def test_what_is_no_topology_is_refused(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Topology.parse(text)
 
@@ -43,7 +43,7 @@ def test_what_is_no_topology_is_refused(text: str, message: str):
     ("topology", "module", "extra"),
     [("v5e:2x2", "libtpu", "tpu-rehearsal"), ("h100:8", "jax_plugins", "gpu-rehearsal")],
 )
-def test_a_missing_compiler_is_named(topology: str, module: str, extra: str):
+def test_a_missing_compiler_is_named(topology: str, module: str, extra: str) -> None:
     """In a process of its own: describing devices settles what jax runs on."""
     program = f"""
 import sys
@@ -61,7 +61,7 @@ except UserError as error:
         assert extra in tomllib.load(file)["project"]["optional-dependencies"]
 
 
-def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     x, topology, times = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=place), Topology("cpu", (1,)), []
     compile_it = jax.stages.Lowered.compile

@@ -29,11 +29,11 @@ from micro_dit.planning.chips import CHIPS, chip_of
         ("NVIDIA H100 PCIe", None),
     ],
 )
-def test_chip_of(device_kind, name):
+def test_chip_of(device_kind, name) -> None:
     chip = chip_of(device_kind)
     assert (chip.name if chip else None) == name
 
 
-def test_every_figure_has_a_source():
+def test_every_figure_has_a_source() -> None:
     assert all(chip.source and chip.peak_flops > 1e13 and chip.memory > 1e10 for chip in CHIPS.values())
     assert all(chip.interconnect < chip.bandwidth < chip.peak_flops for chip in CHIPS.values())

@@ -43,7 +43,7 @@ ENTRY %main (a: f32[16], b: f32[4,4]) -> f32[16] {
 """
 
 
-def test_a_program_is_added_up():
+def test_a_program_is_added_up() -> None:
     found = collectives(PROGRAM, devices=8)
     assert set(found) == {"all-reduce", "all-gather", "reduce-scatter", "collective-permute"}
     assert found["all-reduce"] == Traffic(1, 128, 128)  # 2·(2-1)/2 of 16 + 16 float32
@@ -82,7 +82,7 @@ ENTRY %main (p: bf16[2,64], q: bf16[8,8], g: bf16[16,64]) -> bf16[2,64] {
 """
 
 
-def test_what_a_tpu_spreads_over_several_fusions_or_fuses_counts_once_for_what_it_is():
+def test_what_a_tpu_spreads_over_several_fusions_or_fuses_counts_once_for_what_it_is() -> None:
     size = 16 * 64 * 2
     assert collectives(TPU, devices=8) == {
         "reduce-scatter": Traffic(1, size, size * 7 / 8),
@@ -90,7 +90,7 @@ def test_what_a_tpu_spreads_over_several_fusions_or_fuses_counts_once_for_what_i
     }
 
 
-def test_one_device_sends_nothing():
+def test_one_device_sends_nothing() -> None:
     assert collectives("ENTRY %main (a: f32[2]) -> f32[2] {\n  ROOT %b = f32[2]{0} negate(%a)\n}", devices=1) == {}
 
 
@@ -106,7 +106,7 @@ def test_one_device_sends_nothing():
         ("{}", 8),
     ],
 )
-def test_groups_of_devices(groups: str, together: int):
+def test_groups_of_devices(groups: str, together: int) -> None:
     line = f"ROOT %r = f32[64]{{0}} all-reduce(%a), channel_id=1, replica_groups={groups}, to_apply=%add"
     found = collectives(f"ENTRY %main (a: f32[64]) -> f32[64] {{\n  {line}\n}}", devices=8)
     assert found["all-reduce"].sent == pytest.approx(256 * 2 * (together - 1) / together)

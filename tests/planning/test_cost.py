@@ -17,7 +17,7 @@ PHASES = [
 NETWORKS = [make_config("MicroDiT_XL_2", input_size=phase.resolution // 8) for phase in PHASES]
 
 
-def test_plan_agrees_with_the_paper():
+def test_plan_agrees_with_the_paper() -> None:
     """Table of the paper: its FLOPs are 3 × forward and include the release's one-hot products."""
     flops = (1.47e20, 4.53e19, 1.18e20, 3.48e19)
     days = (1.11, 0.38, 0.88, 0.26)
@@ -34,7 +34,7 @@ def test_plan_agrees_with_the_paper():
     assert total == pytest.approx(3.45e20, rel=0.01)
 
 
-def test_plan_adds_up_and_prints():
+def test_plan_adds_up_and_prints() -> None:
     result = plan(NETWORKS, PHASES, CHIPS["v5e"], devices=16, mfu=0.4, price=2.0)
     assert result.hours == pytest.approx(sum(cost.hours for cost in result.costs))
     assert result.dollars == pytest.approx(result.hours * 16 * 2.0)
@@ -45,12 +45,12 @@ def test_plan_adds_up_and_prints():
 
 
 @pytest.mark.parametrize("wrong", [{"mfu": 0.0}, {"mfu": 40.0}, {"devices": 0}])
-def test_senseless_plan_is_refused(wrong):
+def test_senseless_plan_is_refused(wrong) -> None:
     with pytest.raises(UserError, match="mfu"):
         plan(NETWORKS, PHASES, CHIPS["h100"], **wrong)
 
 
-def test_unknown_price_stays_unknown():
+def test_unknown_price_stays_unknown() -> None:
     free = dataclasses.replace(CHIPS["h100"], price=None)
     result = plan(NETWORKS, PHASES, free)
     assert result.dollars is None

@@ -31,12 +31,12 @@ def shape(*sizes: int) -> jax.ShapeDtypeStruct:
         (Product(1, 1024, 4, 6144), "v5e", 32),  # the gradient of a modulation's weight from four images
     ],
 )
-def test_padded_by_hand(product: Product, chip: str, times: float):
+def test_padded_by_hand(product: Product, chip: str, times: float) -> None:
     assert product.padded_flops(MATRIX_UNITS[chip]) == pytest.approx(times * product.flops)
 
 
 @pytest.mark.parametrize("quantize", ["", "int8"])  # which has a product for CPUs and one for all else
-def test_products_of_a_network_are_those_counted_by_hand(quantize: str):
+def test_products_of_a_network_are_those_counted_by_hand(quantize: str) -> None:
     config = tiny.network()
     images = 3
     traced = jax.make_jaxpr(lambda params, *inputs: bind(config, params, quantize=quantize)(*inputs))(
@@ -46,7 +46,7 @@ def test_products_of_a_network_are_those_counted_by_hand(quantize: str):
     assert sum(product.flops for product in matrix_products(traced)) == by_hand
 
 
-def test_loops_and_programs_within_programs_are_counted():
+def test_loops_and_programs_within_programs_are_counted() -> None:
     def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
         return jax.jit(jax.checkpoint(lambda x: x @ w))(x), None
 
@@ -54,14 +54,14 @@ def test_loops_and_programs_within_programs_are_counted():
     assert matrix_products(traced) == [Product(1, 32, 16, 16, times=5)]
 
 
-def test_batched_products():
+def test_batched_products() -> None:
     traced = jax.make_jaxpr(lambda q, k: jnp.einsum("bthd,bshd->bhts", q, k))(shape(2, 7, 3, 64), shape(2, 5, 3, 64))
     (product,) = matrix_products(traced)
     assert (product.batch, product.contracted) == (6, 64)
     assert {product.rows, product.columns} == {5, 7}
 
 
-def test_share_of_padding():
+def test_share_of_padding() -> None:
     traced = jax.make_jaxpr(lambda x, w: x @ w)(shape(256, 64), shape(64, 256))
     assert padding(traced, "v5e") == pytest.approx(1 / 2)
     assert padding(traced, "v6e") == pytest.approx(3 / 4)
@@ -69,11 +69,11 @@ def test_share_of_padding():
     assert padding(jax.make_jaxpr(lambda x: x + 1)(shape(4)), "v5e") == 0
 
 
-def test_every_tpu_that_is_rehearsed_has_a_matrix_unit():
+def test_every_tpu_that_is_rehearsed_has_a_matrix_unit() -> None:
     assert set(TPUS) <= set(MATRIX_UNITS)
 
 
-def test_widths_of_xl_fill_tiles_of_128():
+def test_widths_of_xl_fill_tiles_of_128() -> None:
     config = make_config("MicroDiT_XL_2", input_size=32)
     blocks = (*config.mixer_blocks(), *config.backbone_blocks())
     assert not [block for block in blocks if block.dim % 128 or block.attention_width % 128 or block.hidden_width % 256]

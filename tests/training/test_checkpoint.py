@@ -62,7 +62,7 @@ def restore(checkpoints: Checkpoints, warn: Callable[[str], None] = pytest.fail,
     return checkpoints.restore(lambda meta: abstract(state_at(meta["step"], **like)), warn=warn)
 
 
-def test_what_was_saved_comes_back_bit_for_bit(workdir: Path):
+def test_what_was_saved_comes_back_bit_for_bit(workdir: Path) -> None:
     state, meta = restore(Checkpoints(workdir))
     assert meta == meta_at(3)
     assert jax.tree.structure(state) == jax.tree.structure(state_at(3))
@@ -70,15 +70,15 @@ def test_what_was_saved_comes_back_bit_for_bit(workdir: Path):
     assert {leaf.sharding for leaf in jax.tree.leaves(state)} == {DEVICE}
 
 
-def test_an_empty_folder_restores_nothing(tmp_path: Path):
+def test_an_empty_folder_restores_nothing(tmp_path: Path) -> None:
     assert restore(Checkpoints(tmp_path)) is None
 
 
-def test_the_newest_the_ends_of_phases_and_some_multiples_are_kept(tmp_path: Path):
+def test_the_newest_the_ends_of_phases_and_some_multiples_are_kept(tmp_path: Path) -> None:
     assert saved(tmp_path, (1, 2, 3, 4, 5, 6, 7), keep_steps=(2,), keep_every=3).steps == [7, 6, 3, 2]
 
 
-def test_a_step_is_saved_once(workdir: Path):
+def test_a_step_is_saved_once(workdir: Path) -> None:
     checkpoints = Checkpoints(workdir)
     checkpoints.save(state_at(3), meta_at(3), wait=True)
     assert checkpoints.steps == [3, 2]
@@ -111,7 +111,7 @@ def _remove_part(part: str) -> Callable[[Path], None]:
 )  # fmt: skip
 def test_after_damage_to_the_newest_the_one_before_is_taken_and_it_says_so(
     workdir: Path, damage: Callable[[Path], None]
-):
+) -> None:
     damage(workdir / "checkpoints" / "3")
     warnings: list[str] = []
     checkpoints = Checkpoints(workdir)
@@ -130,7 +130,7 @@ def test_after_damage_to_the_newest_the_one_before_is_taken_and_it_says_so(
     jax.tree.map(np.testing.assert_array_equal, checkpoints.load_params(3)[0], state_at(3).ema)
 
 
-def test_when_all_are_damaged_it_does_not_start_anew(workdir: Path):
+def test_when_all_are_damaged_it_does_not_start_anew(workdir: Path) -> None:
     for step in ("2", "3"):
         _truncate_largest(workdir / "checkpoints" / step)
     warnings: list[str] = []
@@ -139,14 +139,14 @@ def test_when_all_are_damaged_it_does_not_start_anew(workdir: Path):
     assert len(warnings) == 2
 
 
-def test_a_checkpoint_of_another_network_is_refused_by_name(workdir: Path):
+def test_a_checkpoint_of_another_network_is_refused_by_name(workdir: Path) -> None:
     expected = r"another network: params\.layer\.kernel is \(64, 64\) float32, expected \(32, 64\)"
     with pytest.raises(UserError, match=expected):
         restore(Checkpoints(workdir), width=32)
 
 
 @pytest.mark.parametrize("part", ["params", "opt_state", "ema"])
-def test_another_dtype_is_refused(workdir: Path, part: str):
+def test_another_dtype_is_refused(workdir: Path, part: str) -> None:
     def half(meta: dict[str, Any]) -> TrainState:
         like = abstract(state_at(3))
         halved = jax.tree.map(
@@ -158,7 +158,7 @@ def test_another_dtype_is_refused(workdir: Path, part: str):
         Checkpoints(workdir).restore(half, warn=pytest.fail)
 
 
-def test_an_optimizer_of_another_kind_is_refused(workdir: Path):
+def test_an_optimizer_of_another_kind_is_refused(workdir: Path) -> None:
     def momentum(meta: dict[str, Any]) -> TrainState:
         like = state_at(3)
         return abstract(like._replace(opt_state=optax.trace(0.9).init(like.params)))
@@ -167,7 +167,7 @@ def test_an_optimizer_of_another_kind_is_refused(workdir: Path):
         Checkpoints(workdir).restore(momentum, warn=pytest.fail)
 
 
-def test_only_the_run_itself_removes_what_is_half_saved(workdir: Path):
+def test_only_the_run_itself_removes_what_is_half_saved(workdir: Path) -> None:
     half_saved = workdir / "checkpoints" / "4.orbax-checkpoint-tmp"
     half_saved.mkdir()
     assert Checkpoints(workdir).steps == [3, 2]
@@ -179,7 +179,7 @@ def test_only_the_run_itself_removes_what_is_half_saved(workdir: Path):
     assert not half_saved.exists()
 
 
-def test_what_is_sampled_from_is_the_average_where_there_is_one(workdir: Path):
+def test_what_is_sampled_from_is_the_average_where_there_is_one(workdir: Path) -> None:
     checkpoints = Checkpoints(workdir)
     params, meta = checkpoints.load_params()
     assert meta == meta_at(3)
@@ -203,7 +203,7 @@ checkpoints.close()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from /proc")
-def test_twenty_saves_leave_no_memory_behind(tmp_path: Path):
+def test_twenty_saves_leave_no_memory_behind(tmp_path: Path) -> None:
     # In a process of its own: what tests before this one left behind comes and goes in one that is shared.
     command = [sys.executable, "-c", SAVES, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -215,7 +215,7 @@ def test_twenty_saves_leave_no_memory_behind(tmp_path: Path):
     assert max(used[-3:]) - max(used[4:7]) < 100e6, [f"{size / 1e6:.0f} MB" for size in used]
 
 
-def test_a_missing_checkpoint_is_named(workdir: Path, tmp_path: Path):
+def test_a_missing_checkpoint_is_named(workdir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no checkpoint of step 7 \(it has steps 2, 3\)"):
         Checkpoints(workdir).load_params(7)
     with pytest.raises(UserError, match=r"has no checkpoint \(it has none\)"):
@@ -226,7 +226,9 @@ def test_a_missing_checkpoint_is_named(workdir: Path, tmp_path: Path):
     "failure", [OSError(errno.ENOSPC, "No space left"), ValueError("RESOURCE_EXHAUSTED: No space left on device")]
 )
 @pytest.mark.parametrize("call", ["save_checkpointables_async", "wait"])
-def test_a_full_disk_is_one_clear_line(workdir: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, call: str):
+def test_a_full_disk_is_one_clear_line(
+    workdir: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, call: str
+) -> None:
     checkpoints = Checkpoints(workdir)
 
     def fail(*arguments: Any, **named: Any) -> None:
@@ -239,7 +241,7 @@ def test_a_full_disk_is_one_clear_line(workdir: Path, monkeypatch: pytest.Monkey
     assert restore(checkpoints)[1] == meta_at(3)
 
 
-def test_other_failures_of_the_disk_are_not_called_full(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_failures_of_the_disk_are_not_called_full(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(workdir)
 
     def fail(*arguments: Any, **named: Any) -> None:

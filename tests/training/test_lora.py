@@ -23,7 +23,7 @@ def adapter_of(lora: LoRA, seed: int = 0) -> dict[str, jax.Array]:
     return {name: jnp.asarray(generator.standard_normal(leaf.shape, np.float32)) for name, leaf in shapes.items()}
 
 
-def test_a_fresh_adapter_changes_nothing_and_has_variance_one_over_in():
+def test_a_fresh_adapter_changes_nothing_and_has_variance_one_over_in() -> None:
     base, lora = tiny.random_params(NETWORK), LoRA(8, 4.0, "mlp.w1")
     adapter = lora.init(base, jax.random.key(0))
     assert {name: leaf.shape for name, leaf in adapter.items()} == {
@@ -38,7 +38,7 @@ def test_a_fresh_adapter_changes_nothing_and_has_variance_one_over_in():
             np.testing.assert_array_equal(value, 0)
 
 
-def test_merging_adds_alpha_over_rank_times_a_b_to_what_is_adapted():
+def test_merging_adds_alpha_over_rank_times_a_b_to_what_is_adapted() -> None:
     base, lora = tiny.random_params(NETWORK), LoRA(2, 6.0, r"\.mlp\.w[12]$")  # the experts' alone
     adapter = adapter_of(lora)
     merged = lora.merge(base, adapter)
@@ -55,7 +55,7 @@ def test_merging_adds_alpha_over_rank_times_a_b_to_what_is_adapted():
             np.testing.assert_allclose(value[expert], base[name][expert] + 3 * a @ b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_merged_layer_computes_what_the_layer_and_its_adapter_do_side_by_side():
+def test_a_merged_layer_computes_what_the_layer_and_its_adapter_do_side_by_side() -> None:
     base, lora = tiny.random_params(NETWORK), LoRA(2, 4.0, r"^caption_projection\.fc2\.kernel$")
     adapter = adapter_of(lora)
     a, b = adapter.values()
@@ -66,7 +66,7 @@ def test_a_merged_layer_computes_what_the_layer_and_its_adapter_do_side_by_side(
     assert not np.allclose(merged, bind(NETWORK, base).caption_projection.fc2(x), atol=0.1)
 
 
-def test_rank_zero_is_no_lora():
+def test_rank_zero_is_no_lora() -> None:
     assert make_lora(0, 8.0, "whatever") is None
     assert make_lora(2, 8, "x") == LoRA(2, 8.0, "x")
 
@@ -82,12 +82,12 @@ def test_rank_zero_is_no_lora():
         (64, 8.0, "qkv", "no smaller than"),
     ],
 )
-def test_impossible_adapters_are_refused(rank: int, alpha: float, targets: str, told: str):
+def test_impossible_adapters_are_refused(rank: int, alpha: float, targets: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         make_lora(rank, alpha, targets).abstract(abstract_params(NETWORK))
 
 
-def test_adapters_are_on_every_device():
+def test_adapters_are_on_every_device() -> None:
     shapes = LoRA(2, 4.0, ATTENTION).abstract(abstract_params(NETWORK))
     mesh = meshes.make_mesh({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
     places = param_shardings(mesh, shapes)

@@ -11,6 +11,7 @@ import pytest
 
 from micro_dit.errors import UserError
 from micro_dit.training.metrics import MetricWriter, read_metrics
+from typing import Never
 
 
 def write(workdir, records, **options):
@@ -21,7 +22,7 @@ def write(workdir, records, **options):
     return workdir / "metrics.jsonl"
 
 
-def test_round_trip(tmp_path):
+def test_round_trip(tmp_path) -> None:
     path = write(tmp_path / "new", [(1, {"loss": 0.5}), (2, {"loss": np.float32(0.25), "learning_rate": 1e-4})])
     first, second = read_metrics(path)
     assert first.pop("time") > 1e9
@@ -30,7 +31,7 @@ def test_round_trip(tmp_path):
     assert second["learning_rate"] == 1e-4
 
 
-def test_each_line_is_on_disk_at_once(tmp_path):
+def test_each_line_is_on_disk_at_once(tmp_path) -> None:
     writer = MetricWriter(tmp_path, tensorboard=False)
     writer.write_scalars(1, {"loss": 0.5})
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 0.5  # while the writer is still open
@@ -38,10 +39,10 @@ def test_each_line_is_on_disk_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path, value):
+def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path, value) -> None:
     path = write(tmp_path, [(1, {"loss": value})])
 
-    def refuse(constant):
+    def refuse(constant) -> Never:
         raise AssertionError(f"{constant} is not JSON")
 
     assert json.loads(path.read_text(), parse_constant=refuse)["loss"] is None
@@ -49,7 +50,7 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path, valu
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
-def test_torn_last_line_is_mended_and_nothing_else_lost(tmp_path, cut):
+def test_torn_last_line_is_mended_and_nothing_else_lost(tmp_path, cut) -> None:
     path = write(tmp_path, [(1, {"loss": 0.5}), (2, {"loss": 0.4})])
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])  # a kill; cut = 1 takes the newline alone
@@ -60,14 +61,14 @@ def test_torn_last_line_is_mended_and_nothing_else_lost(tmp_path, cut):
     assert path.read_bytes().startswith(b"\n".join(whole.split(b"\n")[:kept]) + b"\n")
 
 
-def test_whole_file_is_left_as_it_is_on_reopening(tmp_path):
+def test_whole_file_is_left_as_it_is_on_reopening(tmp_path) -> None:
     path = write(tmp_path, [(1, {"loss": 0.5})])
     before = path.read_bytes()
     write(tmp_path, [])
     assert path.read_bytes() == before
 
 
-def test_resumed_run_repeats_steps_and_the_last_line_wins(tmp_path):
+def test_resumed_run_repeats_steps_and_the_last_line_wins(tmp_path) -> None:
     twice = (2, {"loss": 2.0, "images_per_second": 9.0})
     write(tmp_path, [(1, {"loss": 1.0}), twice, (2, {"heldout_loss": 7.0}), (4, {"loss": 4.0})])
     path = write(tmp_path, [(2, {"loss": 20.0}), (3, {"loss": 30.0})])
@@ -78,7 +79,7 @@ def test_resumed_run_repeats_steps_and_the_last_line_wins(tmp_path):
     assert len(path.read_text().splitlines()) == 6  # the file keeps everything
 
 
-def test_broken_line_in_the_middle_is_named(tmp_path):
+def test_broken_line_in_the_middle_is_named(tmp_path) -> None:
     path = write(tmp_path, [(1, {"loss": 1.0}), (2, {"loss": 2.0})])
     path.write_text("gibberish\n" + path.read_text())
     with pytest.raises(UserError, match=r"Line 1 of .*metrics\.jsonl"):
@@ -87,7 +88,7 @@ def test_broken_line_in_the_middle_is_named(tmp_path):
         read_metrics(tmp_path / "elsewhere.jsonl")
 
 
-def test_disabled_writer_leaves_no_trace(tmp_path):
+def test_disabled_writer_leaves_no_trace(tmp_path) -> None:
     writer = MetricWriter(tmp_path / "run", wandb_project="p", enabled=False)
     writer.write_scalars(1, {"loss": 1.0})
     writer.write_images(1, {"grid": np.zeros((4, 4, 3), np.uint8)})
@@ -96,7 +97,7 @@ def test_disabled_writer_leaves_no_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_reserved_names_and_wrong_images_are_refused(tmp_path):
+def test_reserved_names_and_wrong_images_are_refused(tmp_path) -> None:
     writer = MetricWriter(tmp_path, tensorboard=False)
     with pytest.raises(ValueError, match="step"):
         writer.write_scalars(1, {"step": 3.0})
@@ -105,7 +106,7 @@ def test_reserved_names_and_wrong_images_are_refused(tmp_path):
     writer.close()
 
 
-def test_tensorboard_gets_scalars_and_images_without_importing_torch(tmp_path):
+def test_tensorboard_gets_scalars_and_images_without_importing_torch(tmp_path) -> None:
     code = f"""
 import sys
 import numpy as np
@@ -135,23 +136,23 @@ assert torch.ones(1).sum() == 1
     assert (seen["grid"][1].image.height, seen["grid"][1].image.width) == (4, 5)
 
 
-def test_missing_wandb_names_the_extra(tmp_path, monkeypatch):
+def test_missing_wandb_names_the_extra(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'micro_dit\[wandb\]'"):
         MetricWriter(tmp_path, tensorboard=False, wandb_project="faces")
 
 
-def test_wandb_run_goes_on_after_a_resume(tmp_path, monkeypatch):
+def test_wandb_run_goes_on_after_a_resume(tmp_path, monkeypatch) -> None:
     class Run:
-        def __init__(self, **options):
+        def __init__(self, **options) -> None:
             self.options, self.logged, self.finished = options, [], False
             self.define_metric = lambda name, step_metric: None
             runs.append(self)
 
-        def log(self, values):
+        def log(self, values) -> None:
             self.logged.append(values)
 
-        def finish(self):
+        def finish(self) -> None:
             self.finished = True
 
     runs = []

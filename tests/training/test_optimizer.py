@@ -36,7 +36,7 @@ def by_hand(params: dict[str, np.ndarray], steps: int, clip: float, learning_rat
 
 
 @pytest.mark.parametrize("clip", [0.25, 1e6])
-def test_steps_are_those_of_adamw_by_hand(clip: float):
+def test_steps_are_those_of_adamw_by_hand(clip: float) -> None:
     optimizer = make_optimizer(clip, **SETTINGS)
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), PARAMS)
     state = optimizer.init(params)
@@ -50,14 +50,14 @@ def test_steps_are_those_of_adamw_by_hand(clip: float):
         assert np.abs(expected[name] - PARAMS[name]).max() > 0.01
 
 
-def test_the_states_structure_does_not_depend_on_the_settings():
+def test_the_states_structure_does_not_depend_on_the_settings() -> None:
     params = jax.tree.map(jnp.asarray, PARAMS)
     first, second = make_optimizer(0.25).init(params), make_optimizer(1.0, **SETTINGS).init(params)
     assert jax.tree.structure(first) == jax.tree.structure(second)
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-def test_a_phase_takes_over_the_moments_or_starts_afresh(fresh: bool):
+def test_a_phase_takes_over_the_moments_or_starts_afresh(fresh: bool) -> None:
     optimizer = make_optimizer(1.0)
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), PARAMS)
     g = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gradients(0))

@@ -14,11 +14,11 @@ def rates(**fields: Any) -> np.ndarray:
     return np.asarray([schedule(step) for step in range(fields.get("steps", 100) + 1)])
 
 
-def test_a_constant_rate():
+def test_a_constant_rate() -> None:
     np.testing.assert_allclose(rates(), 0.1, rtol=1e-6)
 
 
-def test_warm_up_and_cosine_to_the_floor():
+def test_warm_up_and_cosine_to_the_floor() -> None:
     values = rates(warmup_steps=20, final_lr_ratio=0.33)
     np.testing.assert_allclose(values[:21], 0.1 * np.arange(21) / 20, rtol=1e-5, atol=1e-9)
     after = np.arange(81) / 80
@@ -27,20 +27,20 @@ def test_warm_up_and_cosine_to_the_floor():
     assert values[-1] == pytest.approx(0.033, rel=1e-4)
 
 
-def test_warm_up_to_a_constant():
+def test_warm_up_to_a_constant() -> None:
     values = rates(warmup_steps=10)
     np.testing.assert_allclose(values[10:], 0.1, rtol=1e-6)
     assert values[0] == 0
     assert values[5] == pytest.approx(0.05)
 
 
-def test_the_defaults_are_the_papers():
+def test_the_defaults_are_the_papers() -> None:
     phase = Phase(**MINIMAL)
     assert (phase.clip, phase.P_mean, phase.P_std, phase.mask_position) == (0.25, -0.6, 1.2, "after_mixer")
     assert (phase.ema_decay, phase.fresh_optimizer, phase.pos_interp_scale) == (0.0, False, 1.0)
 
 
-def test_phases_follow_each_other():
+def test_phases_follow_each_other() -> None:
     phases = make_phases([MINIMAL, MINIMAL | dict(name="two", steps=30)])
     assert [phase.name for phase in phases] == ["one", "two"]
     assert phase_starts(phases) == [0, 100, 130]
@@ -61,7 +61,7 @@ def test_phases_follow_each_other():
         ([MINIMAL, MINIMAL], "several phases are named one; give each its own name"),
     ],
 )
-def test_impossible_phases_are_refused(configs: list[dict[str, Any]], message: str):
+def test_impossible_phases_are_refused(configs: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         make_phases(configs)
     assert "\n" not in str(error.value)

@@ -8,10 +8,11 @@ import re
 import pytest
 
 from micro_dit.training.progress import Progress
+from typing import Never
 
 
 class Clock:
-    def __init__(self):
+    def __init__(self) -> None:
         self.now = 1000.0
 
     def __call__(self):
@@ -19,7 +20,7 @@ class Clock:
 
 
 class Terminal(io.StringIO):
-    def isatty(self):
+    def isatty(self) -> bool:
         return True
 
 
@@ -33,7 +34,7 @@ def make(clock, **options):
     return Progress("faces", **(defaults | options))
 
 
-def test_rate_leaves_out_compilation_and_pauses(clock):
+def test_rate_leaves_out_compilation_and_pauses(clock) -> None:
     progress = make(clock, peak_flops=100e9)
     clock.now += 50  # compilation
     progress.update(1)
@@ -51,7 +52,7 @@ def test_rate_leaves_out_compilation_and_pauses(clock):
     assert progress.seconds_left == pytest.approx(89 * 0.5)
 
 
-def test_a_pause_that_fails_still_counts_as_a_pause(clock):
+def test_a_pause_that_fails_still_counts_as_a_pause(clock) -> Never:
     progress = make(clock)
     progress.update(1)
     with contextlib.suppress(RuntimeError), progress.paused():
@@ -62,7 +63,7 @@ def test_a_pause_that_fails_still_counts_as_a_pause(clock):
     assert progress.images_per_second == pytest.approx(8)
 
 
-def test_resumed_phase_counts_only_its_own_steps(clock):
+def test_resumed_phase_counts_only_its_own_steps(clock) -> None:
     progress = make(clock, initial_step=40)
     progress.update(50)
     clock.now += 5
@@ -71,7 +72,7 @@ def test_resumed_phase_counts_only_its_own_steps(clock):
     assert progress.seconds_left == pytest.approx(20)
 
 
-def test_rate_follows_a_change_of_speed(clock):
+def test_rate_follows_a_change_of_speed(clock) -> None:
     progress = make(clock, total_steps=10_000)
     for step in range(1, 2001):
         clock.now += 0.1 if step < 1000 else 1.0
@@ -79,7 +80,7 @@ def test_rate_follows_a_change_of_speed(clock):
     assert progress.images_per_second == pytest.approx(8)
 
 
-def test_dollars_run_through_compilation_and_pauses(clock):
+def test_dollars_run_through_compilation_and_pauses(clock) -> None:
     progress = make(clock, dollars_per_hour=36.0, dollars_before=5.0)
     clock.now += 50
     progress.update(1)
@@ -93,7 +94,7 @@ def test_dollars_run_through_compilation_and_pauses(clock):
     assert "$6.00 → $25.60" in line  # 98 steps of 20 s still to go
 
 
-def test_scalars_hold_only_what_is_known(clock):
+def test_scalars_hold_only_what_is_known(clock) -> None:
     progress = make(clock, flops_per_image=0.0)
     assert progress.scalars() == {}
     progress.update(1)
@@ -102,7 +103,7 @@ def test_scalars_hold_only_what_is_known(clock):
     assert progress.scalars() == {"images_per_second": 8.0}
 
 
-def test_without_a_terminal_a_line_every_ten_seconds(clock):
+def test_without_a_terminal_a_line_every_ten_seconds(clock) -> None:
     progress = make(clock, total_steps=5000)
     for step in range(1, 3501):
         clock.now += 0.01
@@ -118,7 +119,7 @@ def test_without_a_terminal_a_line_every_ten_seconds(clock):
     assert "\r" not in progress._stream.getvalue()
 
 
-def test_terminal_gets_one_bar(clock):
+def test_terminal_gets_one_bar(clock) -> None:
     terminal = Terminal()
     progress = make(clock, stream=terminal, peak_flops=1e12)
     for step in range(1, 101):
@@ -137,7 +138,7 @@ def test_terminal_gets_one_bar(clock):
     assert "$" not in output
 
 
-def test_nan_is_shown_and_does_not_stick(clock):
+def test_nan_is_shown_and_does_not_stick(clock) -> None:
     progress = make(clock)
     progress.update(1, {"loss": 0.5})
     assert "loss 0.5000" in progress._status()
@@ -147,7 +148,7 @@ def test_nan_is_shown_and_does_not_stick(clock):
     assert "loss 0.5000" in progress._status()
 
 
-def test_other_processes_count_and_stay_silent(clock):
+def test_other_processes_count_and_stay_silent(clock) -> None:
     for stream in (io.StringIO(), Terminal()):
         progress = make(clock, enabled=False, stream=stream)
         for step in (1, 2):
@@ -160,7 +161,7 @@ def test_other_processes_count_and_stay_silent(clock):
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(59, "00:59"), (3600, "1:00:00"), (2 * 86400 + 61, "2 d 0:01:01")])
-def test_eta_is_readable(clock, seconds, text):
+def test_eta_is_readable(clock, seconds, text) -> None:
     progress = make(clock, total_steps=3)
     progress.update(1)
     clock.now += seconds

@@ -10,7 +10,7 @@ from micro_dit.training.report import compile_step, finish
 META = {"step": 6, "images": 24, "seconds": 90.0, "dollars": 0.0}
 
 
-def test_what_is_there_is_told(tmp_path: Path):
+def test_what_is_there_is_told(tmp_path: Path) -> None:
     told = finish(tmp_path, [("masked", 0, 6)], META, None)  # a run that logs nothing, and draws nothing
     assert told == f"done: 6 steps, 24 images, 1.5 minutes\nin {tmp_path}: checkpoints/"
     writer = MetricWriter(tmp_path, tensorboard=False)
@@ -24,7 +24,7 @@ def test_what_is_there_is_told(tmp_path: Path):
     assert '--prompt="a cat"' in told
 
 
-def test_a_long_compilation_shows_that_it_goes_on():
+def test_a_long_compilation_shows_that_it_goes_on() -> None:
     @jax.jit
     def double(x: jax.Array) -> jax.Array:
         time.sleep(0.2)

@@ -19,14 +19,14 @@ def make(clock: Clock, every: int = 0, keep_every: int = 0, minutes: float = 0.0
     return Saving(interrupt, every=every, keep_every=keep_every, minutes=minutes, clock=clock), interrupt
 
 
-def test_it_saves_at_multiples_of_both():
+def test_it_saves_at_multiples_of_both() -> None:
     saving, _ = make(Clock(), every=4, keep_every=6)
     assert [step for step in range(1, 13) if saving.after(step)[0]] == [4, 6, 8, 12]
     saving, _ = make(Clock())
     assert not any(saving.after(step)[0] for step in range(1, 13))
 
 
-def test_it_saves_when_nothing_was_saved_for_long():
+def test_it_saves_when_nothing_was_saved_for_long() -> None:
     clock = Clock()
     saving, _ = make(clock, every=5, minutes=0.5)
     saved = []
@@ -38,7 +38,7 @@ def test_it_saves_when_nothing_was_saved_for_long():
     assert saved == [3, 5, 8, 10, 13]  # the clock starts anew at each, whatever it was saved for
 
 
-def test_it_stops_when_told_to():
+def test_it_stops_when_told_to() -> None:
     saving, interrupt = make(Clock())
     assert saving.after(1) == (False, False)
     assert not saving.told_to_stop()
@@ -50,7 +50,7 @@ def test_it_stops_when_told_to():
 class Others:
     """Two processes of which the other one is told to stop once its clock says so."""
 
-    def __init__(self, told: bool = False, late: bool = False, steps: int = 999):
+    def __init__(self, told: bool = False, late: bool = False, steps: int = 999) -> None:
         self.said, self.asked = [told, late, steps], []
 
     def gather(self, numbers: list[int]) -> np.ndarray:
@@ -59,14 +59,16 @@ class Others:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_of_several_processes_the_first_tells_the_time_and_any_may_stop(monkeypatch: pytest.MonkeyPatch, first: bool):
+def test_of_several_processes_the_first_tells_the_time_and_any_may_stop(
+    monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
     others = Others(told=True, late=True)
     monkeypatch.setattr(module, "gather", others.gather if first else lambda n: others.gather(n)[::-1])
     saving, _ = make(Clock(), minutes=5)
     assert saving.after(1) == (not first, True)
 
 
-def test_several_processes_ask_every_few_seconds_and_save_by_steps_in_between(monkeypatch: pytest.MonkeyPatch):
+def test_several_processes_ask_every_few_seconds_and_save_by_steps_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
     others, clock = Others(), Clock()
     monkeypatch.setattr(module, "gather", others.gather)
     saving, _ = make(clock, every=7)

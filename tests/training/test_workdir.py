@@ -13,7 +13,7 @@ CONFIG = {
 SHARDS = {"vae": "0123", "files": ["aa"]}
 
 
-def test_the_same_config_may_come_again_and_what_has_no_influence_may_change(tmp_path: Path):
+def test_the_same_config_may_come_again_and_what_has_no_influence_may_change(tmp_path: Path) -> None:
     claim_workdir(tmp_path / "run", CONFIG, SHARDS)
     claim_workdir(tmp_path / "run", CONFIG, SHARDS)
     changed = CONFIG | {"checkpoint_every": 7, "sampling": {"every": 1, "prompts": ()}}
@@ -24,7 +24,7 @@ def test_the_same_config_may_come_again_and_what_has_no_influence_may_change(tmp
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_the_fields_that_it_lacks_left_off(tmp_path: Path):
+def test_a_run_of_an_earlier_version_goes_on_with_the_fields_that_it_lacks_left_off(tmp_path: Path) -> None:
     claim_workdir(tmp_path, CONFIG, SHARDS)
     lora = {"rank": 0, "alpha": 8.0, "targets": "qkv"}
     claim_workdir(tmp_path, CONFIG | {"init_from": "", "lora": lora, "quantize": ""}, SHARDS)
@@ -44,7 +44,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_fields_that_it_lacks_left_
         (CONFIG, SHARDS | {"files": ["bb"]}, "the shards, which were made again"),
     ],
 )
-def test_another_runs_directory_is_not_taken(tmp_path: Path, config: dict, shards: dict, message: str):
+def test_another_runs_directory_is_not_taken(tmp_path: Path, config: dict, shards: dict, message: str) -> None:
     claim_workdir(tmp_path, CONFIG, SHARDS)
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(UserError, match=message) as error:
@@ -55,7 +55,7 @@ def test_another_runs_directory_is_not_taken(tmp_path: Path, config: dict, shard
 
 
 @pytest.mark.parametrize("name", ["phases[0]", "run*", "run?"])
-def test_names_in_which_checkpoints_would_be_lost_are_refused(tmp_path: Path, name: str):
+def test_names_in_which_checkpoints_would_be_lost_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="by which Orbax would not find what it has saved: give another --workdir"):
         claim_workdir(tmp_path / name / "run", CONFIG, SHARDS)
     assert not list(tmp_path.iterdir())

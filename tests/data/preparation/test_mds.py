@@ -96,7 +96,7 @@ def rejects_of(out: Path) -> dict[str, str]:
     return {reject["id"]: reject["reason"] for reject in map(json.loads, lines)}
 
 
-def test_golden(tmp_path):
+def test_golden(tmp_path) -> None:
     """Three files, listed both in their folders' indexes and in the merged one, become five records."""
     manifest = convert(GOLDEN, tmp_path / "out")
     records = read_all(tmp_path / "out")
@@ -114,7 +114,7 @@ def test_golden(tmp_path):
     np.testing.assert_allclose(manifest.statistics["256"]["std"], stored.std((0, 2, 3)), rtol=1e-9)
 
 
-def test_the_files_of_these_tests_are_those_of_the_package(tmp_path):
+def test_the_files_of_these_tests_are_those_of_the_package(tmp_path) -> None:
     """What `encode_file` makes is byte for byte what the real writer made."""
     entries = json.loads((GOLDEN / "index.json").read_text())["shards"]
     seeds = iter(range(5))
@@ -126,7 +126,7 @@ def test_the_files_of_these_tests_are_those_of_the_package(tmp_path):
 
 
 @pytest.mark.parametrize("compression", [None, "zstd", "zstd:7"])
-def test_written_by_the_package_itself(tmp_path, compression):
+def test_written_by_the_package_itself(tmp_path, compression) -> None:
     streaming = pytest.importorskip("streaming", reason="mosaicml-streaming is not installed; see test_golden")
     rng = np.random.default_rng(0)
     samples = []
@@ -148,7 +148,7 @@ def test_written_by_the_package_itself(tmp_path, compression):
             assert record.arrays[f"latent_sample_{side}"].transpose(2, 0, 1).tobytes() == sample[f"latents_{side}"]
 
 
-def test_uncompressed_is_the_same_and_comes_first(tmp_path):
+def test_uncompressed_is_the_same_and_comes_first(tmp_path) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0), make_sample(1)], [make_sample(2)]], "zstd")
     raw = folder / "shard.00001.mds"
     raw.write_bytes(zstandard.decompress(raw.with_suffix(".mds.zstd").read_bytes(), 1 << 20))
@@ -161,13 +161,13 @@ def test_uncompressed_is_the_same_and_comes_first(tmp_path):
             assert_sample(record, seed)
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(UserError, match="pip install zstandard"):
         convert(GOLDEN, tmp_path / "out")
 
 
-def test_one_resolution_of_two_or_of_one(tmp_path):
+def test_one_resolution_of_two_or_of_one(tmp_path) -> None:
     assert convert(GOLDEN, tmp_path / "a", resolutions=[512]).resolutions == (512,)
     sample = make_sample(0)
     del sample["latents_512"]
@@ -177,14 +177,14 @@ def test_one_resolution_of_two_or_of_one(tmp_path):
         convert(folder, tmp_path / "c", resolutions=[256, 512])
 
 
-def test_sixteen_channels_and_t5(tmp_path):
+def test_sixteen_channels_and_t5(tmp_path) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0, channels=16, caption=(120, 4096))]])
     manifest = convert(folder, tmp_path / "out")
     assert manifest.vae.channels == 16
     assert (manifest.text_encoder.tokens, manifest.text_encoder.channels) == (120, 4096)
 
 
-def test_bad_samples_are_counted_and_named(tmp_path):
+def test_bad_samples_are_counted_and_named(tmp_path) -> None:
     samples = [make_sample(seed) for seed in range(6)]
     samples[1]["latents_256"] = samples[1]["latents_256"][:-2]
     samples[2]["caption"] = b"caf\xe9"
@@ -208,7 +208,7 @@ def test_bad_samples_are_counted_and_named(tmp_path):
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("kept", [0.0, 0.00002, 0.5, 0.9999])
-def test_a_truncated_file(tmp_path, compression, kept):
+def test_a_truncated_file(tmp_path, compression, kept) -> None:
     rng = np.random.default_rng(1)  # incompressible, so that half of the file is half of the samples
     samples = [
         make_sample(seed) | {"latents_512": rng.standard_normal(4 * 64 * 64).astype("<f2").tobytes()}
@@ -228,7 +228,7 @@ def test_a_truncated_file(tmp_path, compression, kept):
         assert record.arrays["latent_sample_512"].transpose(2, 0, 1).tobytes() == sample["latents_512"]
 
 
-def test_damage_in_the_middle(tmp_path):
+def test_damage_in_the_middle(tmp_path) -> None:
     """Offsets that point anywhere, and sizes that do not add up, cost their own samples alone."""
     folder = write_mds(tmp_path / "mds", [[make_sample(seed) for seed in range(5)]])
     path = folder / "shard.00000.mds"
@@ -241,7 +241,7 @@ def test_damage_in_the_middle(tmp_path):
     assert list(rejects_of(tmp_path / "out")) == [f"shard.00000.mds:{index}" for index in (1, 2, 4)]
 
 
-def test_another_number_of_samples_than_listed(tmp_path):
+def test_another_number_of_samples_than_listed(tmp_path) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0), make_sample(1)], [make_sample(2)]])
     index = json.loads((folder / "index.json").read_text())
     index["shards"][0]["samples"] = 3
@@ -255,7 +255,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "plan.json"}
 
 
-def test_interrupted_and_continued(tmp_path, monkeypatch):
+def test_interrupted_and_continued(tmp_path, monkeypatch) -> None:
     """Whenever it ends, what is done stays, and the result is the same, byte for byte."""
     monkeypatch.setattr(mds, "BYTES_IN_A_PART", 500_000)  # two of these files
     folder = write_mds(tmp_path / "mds", [[make_sample(seed)] for seed in range(5)])
@@ -285,7 +285,7 @@ def test_interrupted_and_continued(tmp_path, monkeypatch):
         convert(folder, tmp_path / "out", resolutions=[256])
 
 
-def test_several_processes(tmp_path, monkeypatch):
+def test_several_processes(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(mds, "BYTES_IN_A_PART", 1)
     folder = write_mds(tmp_path / "mds", [[make_sample(seed)] for seed in range(3)])
     assert convert(folder, tmp_path / "out", process_index=1, process_count=2) is None
@@ -297,7 +297,7 @@ def test_several_processes(tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
-def test_the_fingerprint_of_a_folder(tmp_path):
+def test_the_fingerprint_of_a_folder(tmp_path) -> None:
     shipped = Path(mds.__file__).parents[2] / "assets" / "openmoji_vae"
     config = json.loads((shipped / "config.json").read_text())
     with pytest.raises(UserError, match="give the image encoder that made them"):
@@ -328,7 +328,7 @@ def test_the_fingerprint_of_a_folder(tmp_path):
         (lambda folder: (folder / "shard.00000.mds.zstd").write_bytes(b""), "all files are damaged"),
     ],
 )
-def test_folders_that_cannot_be_converted(tmp_path, change, message):
+def test_folders_that_cannot_be_converted(tmp_path, change, message) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0)]], "zstd")
     change(folder)
     with pytest.raises(UserError, match=message):
@@ -352,12 +352,12 @@ def edit_shard(folder: Path, **values) -> None:
         (make_sample(0, channels=16) | {"latents_256": pattern(0, (4, 32, 32)).tobytes()}, "no float16 latents"),
     ],
 )
-def test_arrays_of_other_kinds(tmp_path, sample, message):
+def test_arrays_of_other_kinds(tmp_path, sample, message) -> None:
     with pytest.raises(UserError, match=message):
         convert(write_mds(tmp_path / "mds", [[sample]]), tmp_path / "out")
 
 
-def test_columns_of_fixed_size(tmp_path):
+def test_columns_of_fixed_size(tmp_path) -> None:
     """A column such as 'width' (int32) has no size in the sample."""
     folder = write_mds(tmp_path / "mds", [[make_sample(0)]])
     sample = make_sample(0)
@@ -377,7 +377,7 @@ def test_columns_of_fixed_size(tmp_path):
     assert_sample(read_all(tmp_path / "out")[0], 0)
 
 
-def test_layout_of_the_majority(tmp_path):
+def test_layout_of_the_majority(tmp_path) -> None:
     """The first sample may be the broken one."""
     samples = [make_sample(seed) for seed in range(3)]
     samples[0]["latents_512"] = b""

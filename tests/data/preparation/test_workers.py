@@ -44,7 +44,7 @@ def numbered(count: int) -> list[tuple[int, tuple[int] | None]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_results_come_in_order(workers: int):
+def test_results_come_in_order(workers: int) -> None:
     with Decoders(workers) as decoders:
         expected = [(n, None if n % 5 == 0 else n**2) for n in range(50)]
         assert list(decoders.map(square, numbered(50), ahead=7)) == expected
@@ -53,7 +53,7 @@ def test_results_come_in_order(workers: int):
             list(decoders.map(fail, numbered(3), ahead=7))
 
 
-def test_an_error_of_the_items_comes_after_the_results_of_those_before():
+def test_an_error_of_the_items_comes_after_the_results_of_those_before() -> None:
     def items() -> Iterator[tuple[int, tuple[int]]]:
         yield 1, (1,)
         yield 2, (2,)
@@ -66,7 +66,7 @@ def test_an_error_of_the_items_comes_after_the_results_of_those_before():
             next(results)
 
 
-def test_a_bounded_number_of_items_is_held():
+def test_a_bounded_number_of_items_is_held() -> None:
     taken = 0
 
     def items() -> Iterator[tuple[int, tuple[int]]]:
@@ -79,14 +79,14 @@ def test_a_bounded_number_of_items_is_held():
             assert taken - number < 6
 
 
-def test_a_dying_worker_takes_nothing_with_it_but_the_item_to_blame():
+def test_a_dying_worker_takes_nothing_with_it_but_the_item_to_blame() -> None:
     with Decoders(2) as decoders:
         results = dict(decoders.map(square_or_die, [(n, (n,)) for n in range(30)], ahead=8))
     assert results == {n: None if n in (3, 4, 11) else n**2 for n in range(30)}
     assert multiprocessing.active_children() == []
 
 
-def test_workers_import_nothing_heavy():
+def test_workers_import_nothing_heavy() -> None:
     with Decoders(1) as decoders:
         ((_, modules),) = decoders.map(imported_modules, [("", ())], ahead=1)
     assert modules is not None
@@ -98,13 +98,13 @@ def test_workers_import_nothing_heavy():
     assert ran.stdout == "set()\n"
 
 
-def test_workers_that_do_not_start_are_an_error(monkeypatch: pytest.MonkeyPatch):
+def test_workers_that_do_not_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "start_worker", os.abort)
     with pytest.raises(UserError, match="--workers=0"), Decoders(1):
         pass
 
 
-def test_an_example_is_prepared_or_dropped():
+def test_an_example_is_prepared_or_dropped() -> None:
     file = io.BytesIO()
     Image.new("RGB", (40, 30), "red").save(file, "PNG")
     image = file.getvalue()
@@ -116,7 +116,7 @@ def test_an_example_is_prepared_or_dropped():
     assert prepare_example(image, ("x",), [16], 31, clean=False).dropped == "image is smaller than 31 px"
 
 
-def test_captions_are_cleaned_if_asked():
+def test_captions_are_cleaned_if_asked() -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "PNG")
     captions = ("A cat (SOLD OUT)", "@user", "a cat sold out")
@@ -124,7 +124,7 @@ def test_captions_are_cleaned_if_asked():
     assert cleaned == (clean_caption(captions[0]),) == ("a cat sold out",)
 
 
-def test_an_endless_caption_is_cut_before_it_is_cleaned():
+def test_an_endless_caption_is_cut_before_it_is_cleaned() -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "PNG")
     prepared = prepare_example(file.getvalue(), ["a " * 10_000], [16], 16, clean=True)
@@ -132,7 +132,7 @@ def test_an_endless_caption_is_cut_before_it_is_cleaned():
     assert prepared.altered == ("caption was cut to 5,000 characters",)
 
 
-def test_run_ahead_is_bounded_ordered_and_passes_errors_on():
+def test_run_ahead_is_bounded_ordered_and_passes_errors_on() -> None:
     taken = 0
 
     def items() -> Iterator[int]:
@@ -151,7 +151,7 @@ def test_run_ahead_is_bounded_ordered_and_passes_errors_on():
         next(ahead)
 
 
-def test_closing_a_chain_ends_every_stage():
+def test_closing_a_chain_ends_every_stage() -> None:
     closed = []
 
     def endless() -> Iterator[int]:

@@ -40,7 +40,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_prompts_of_the_archives(folder):
+def test_prompts_of_the_archives(folder) -> None:
     items = read_source(f"diffusiondb:{folder}")
     assert captions_of(items) == {
         "part-000001/a.png": ("a castle",),
@@ -51,14 +51,14 @@ def test_prompts_of_the_archives(folder):
     assert examples_of(items)[0].image == picture("blue", "PNG")
 
 
-def test_prompts_of_the_metadata(folder):
+def test_prompts_of_the_metadata(folder) -> None:
     items = read_source(f"diffusiondb:{folder},metadata={folder / 'metadata.parquet'}")
     assert captions_of(items) == {"part-000001/a.png": ("table a",), "part-000002/c.png": ("table c",)}
     reasons = {"extra.png": NO_CAPTION, "b.png": NO_CAPTION, "gone.png": MISSING_FILE}
     assert rejects_of(items) == {f"part-000001/{name}": reason for name, reason in reasons.items()}
 
 
-def test_damaged_archives_and_members_are_rejects(folder):
+def test_damaged_archives_and_members_are_rejects(folder) -> None:
     images = folder / "images"
     (images / "part-000003.zip").write_bytes((images / "part-000001.zip").read_bytes()[:-30])  # no table of contents
     write_zip(images / "part-000004.zip", {"d.png": picture("red", "PNG"), "part-000004.json": b"{"})
@@ -73,7 +73,7 @@ def test_damaged_archives_and_members_are_rejects(folder):
     assert rejects["part-000005/e.png"] == UNREADABLE_FILE
 
 
-def test_errors_are_one_sentence(folder, tmp_path):
+def test_errors_are_one_sentence(folder, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no part-000001\.zip"):
         open_source(f"diffusiondb:{tmp_path / 'empty'}", px=1)

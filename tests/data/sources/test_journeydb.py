@@ -45,7 +45,7 @@ LAYOUTS = [("tgz", "w:gz", "./000/"), ("tar", "w", ""), ("tar.gz", "w:gz", "x/00
 
 
 @pytest.mark.parametrize(("ending", "mode", "prefix"), LAYOUTS)
-def test_archives_are_read_from_front_to_back(tmp_path, ending, mode, prefix):
+def test_archives_are_read_from_front_to_back(tmp_path, ending, mode, prefix) -> None:
     train = tmp_path / "data" / "train"
     write_annotations(train)
     write_tar(train / "imgs" / f"000.{ending}", {f"{prefix}{name}": data for name, data in IMAGES.items()}, mode)
@@ -60,7 +60,7 @@ def test_archives_are_read_from_front_to_back(tmp_path, ending, mode, prefix):
     assert examples_of(items)[-1].image == picture("blue")
 
 
-def test_unpacked_folders_and_the_validation_split(tmp_path):
+def test_unpacked_folders_and_the_validation_split(tmp_path) -> None:
     write_annotations(tmp_path, "valid_anno_repath.jsonl")
     write_files(tmp_path, {f"000/{name}": data for name, data in IMAGES.items()} | {"001/c.jpg": picture("blue")})
     items = read_source(f"journeydb:{tmp_path}", "validation", exact=False)
@@ -69,7 +69,7 @@ def test_unpacked_folders_and_the_validation_split(tmp_path):
     assert [len(part) for part in open_source(f"journeydb:{tmp_path}", px=1).parts("validation")] == [4, 1]
 
 
-def test_a_truncated_archive_yields_what_is_whole(tmp_path):
+def test_a_truncated_archive_yields_what_is_whole(tmp_path) -> None:
     write_annotations(tmp_path)
     noise = {f"000/{name}": IMAGES[name] + bytes(range(256)) * 40 for name in ("b.jpg", "a.jpg")}
     for ending, mode in (("tgz", "w:gz"), ("tar", "w")):
@@ -88,7 +88,7 @@ def test_a_truncated_archive_yields_what_is_whole(tmp_path):
         path.unlink()
 
 
-def test_a_repeated_image_is_named(tmp_path):
+def test_a_repeated_image_is_named(tmp_path) -> None:
     write_annotations(tmp_path)
     write_tar(tmp_path / "000.tgz", [("000/b.jpg", picture("red")), ("000/b.jpg", picture("blue"))], "w:gz")
     items = read_source(f"journeydb:{tmp_path}", exact=False)
@@ -96,7 +96,7 @@ def test_a_repeated_image_is_named(tmp_path):
     assert rejects_of(items)["000/b.jpg"] == REPEATED
 
 
-def test_errors_are_one_sentence(tmp_path):
+def test_errors_are_one_sentence(tmp_path) -> None:
     with pytest.raises(UserError, match=r"no train_anno\*\.jsonl"):
         open_source(f"journeydb:{tmp_path}", px=1)
     write_annotations(tmp_path)

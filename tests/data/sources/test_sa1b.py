@@ -43,7 +43,7 @@ def check(tars, captions, options: str = "") -> None:
     assert examples_of(items)[0].image == picture("red")
 
 
-def test_parquet_with_the_key_of_pixart(tars, tmp_path):
+def test_parquet_with_the_key_of_pixart(tars, tmp_path) -> None:
     for half, numbers in enumerate(((2, 1), (5,))):
         table = {
             "image_path": [f"images/sa_{number}.jpg" for number in numbers],
@@ -58,7 +58,7 @@ def test_parquet_with_the_key_of_pixart(tars, tmp_path):
         open_source(f"sa1b:{tars},captions={tmp_path / 'captions'},key=id", px=1).parts("train")
 
 
-def test_json_and_text_in_every_shape(tars, tmp_path):
+def test_json_and_text_in_every_shape(tars, tmp_path) -> None:
     rows = [{"image_id": number, "llava": caption} for number, caption in CAPTIONS.items()]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     check(tars, tmp_path / "a.json", ",caption=llava,key=image_id")
@@ -77,7 +77,7 @@ def test_json_and_text_in_every_shape(tars, tmp_path):
     check(tars, tmp_path / "f.parquet")
 
 
-def test_several_captions_of_an_image_and_captions_that_are_not_utf8(tars, tmp_path):
+def test_several_captions_of_an_image_and_captions_that_are_not_utf8(tars, tmp_path) -> None:
     lines = b'{"id": 1, "caption": ["first", "second"]}\n{"id": 1, "caption": "third"}\n{"id": 2, "caption": "\xe9"}\n'
     (tmp_path / "captions.jsonl").write_bytes(lines)
     items = read_source(f"sa1b:{tars},captions={tmp_path / 'captions.jsonl'}")
@@ -85,7 +85,7 @@ def test_several_captions_of_an_image_and_captions_that_are_not_utf8(tars, tmp_p
     assert rejects_of(items)["sa_000000/sa_2"] == NOT_UTF8
 
 
-def test_the_index_is_made_once_and_again_when_the_captions_change(tars, tmp_path):
+def test_the_index_is_made_once_and_again_when_the_captions_change(tars, tmp_path) -> None:
     captions, index = tmp_path / "captions.json", tmp_path / "elsewhere.sqlite"
     spec = f"sa1b:{tars},captions={captions},index={index}"
     captions.write_text('{"1": "old"}')
@@ -100,7 +100,7 @@ def test_the_index_is_made_once_and_again_when_the_captions_change(tars, tmp_pat
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
-def test_errors_are_one_sentence(tars, tmp_path):
+def test_errors_are_one_sentence(tars, tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "half.jsonl").write_text('{"id": 1, "caption": "x"}\n{"id": 2, "cap')
     for spec, message in {

@@ -9,10 +9,10 @@ from micro_dit.errors import UserError
 class Numbers:
     """A sequence of items that counts what is pickled of it."""
 
-    def __init__(self, numbers):
+    def __init__(self, numbers) -> None:
         self.numbers = numbers
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, index):
@@ -21,7 +21,7 @@ class Numbers:
         return Example(str(self.numbers[index]), b"", ("x",))
 
 
-def test_slices_cover_a_sequence_in_order():
+def test_slices_cover_a_sequence_in_order() -> None:
     parts = slices(Numbers(list(range(10))), size=4)
     assert [(part.name, len(part)) for part in parts] == [("slice-00000", 4), ("slice-00001", 4), ("slice-00002", 2)]
     assert [int(item.id) for part in parts for item in part] == list(range(10))
@@ -32,14 +32,14 @@ def test_slices_cover_a_sequence_in_order():
     assert len(slices(Numbers(range(SLICE_SIZE + 1)))) == 2
 
 
-def test_a_slice_travels_without_the_rest():
+def test_a_slice_travels_without_the_rest() -> None:
     part = slices(Numbers(list(range(100_000))), size=10)[-1]
     data = pickle.dumps(part)
     assert len(data) < 500
     assert list(pickle.loads(data)) == list(part)
 
 
-def test_make_item_keeps_captions_that_are_text():
+def test_make_item_keeps_captions_that_are_text() -> None:
     assert make_item("1", b"x", "a") == Example("1", b"x", ("a",))
     assert make_item("1", b"x", "") == Example("1", b"x", ("",))
     assert make_item("1", b"x", ["a", None, "b", 3, "a"]) == Example("1", b"x", ("a", "b"))
@@ -48,7 +48,7 @@ def test_make_item_keeps_captions_that_are_text():
     assert make_item("\udce9", b"x", ["fine", "\ud83d"]) == Reject("\\udce9", "caption is not valid UTF-8")
 
 
-def test_arguments_are_a_path_and_options():
+def test_arguments_are_a_path_and_options() -> None:
     assert parse_argument("s", "/a,b/c", ("x",)) == ("/a,b/c", {})
     assert parse_argument("s", "/a,b,x=1,y=p=q,r", ("x", "y")) == ("/a,b", {"x": "1", "y": "p=q,r"})
     with pytest.raises(UserError, match=r"no option 'z'; known ones: x=\.\.\., y=\.\.\."):
@@ -58,7 +58,7 @@ def test_arguments_are_a_path_and_options():
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_source_refuses_a_path_that_is_not_there(name, tmp_path):
+def test_every_source_refuses_a_path_that_is_not_there(name, tmp_path) -> None:
     def read() -> None:
         source = open_source(f"{name}:{tmp_path}/missing", px=8)
         source.parts(source.splits[0])
@@ -67,6 +67,6 @@ def test_every_source_refuses_a_path_that_is_not_there(name, tmp_path):
         read()
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no data source 'imagenet'.*webdataset.*listing"):
         open_source("imagenet", px=8)

@@ -34,7 +34,7 @@ def write_annotations(folder, name: str = "train") -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_captions_are_grouped_by_image(tmp_path, packed):
+def test_captions_are_grouped_by_image(tmp_path, packed) -> None:
     images = {"train_images/b7.jpg": picture("red"), "train_images/a3.jpg": picture("blue")}
     write_annotations(tmp_path)
     if packed:
@@ -46,7 +46,7 @@ def test_captions_are_grouped_by_image(tmp_path, packed):
     assert examples_of(items)[1].image == picture("red")
 
 
-def test_a_missing_image_and_the_validation_split(tmp_path):
+def test_a_missing_image_and_the_validation_split(tmp_path) -> None:
     write_files(tmp_path, {"train_images/b7.jpg": picture("red")})
     write_annotations(tmp_path, "val")
     assert open_source(f"textcaps:{tmp_path}", px=1).splits == ("validation",)
@@ -55,7 +55,7 @@ def test_a_missing_image_and_the_validation_split(tmp_path):
     assert rejects_of(items) == {"a3": MISSING_FILE}
 
 
-def test_errors_are_one_sentence(tmp_path):
+def test_errors_are_one_sentence(tmp_path) -> None:
     with pytest.raises(UserError, match=r"holds neither TextCaps_0\.1_train\.json nor"):
         open_source(f"textcaps:{tmp_path}", px=1)
     write_annotations(tmp_path)

@@ -1,6 +1,7 @@
 """Pictures can be opened again, hold what was put in, and are never half written."""
 
 import math
+from typing import Never
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from micro_dit import images as grids
 from micro_dit.errors import UserError
 from micro_dit.images import PAPER, caption_grid, save_gif, save_png
 from micro_dit.training.curves import plot_curves
-from typing import Never
 
 RED = (200, 10, 10)
 

@@ -5,13 +5,13 @@ import math
 import subprocess
 import sys
 import types
+from typing import Never
 
 import numpy as np
 import pytest
 
 from micro_dit.errors import UserError
 from micro_dit.training.metrics import MetricWriter, read_metrics
-from typing import Never
 
 
 def write(workdir, records, **options):

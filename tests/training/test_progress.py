@@ -4,11 +4,11 @@ import contextlib
 import io
 import math
 import re
+from typing import Never
 
 import pytest
 
 from micro_dit.training.progress import Progress
-from typing import Never
 
 
 class Clock:

@@ -42,7 +42,6 @@ class Setting:
         microbatch: images of a forward and backward pass, halved until it fits a GPU; 0 takes the whole batch at once.
         dtype: of the matrix products.
         remat: what micro_dit's backward pass computes again.
-        quantize: the format of micro_dit's products with weights; '' is dtype.
         caption_tokens: L.
         compiled: whether the twin is compiled by torch.compile.
         steps: of the sampler.
@@ -56,7 +55,6 @@ class Setting:
     microbatch: int = 0
     dtype: str = "float32"
     remat: str = "dots"
-    quantize: str = ""
     caption_tokens: int = 77
     compiled: bool = False
     steps: int = 30

@@ -3,7 +3,6 @@
     make bench-gpu                                  XL/2 in bfloat16, 8 minutes at most; figures in runs/bench_gpu.json
     make bench-gpu ARGS=--go_on                     keeps what that file holds and measures the rest
     make bench-gpu ARGS="--parts 'phase 4' loader"  some parts only
-    make bench-gpu ARGS="--quantize fp8"            training steps in 8 bits, or int8; runs/bench_gpu_fp8.json
     make bench-gpu ARGS=--dry_run                   the whole program with a tiny network on the CPU: nothing to report
 
 A part's figures are printed and written as soon as they are there. What does not fit the budget is named as left out;
@@ -28,7 +27,6 @@ from typing import Any
 
 from benchmarks.contenders import Contender, Failed, OutOfTime, Setting, describe_machine, twin_is_there
 from micro_dit.models.flops import training_flops
-from micro_dit.models.quantization import FORMATS
 from micro_dit.planning.chips import chip_of
 
 OURS, TWIN = "micro_dit", "twin"
@@ -55,26 +53,21 @@ class Bench:
         contenders: of OURS and TWIN, those that there are.
         dry_run: a tiny network on the CPU.
         compiled: whether torch.compile compiles the twin.
-        quantize: the format of micro_dit's products with weights in training; '' is bfloat16.
     """
 
-    def __init__(
-        self, deadline: float, contenders: Sequence[str], dry_run: bool, compiled: bool = True, quantize: str = ""
-    ) -> None:
+    def __init__(self, deadline: float, contenders: Sequence[str], dry_run: bool, compiled: bool = True) -> None:
         self.deadline, self.contenders, self.dry_run, self.compiled = deadline, contenders, dry_run, compiled
-        self.quantize = quantize
         self.absent: dict[str, str] = {}  # contenders that can't take part, and why
 
     def setting(self, pixels: int, mask_ratio: float, images: int, microbatch: int = 0) -> Setting:
         if self.dry_run:
             fields = TINY | {"input_size": pixels // 64}
             images, microbatch = 4, 2 if microbatch < images else 4
-            tiny = dict(caption_tokens=4, compiled=self.compiled, steps=3, quantize=self.quantize)
+            tiny = dict(caption_tokens=4, compiled=self.compiled, steps=3)
             return Setting("Nano", fields, mask_ratio, images, microbatch, **tiny)
         fields = {"input_size": pixels // 8, "pos_interp_scale": pixels / 256}
         return Setting(
-            "MicroDiT_XL_2", fields, mask_ratio, images, microbatch, dtype="bfloat16", compiled=self.compiled, gpu=True,
-            quantize=self.quantize,
+            "MicroDiT_XL_2", fields, mask_ratio, images, microbatch, dtype="bfloat16", compiled=self.compiled, gpu=True
         )  # fmt: skip
 
     def compete(self, job: str, setting: Setting) -> dict[str, dict[str, Any]]:
@@ -235,16 +228,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for the figures; by default runs/bench_gpu.json")
     parser.add_argument("--go_on", action="store_true", help="keeps what that file holds and measures the rest")
     parser.add_argument("--dry_run", action="store_true", help="a tiny network on the CPU; the figures mean nothing")
-    parser.add_argument("--quantize", choices=FORMATS, default="", help="micro_dit's training steps in 8 bits")
     parser.add_argument("--eager", action="store_true", help="runs the twin without torch.compile")
     options = parser.parse_args(argv)
-    options.json = options.json or Path("runs", f"bench_gpu{options.quantize and '_'}{options.quantize}.json")
+    options.json = options.json or Path("runs", "bench_gpu.json")
 
     if options.dry_run:  # optimizing machine code would take most of the time
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     contenders = [OURS, TWIN] if twin_is_there() else [OURS]
     compiled = not (options.eager or options.dry_run)  # its C++ for a CPU would take minutes
-    bench = Bench(time.monotonic() + options.budget, contenders, options.dry_run, compiled, options.quantize)
+    bench = Bench(time.monotonic() + options.budget, contenders, options.dry_run, compiled)
     machine, device = describe_machine(), hello(bench)
     if OURS in bench.absent:
         print(f"skipped: {bench.absent[OURS]}")
@@ -255,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {"parts": {}}
     if options.go_on and options.json.exists():
         results["parts"] = json.loads(options.json.read_text())["parts"]
-    results |= {"machine": machine, "device": device, "dry_run": options.dry_run, "quantize": options.quantize}
+    results |= {"machine": machine, "device": device, "dry_run": options.dry_run}
     results["left_out"] = {}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     print(f"{device}; {', '.join(f'{name} {version}' for name, version in machine['versions'].items())}", flush=True)

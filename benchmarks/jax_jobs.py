@@ -108,10 +108,7 @@ class Training(Job):
     @property
     def recipe(self) -> Recipe:
         setting = self.setting
-        return Recipe(
-            0.9, 0.1, dtype=setting.dtype, remat=setting.remat, adam={}, microbatch=self.microbatch,
-            quantize=setting.quantize,
-        )  # fmt: skip
+        return Recipe(0.9, 0.1, dtype=setting.dtype, remat=setting.remat, adam={}, microbatch=self.microbatch)
 
     def prepare(self) -> dict[str, Any]:
         answer = super().prepare()

@@ -55,7 +55,6 @@ def base(**fields: Any) -> ConfigDict:
             lora=dict(rank=0, alpha=8.0, targets=r"attn\.(qkv|q|kv|proj)\.kernel$"),
             masking=dict(ratio=placeholder(float)),  # if set, the mask_ratio of all phases that mask
             dtype="float32",  # of the matrix products
-            quantize="",  # "int8" or "fp8": the blocks' products with weights in 8 bits, in training; docs/speed.md
             remat="dots",  # what the backward pass computes again to save memory: "none", "dots" or "full"
             diffusion=dict(sigma_data=0.9, caption_drop=0.1),
             adam=dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1),

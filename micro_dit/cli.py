@@ -15,6 +15,9 @@ from absl import flags, logging
 
 from micro_dit.errors import UserError
 
+# Config fields of earlier versions, and why they were removed.
+REMOVED_FIELDS = {"quantize": "8-bit products showed no gain, see docs/lab_notes.md"}
+
 
 def run_command(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
     """Runs a command; a UserError is printed as one line, without a traceback. Returns the exit status.
@@ -63,10 +66,17 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         fields = [argument.partition("=")[0].removeprefix("config.") for argument in given if "config." in argument]
         known = _leaves(load_config(path))
         for field in fields:
+            if field in REMOVED_FIELDS:
+                raise removed_field(field) from error
             if field not in known:
                 close = difflib.get_close_matches(field, known, n=3, cutoff=0.5) or known
                 raise UserError(f"the config has no field {field!r}; did you mean {', '.join(close)}?") from error
         raise UserError(f"a config field has a value of the wrong type: {error}") from error
+
+
+def removed_field(name: str) -> UserError:
+    """Returns the error for a config or an override that sets one of REMOVED_FIELDS."""
+    return UserError(f"the config field `{name}` was removed ({REMOVED_FIELDS[name]}); drop --config.{name}.")
 
 
 def load_config(path: str) -> Any:

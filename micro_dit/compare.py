@@ -24,7 +24,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from micro_dit.budget import manifest_of
-from micro_dit.cli import load_config, run_command
+from micro_dit.cli import REMOVED_FIELDS, load_config, removed_field, run_command
 from micro_dit.errors import UserError
 from micro_dit.evaluate import Stopped, evaluate
 from micro_dit.evaluation.evaluators import check_names
@@ -149,7 +149,7 @@ def read_config(text: str) -> ConfigDict:
         for parent in parents:
             group = group.get(parent, {}) if isinstance(group, ConfigDict) else {}
         if last not in group:
-            raise UserError(f"{path} has no field {name!r}.")
+            raise removed_field(name) if name in REMOVED_FIELDS else UserError(f"{path} has no field {name!r}.")
         try:
             group[last] = _literal(value)
         except TypeError as error:

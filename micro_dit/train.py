@@ -103,7 +103,7 @@ def make_train_step(
         x, y, sigma, noise, mask = drawn
         if recipe.lora:
             params = split_as_params(recipe.lora.merge(base, params))
-        model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain, recipe.quantize)
+        model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain)
         return edm.loss(
             lambda x, t, y: model(x, t, y, mask, phase.mask_position), x, y, sigma, noise,
             mask=mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,

@@ -17,14 +17,18 @@ ROOT = Path(__file__).parent.parent
     [
         (["--config=configs/mask75.py", "--config.sampling.stpes=3"], "'sampling.stpes'; did you mean sampling.steps"),
         (["--config=configs/mask75.py:foo"], "no variant 'foo'; use one of demo, small, openmoji, tiny, xl"),
+        (["--config=configs/mask75.py", "--config.quantize=int8"], "`quantize` was removed (8-bit products showed"),
         (["--config=configs/nothing.py"], "configs/nothing.py"),
         (["--config=configs/mask75.py", "--config.seed=many"], "many"),
         ([], "no config given; try --config=configs/mask75.py"),
         (["--config=configs/mask75.py", "what"], "unknown argument 'what'"),
         (["--config=configs/mask75.py:xl", "--config.data.shards=nowhere"], "No shards at nowhere"),
     ],
-    ids=["unknown field", "unknown variant", "missing file", "wrong type", "no config", "stray argument", "no shards"],
-)
+    ids=[
+        "unknown field", "unknown variant", "removed field", "missing file", "wrong type", "no config",
+        "stray argument", "no shards",
+    ],
+)  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     command = [sys.executable, "-m", "micro_dit.main", f"--workdir={tmp_path / 'run'}", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

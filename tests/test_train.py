@@ -335,6 +335,7 @@ def set_field(name: str, value: Any) -> Callable[[ConfigDict], None]:
         (set_field("model.dmi", 3), "model has no field dmi; the fields are"),
         (set_field("mesh.data", 3), r"the mesh is data 3, which does not take exactly the 1 devices there are"),
         (set_field("model.expert_capacity", 0.4), r"int\(0.4·4/2\) = 0 of 4 tokens: change model.expert_capacity"),
+        (set_field("quantize", "fp8"), "config field `quantize` was removed .* drop --config.quantize"),
         (set_field("data.shards", "nowhere"), "No shards at nowhere .* make them with python -m micro_dit.precompute"),
         (set_field("data.caption_tokens", 77), "was made with caption tokens 4, not 77: use 4, or make the shards"),
         (set_field("phases", ()), "the config lists no phases"),

@@ -1,6 +1,5 @@
 """The blocks that the network stacks: caption block, DiT block, final layer."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -11,13 +10,11 @@ from micro_dit.models.config import BlockShape, DiTConfig
 from micro_dit.models.layers import (
     PRODUCT,
     CrossAttention,
-    Product,
     SelfAttention,
     SwiGLU,
     layer_norm,
     linear,
     modulate,
-    row_product,
 )
 from micro_dit.models.moe import ExpertChoiceFFN
 
@@ -88,17 +85,6 @@ def rematerialized(block: DiTBlock, remat: str) -> Callable[[jax.Array, jax.Arra
         return block
     dots = jax.checkpoint_policies.save_only_these_names(PRODUCT)
     return jax.checkpoint(lambda x, y, c: block(x, y, c), policy=dots if remat == "dots" else None)
-
-
-def quantize_block(block: DiTBlock, multiply: Product) -> None:
-    """Has a block's attention and feed-forward multiply with their weights by another product."""
-    layers = [block.attn.qkv, block.attn.proj, block.cross_attn.q, block.cross_attn.kv, block.cross_attn.proj]
-    if isinstance(block.mlp, ExpertChoiceFFN):
-        block.mlp.multiply = multiply
-    else:
-        layers += [block.mlp.w1, block.mlp.w2, block.mlp.w3]
-    for layer in layers:
-        layer.dot_general = functools.partial(row_product, multiply=multiply)
 
 
 class FinalLayer(nnx.Module):

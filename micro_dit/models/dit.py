@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from micro_dit.models.blocks import CaptionBlock, DiTBlock, FinalLayer, NormedProjection, quantize_block, rematerialized
+from micro_dit.models.blocks import CaptionBlock, DiTBlock, FinalLayer, NormedProjection, rematerialized
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table, unpatchify
 from micro_dit.models.maskdit import Decoder
 from micro_dit.models.masking import TokenMask, drop_tokens, restore_tokens
 from micro_dit.models.moe import Constrain, ExpertChoiceFFN, anywhere
-from micro_dit.models.quantization import quantized
 
 Params = dict[str, jax.Array]  # one flat dict: "blocks.3.attn.qkv.kernel" → array
 
@@ -136,15 +135,12 @@ def abstract_params(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def bind(
-    config: DiTConfig, params: Params, dtype: Any = jnp.float32, remat: str = "none", constrain: Constrain = anywhere,
-    quantize: str = "",
-) -> MicroDiT:  # fmt: skip
+    config: DiTConfig, params: Params, dtype: Any = jnp.float32, remat: str = "none", constrain: Constrain = anywhere
+) -> MicroDiT:
     """The network with these parameters; matrix products run in `dtype`. Cheap enough to call while tracing.
 
     `remat`, one of REMAT, saves memory in the backward pass; it changes no numbers but by rounding. `constrain` is
     called as (x, dimension letters) at the blocks' and the experts' boundaries and returns x, wherever it may live.
-    `quantize`, one of `micro_dit.models.quantization.FORMATS`, has the blocks multiply with their weights in 8 bits;
-    not adaLN, whose products are small, and not the router.
 
     Raises:
         ValueError: a parameter is missing or superfluous.
@@ -154,10 +150,7 @@ def bind(
         raise ValueError(f"parameters differ from the network's: {sorted(differing)[:10]}")
     model = nnx.merge(graphdef, nnx.from_flat_state((path, leaf.replace(params[_name(path)])) for path, leaf in leaves))
     model.remat, model.constrain = remat, constrain
-    multiply = quantized(quantize) if quantize else None
     for block in (*model.mixer, *model.blocks, *(model.decoder.blocks if config.decoder_depth else ())):
         if isinstance(block.mlp, ExpertChoiceFFN):
             block.mlp.constrain = constrain
-        if multiply:
-            quantize_block(block, multiply)
     return model

@@ -16,7 +16,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 Initializer = Callable[..., jax.Array]
-Product = Callable[[jax.Array, jax.Array], jax.Array]  # (…, rows, d) and (…, d, out) to (…, rows, out)
 PRODUCT = "product"  # the name of products with weights that rematerialization refers to
 
 
@@ -51,16 +50,13 @@ def linear(
     )
 
 
-def row_product(
-    x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, multiply: Product | None = None, **__: Any
-) -> jax.Array:
+def row_product(x: jax.Array, kernel: jax.Array, *_: Any, precision: Any = None, **__: Any) -> jax.Array:
     """(..., d) times (d, out), as one matrix of rows.
 
     With its dimensions apart, XLA would copy the output's gradient to a transposed layout for the kernel's gradient.
     """
     rows = x.reshape(-1, x.shape[-1])
-    out = multiply(rows, kernel) if multiply else product(rows, kernel, precision)
-    return checkpoint_name(out, PRODUCT).reshape(*x.shape[:-1], kernel.shape[-1])
+    return checkpoint_name(product(rows, kernel, precision), PRODUCT).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

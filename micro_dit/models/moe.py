@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from micro_dit.models.layers import PRODUCT, Product, linear, normal_init, product, round_up
+from micro_dit.models.layers import PRODUCT, linear, normal_init, product, round_up
 
 Constrain = Callable[[jax.Array, str], jax.Array]  # an activation and its dimensions' letters → the same activation
 
@@ -46,7 +46,6 @@ class ExpertChoiceFFN(nnx.Module):
     ):
         self.experts, self.capacity, self.dtype = experts, capacity, dtype
         self.constrain: Constrain = anywhere
-        self.multiply: Product = product
         self.w1 = nnx.Param(normal_init(0.02)(rngs.params(), (experts, dim, hidden), jnp.float32))
         self.w2 = nnx.Param(normal_init(out_std)(rngs.params(), (experts, hidden, dim), jnp.float32))
         # The router stays in float32: a rounded score would change which tokens are chosen. By default, TPUs and some
@@ -88,4 +87,4 @@ class ExpertChoiceFFN(nnx.Module):
 
     def _product(self, x: jax.Array, weight: nnx.Param) -> jax.Array:
         """Each expert's product with its weight, under a name that rematerialization can refer to."""
-        return checkpoint_name(self.multiply(x, weight[...].astype(self.dtype)), PRODUCT)
+        return checkpoint_name(product(x, weight[...].astype(self.dtype)), PRODUCT)

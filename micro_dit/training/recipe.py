@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import optax
 
+from micro_dit.cli import removed_field
 from micro_dit.errors import UserError
 from micro_dit.models.config import REMAT
-from micro_dit.models.quantization import check_format
 from micro_dit.parallel import mesh as meshes
 from micro_dit.training.lora import LoRA, make_lora
 from micro_dit.training.optimizer import make_optimizer
@@ -29,7 +29,6 @@ class Recipe:
         adam: b1, b2, eps and weight_decay of `make_optimizer`.
         microbatch: images per forward and backward pass over all devices; 0 takes the whole batch at once.
         lora: the adapter that is trained in place of the network's parameters; None trains those.
-        quantize: the format of the blocks' products with weights, see `micro_dit.models.quantization`; '' is dtype.
     """
 
     sigma_data: float
@@ -39,7 +38,6 @@ class Recipe:
     adam: Mapping[str, float]
     microbatch: int = 0
     lora: LoRA | None = None
-    quantize: str = ""
 
     def optimizer(self, phase: Phase) -> optax.GradientTransformation:
         return make_optimizer(phase.clip, **self.adam)
@@ -66,14 +64,15 @@ def with_mask_ratio(config: Any) -> Any:
 
 
 def make_recipe(config: Any) -> Recipe:
-    """The recipe of a config; raises UserError for an unknown `remat` or format, or a LoRA that can't be."""
+    """The recipe of a config; raises UserError for an unknown `remat`, a removed field, or a LoRA that can't be."""
     if config.remat not in REMAT:
         raise UserError(f"remat {config.remat!r} is unknown; use one of {', '.join(REMAT)}.")
-    check_format(config.quantize)
+    if config.get("quantize"):
+        raise removed_field("quantize")
     diffusion, lora = config.diffusion, make_lora(**config.lora)
     if lora and not config.init_from:
         raise UserError("LoRA adapts weights that are there: name them with --config.init_from, or set lora.rank 0.")
     return Recipe(
         diffusion.sigma_data, diffusion.caption_drop, config.dtype, config.remat, dict(config.adam), config.microbatch,
-        lora, config.quantize,
+        lora,
     )  # fmt: skip

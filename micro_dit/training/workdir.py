@@ -14,7 +14,7 @@ MAY_CHANGE = (
     "checkpoint_every", "checkpoint_minutes", "keep_every", "evaluate_every", "sampling", "logging", "cost", "mesh",
     "microbatch", "evaluation",
 )  # fmt: skip
-# What a run of an earlier version has, whose config lacks the field.
+# The values of fields that the config of an earlier or a later version lacks.
 ADDED = {"init_from": "", "lora.rank": 0, "quantize": ""}
 WITH_LORA = ("lora.alpha", "lora.targets")
 
@@ -42,6 +42,11 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mappin
     if path.exists():
         theirs = json.loads(path.read_text())
         before, now = ADDED | _flat(theirs["config"]), ADDED | _flat(ours["config"])
+        if before["quantize"]:
+            raise UserError(
+                f"{workdir} holds a run with quantize={before['quantize']!r}, and 8-bit products were removed; "
+                "give a new --workdir."
+            )
         for config in (before, now):
             if not config["lora.rank"]:
                 config |= dict.fromkeys(WITH_LORA)

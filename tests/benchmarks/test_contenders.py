@@ -111,15 +111,3 @@ def test_gpu_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     results = bench("--go_on", "--parts", "phase 1", "phase 2", "--budget=10")
     assert results["parts"]["phase 1"]["twin"]["images_per_s"] == 123.0
     assert results["left_out"] == {"phase 2": "no time was left of the budget"}
-    assert results["quantize"] == ""
-
-
-def test_a_gpu_bench_in_8_bits_has_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu, "MODULES", dict.fromkeys(gpu.MODULES, "tests.benchmarks.stand_in"))
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
-    settings: list[Setting] = []
-    monkeypatch.setattr(gpu.Bench, "compete", lambda bench, job, setting: settings.append(setting) or {})
-    assert gpu.main(["--dry_run", "--quantize=int8", "--parts", "phase 1"]) == 0
-    assert settings[0].quantize == "int8"
-    assert json.loads(Path("runs/bench_gpu_int8.json").read_text())["quantize"] == "int8"

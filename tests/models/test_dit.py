@@ -10,7 +10,7 @@ import pytest
 from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
 from micro_dit.models import dit
-from micro_dit.models.config import DiTConfig, make_config
+from micro_dit.models.config import MASK_POSITIONS, DiTConfig, make_config
 from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.embeddings import patchify, position_table, unpatchify
 from micro_dit.models.masking import TokenMask
@@ -146,7 +146,7 @@ def test_without_a_patch_mixer() -> None:
 
     @jax.jit
     def both(params: Any) -> list[jax.Array]:
-        return [bind(config, params)(X, T, Y, MASK, position) for position in dit.MASK_POSITIONS]
+        return [bind(config, params)(X, T, Y, MASK, position) for position in MASK_POSITIONS]
 
     after, before = both(tiny.random_params(config))
     np.testing.assert_array_equal(after, before)  # there is nothing between the two places

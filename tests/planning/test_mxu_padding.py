@@ -35,11 +35,10 @@ def test_padded_by_hand(product: Product, chip: str, times: float) -> None:
     assert product.padded_flops(MATRIX_UNITS[chip]) == pytest.approx(times * product.flops)
 
 
-@pytest.mark.parametrize("quantize", ["", "int8"])  # which has a product for CPUs and one for all else
-def test_products_of_a_network_are_those_counted_by_hand(quantize: str) -> None:
+def test_products_of_a_network_are_those_counted_by_hand() -> None:
     config = tiny.network()
     images = 3
-    traced = jax.make_jaxpr(lambda params, *inputs: bind(config, params, quantize=quantize)(*inputs))(
+    traced = jax.make_jaxpr(lambda params, *inputs: bind(config, params)(*inputs))(
         abstract_params(config), *tiny.inputs(config, images)
     )
     by_hand = images * sum(forward_flops(config, caption_tokens=tiny.TEXT.tokens).values())

@@ -30,8 +30,15 @@ def test_a_run_of_an_earlier_version_goes_on_with_the_fields_that_it_lacks_left_
     claim_workdir(tmp_path, CONFIG | {"init_from": "", "lora": lora, "quantize": ""}, SHARDS)
     with pytest.raises(UserError, match=r"init_from \('' there, 'models/a' here\); lora.alpha .*; lora.rank \(0 there"):
         claim_workdir(tmp_path, CONFIG | {"init_from": "models/a", "lora": lora | {"rank": 4}}, SHARDS)
-    with pytest.raises(UserError, match=r"quantize \('' there, 'int8' here\)"):
-        claim_workdir(tmp_path, CONFIG | {"quantize": "int8"}, SHARDS)
+
+
+def test_only_runs_without_8_bit_products_resume(tmp_path: Path) -> None:
+    claim_workdir(tmp_path / "plain", CONFIG | {"quantize": ""}, SHARDS)
+    claim_workdir(tmp_path / "plain", CONFIG, SHARDS)
+    claim_workdir(tmp_path / "int8", CONFIG | {"quantize": "int8"}, SHARDS)
+    with pytest.raises(UserError, match="holds a run with quantize='int8', and 8-bit products were removed") as error:
+        claim_workdir(tmp_path / "int8", CONFIG, SHARDS)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Times the stages of micro_dit/precompute.py one by one, so that the slowest shows.
+"""Times the stages of micro_dit/data/preparation one by one, so that the slowest shows.
 
     python -m benchmarks.precompute                      the embedded encoders at 256 px, decoding on two CPU cores
     python -m benchmarks.precompute --resolutions 256 512 --vae=stabilityai/stable-diffusion-xl-base-1.0 \\
@@ -27,12 +27,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from micro_dit.data.preparation.stages import Settings
+from micro_dit.data.preparation.prepare import describe, load_encoders, make_shards
+from micro_dit.data.preparation.settings import PreparationSettings
 from micro_dit.data.preparation.workers import Decoders, prepare_example
 from micro_dit.data.shard_writer import ShardFileWriter
 from micro_dit.data.shards import Record
 from micro_dit.data.sources import Example, Source, open_source
-from micro_dit.precompute import describe, load_encoders, precompute
 
 WIDTH, HEIGHT = 640, 480
 CAPTION = "A photograph of a small red boat on a calm lake in front of snowy mountains, early in the morning, number {}"
@@ -66,9 +66,12 @@ def read_all(source: Source) -> list[Example]:
 def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Times each stage alone, in the order of the pipeline, and then the whole."""
     sides, size, images = tuple(sorted(arguments.resolutions)), arguments.batch, arguments.images
-    settings = Settings(sides, "mean_std", min(sides), arguments.clean_captions, 0.0, 0, size)
-    encoders = load_encoders(arguments.vae, arguments.text_encoder, None, arguments.dtype, sides)
-    source = open_source(f"folder:{folder}", px=max(sides))
+    settings = PreparationSettings(
+        f"folder:{folder}", sides, arguments.vae, arguments.text_encoder, clean_captions=arguments.clean_captions,
+        dtype=arguments.dtype, batch_size=size,
+    )  # fmt: skip
+    encoders = load_encoders(settings)
+    source = open_source(settings.source, px=max(sides))
     rows = []
 
     row, examples = timed("read", images, lambda: read_all(source))
@@ -119,11 +122,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
 
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as out:
-        whole = partial(
-            precompute, f"folder:{folder}", f"{out}/shards", sides, arguments.vae, arguments.text_encoder,
-            batch_size=size, clean_captions=settings.clean_captions, dtype=arguments.dtype, workers=arguments.workers,
-            report=lines.append,
-        )  # fmt: skip
+        whole = partial(make_shards, settings, f"{out}/shards", workers=arguments.workers, report=lines.append)
         row, _ = timed("all, start included", images, whole)
     rows.append(row | {"report": lines})
     return rows

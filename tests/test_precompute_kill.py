@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_precompute import contents
 
 from tests.helpers.pictures import encoded
 
@@ -36,6 +35,11 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     info.size = len(data)
                     archive.addfile(info, io.BytesIO(data))
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Reads every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def start(archives: Path, out: Path, *more: str) -> subprocess.Popen:

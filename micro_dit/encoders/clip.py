@@ -19,8 +19,9 @@ from flax import nnx
 from micro_dit.encoders.autoencoder import Linear
 from micro_dit.encoders.clip_tokenizer import ClipTokenizer
 from micro_dit.encoders.devices import Devices
+from micro_dit.encoders.hub import read_json
 from micro_dit.encoders.tokens import cut_tokens, pad_tokens
-from micro_dit.encoders.weights import Parameters, fingerprint_files, read_json, read_tensors, to_parameters
+from micro_dit.encoders.weights import Parameters, fingerprint_files, read_tensors, to_parameters
 from micro_dit.errors import UserError
 
 CONFIG_FILE = "config.json"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from micro_dit.encoders.hub import read_json
 from micro_dit.encoders.tokens import find_tokenizer
-from micro_dit.encoders.weights import read_json
 from micro_dit.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -1,9 +1,11 @@
 """Where encoders come from: a folder, one that comes with the package, or the Hugging Face hub."""
 
+import json
 import posixpath
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from micro_dit.errors import UserError
 
@@ -88,3 +90,20 @@ def _download(repository: str, patterns: Sequence[str]) -> Path:
     except (errors.HTTPError, ConnectionError, TimeoutError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(f"The download of '{repository}' from the hub broke off ({reason}); run it again.") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {file} ({error.strerror}): download the encoder again.") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); download the encoder again.") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} is no JSON object; download the encoder again.")
+    return fields

@@ -25,8 +25,8 @@ from micro_dit.encoders.autoencoder import (
     AutoencoderKL,
 )
 from micro_dit.encoders.devices import Devices
-from micro_dit.encoders.hub import resolve_folder
-from micro_dit.encoders.weights import Parameters, read_json, read_tensors, tensor_name, to_parameters, to_torch
+from micro_dit.encoders.hub import read_json, resolve_folder
+from micro_dit.encoders.weights import Parameters, read_tensors, tensor_name, to_parameters, to_torch
 from micro_dit.errors import UserError
 
 CONFIG_FILE = "config.json"

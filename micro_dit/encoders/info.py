@@ -4,8 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Protocol
 
-from micro_dit.encoders.hub import ASSETS
-from micro_dit.encoders.weights import read_json
+from micro_dit.encoders.hub import ASSETS, read_json
 from micro_dit.errors import UserError
 
 UNVERIFIED = "unverified"  # fingerprint of an encoder of which only the name is known

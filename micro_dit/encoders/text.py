@@ -11,10 +11,9 @@ import jax
 import numpy as np
 
 from micro_dit.encoders.clip import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, ClipText
-from micro_dit.encoders.hub import resolve_folder, resolve_weights
+from micro_dit.encoders.hub import read_json, resolve_folder, resolve_weights
 from micro_dit.encoders.minilm import MiniLM
 from micro_dit.encoders.t5 import T5Text
-from micro_dit.encoders.weights import read_json
 from micro_dit.errors import UserError
 
 

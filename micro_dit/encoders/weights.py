@@ -1,7 +1,6 @@
 """Published weights: safetensors files with PyTorch's names and layouts, to and from nested dictionaries of ours."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,20 +88,3 @@ def fingerprint_files(files: Iterable[Path], extra: str) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        UserError: the file is missing or broken.
-    """
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read {file} ({error.strerror}): download the encoder again.") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); download the encoder again.") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{file} is no JSON object; download the encoder again.")
-    return fields

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from micro_dit.data.mixture import check_alike, read_mix
+from micro_dit.data.preparation.prepare import make_shards
+from micro_dit.data.preparation.settings import PreparationSettings
 from micro_dit.data.shards import MANIFEST, Manifest, shards_folder
 from micro_dit.training.phases import Phase
 
@@ -17,13 +19,11 @@ def prepare_shards(config: Any, phases: Sequence[Phase], say: Callable[[str], No
     """
     data = config.data
     if data.source and "," not in data.shards and not (shards_folder(data.shards) / MANIFEST).exists():
-        from micro_dit.precompute import precompute  # brings torch, which training itself has no use for
-
         say(f"preparing {data.shards} from {data.source} (once)")
-        precompute(
-            source=data.source, out=data.shards, resolutions=tuple(data.resolutions), vae=data.vae,
-            text_encoder=data.text_encoder, caption_tokens=data.caption_tokens, report=say,
-        )  # fmt: skip
+        settings = PreparationSettings(
+            data.source, tuple(data.resolutions), data.vae, data.text_encoder, caption_tokens=data.caption_tokens
+        )
+        make_shards(settings, data.shards, report=say)
     names = [phase.shards or data.shards for phase in phases]
     mixes = [read_mix(name) for name in names]
     manifests = [mix.manifest() for mix in mixes]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from micro_dit.data import inspect
-from micro_dit.data.preparation.journal import PartReport, Plan
+from micro_dit.data.preparation.journal import Journal, PartReport
 from micro_dit.data.shards import Record, Tally, record_fields
 from micro_dit.encoders import image
 from micro_dit.encoders.info import ImageEncoderInfo
@@ -156,9 +156,9 @@ def test_a_folder_in_the_making_tells_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     parts = {"train": ["slice-00000", "slice-00001", "slice-00002"], "validation": ["slice-00000"]}
-    plan = Plan(tmp_path / "begun", {"source": "colors"}, parts)
-    plan.finish_part(PartReport("train", 0, "slice-00000"))
-    plan.finish_part(PartReport("train", 2, "slice-00002"))
+    journal = Journal(tmp_path / "begun", {"source": "colors"}, parts)
+    journal.finish_part(PartReport("train", 0, "slice-00000"))
+    journal.finish_part(PartReport("train", 2, "slice-00002"))
     run(str(tmp_path / "begun"), monkeypatch=monkeypatch)
     out = capsys.readouterr().out.splitlines()
     assert "begun is not finished: it has no manifest.json" in out[0]

@@ -58,7 +58,7 @@ class PartReport:
         return cls(**values | {"files": files, "altered": altered})
 
 
-class Plan:
+class Journal:
     """The work on a folder, as one of its processes sees it."""
 
     def __init__(

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from micro_dit.data.captions import CLEANING_VERSION, clean_caption
-from micro_dit.data.preparation.journal import PartReport, Plan
+from micro_dit.data.preparation.journal import Journal, PartReport
 from micro_dit.data.preparation.workers import EMPTY_CAPTION
 from micro_dit.data.shard_writer import ShardFileWriter, shard_name
 from micro_dit.data.shards import FORMAT_VERSION, Manifest, Record, read_manifest, record_fields
@@ -132,23 +132,23 @@ def convert_mds(
         "vae": vars(manifest.vae),
         "text_encoder": vars(manifest.text_encoder),
     }
-    plan = Plan(out, settings, {SPLIT: [part.name for part in parts]}, process_index)
-    if plan.finished:
+    journal = Journal(out, settings, {SPLIT: [part.name for part in parts]}, process_index)
+    if journal.finished:
         report(f"{out} is finished: nothing is left to do")
         return read_manifest(out)
     own = range(process_index, len(parts), process_count)
-    jobs = [index for index in own if plan.read_part(SPLIT, index) is None]
+    jobs = [index for index in own if journal.read_part(SPLIT, index) is None]
     done, total, started = 0, sum(len(parts[index]) for index in jobs), time.monotonic()
     report(f"{len(jobs)} of {len(own)} parts to convert: {total} samples of {folder}")
     for index in jobs:
-        plan.finish_part(convert_part(parts[index], index, len(parts), plan.folder, layout, manifest))
+        journal.finish_part(convert_part(parts[index], index, len(parts), journal.folder, layout, manifest))
         done += len(parts[index])
         rate = done / (time.monotonic() - started)
         report(f"{done} of {total} samples, {rate:.0f} a second, {(total - done) / rate:.0f} s left")
-    if plan.missing():
+    if journal.missing():
         report(f"this process has made its {len(own)} parts; the last of the {process_count} processes completes {out}")
         return None
-    return plan.merge(manifest)
+    return journal.merge(manifest)
 
 
 def convert_part(part: MdsPart, index: int, count: int, folder: Path, layout: Layout, manifest: Manifest) -> PartReport:

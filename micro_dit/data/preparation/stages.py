@@ -12,14 +12,16 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from micro_dit.data.preparation.journal import PartReport, Plan
+from micro_dit.data.preparation.journal import Journal, PartReport
+from micro_dit.data.preparation.progress import PreparationProgress
+from micro_dit.data.preparation.settings import PreparationSettings
 from micro_dit.data.preparation.workers import THREADS, Decoders, Prepared, prepare_example, run_ahead
 from micro_dit.data.shard_writer import ShardFileWriter, shard_name
 from micro_dit.data.shards import Manifest, Record
@@ -29,30 +31,14 @@ if TYPE_CHECKING:
     from micro_dit.encoders.image import ImageEncoder
     from micro_dit.encoders.text import TextEncoder
 
-SECONDS_BETWEEN_REPORTS = 5.0
 BATCHES_TO_WRITE = 16  # encoded, but not yet written: time enough for the disk to finish a file
 REPEATED = "id appears twice in the part"
 ENDED_WORKER = "decoding it ended the worker process"
 
 
-class Settings(NamedTuple):
-    """What becomes of an example; see `precompute`."""
-
-    resolutions: tuple[int, ...]
-    posterior: str
-    minimum_side: int
-    clean_captions: bool
-    validation: float
-    seed: int
-    batch_size: int
-
-    def split_of(self, id: str, split: str) -> str:
-        """The split that an example goes to."""
-        draw = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") / 2**64
-        return "validation" if draw < self.validation else split
-
-
 class Encoders(NamedTuple):
+    """The two encoders of a data set."""
+
     image: "ImageEncoder"
     text: "TextEncoder"
 
@@ -69,19 +55,19 @@ class Job:
 
 def make_parts(
     jobs: Sequence[Job],
-    plan: Plan,
+    journal: Journal,
     manifest: Manifest,
-    settings: Settings,
+    settings: PreparationSettings,
     encoders: Encoders,
     decoders: Decoders,
-    progress: "Progress",
+    progress: PreparationProgress,
 ) -> None:
     """Makes parts, one after the other, in stages that work at the same time: while a batch is on the device, the next
     one is waiting there, the images of those to follow are read and decoded, and those that went before are written."""
     prepare = partial(
         prepare_example,
         resolutions=settings.resolutions,
-        minimum_side=settings.minimum_side,
+        minimum_side=settings.smallest_side,
         clean=settings.clean_captions,
     )
     images_ahead = settings.batch_size + 4 * (decoders.workers or THREADS)
@@ -91,7 +77,7 @@ def make_parts(
     encoded = run_ahead(fetch(on_device, progress), count=BATCHES_TO_WRITE)
     with contextlib.closing(encoded):
         for job in jobs:
-            plan.finish_part(write_part(job, of_one_part(encoded), plan, manifest, settings, progress))
+            journal.finish_part(write_part(job, of_one_part(encoded), journal, manifest, settings, progress))
             progress.finish_part()
     progress.close()
 
@@ -103,7 +89,7 @@ class Label(NamedTuple):
     rejected: str | None = None
 
 
-def read(jobs: Iterable[Job], progress: "Progress") -> Iterator[tuple[Label, tuple[Any, ...] | None]]:
+def read(jobs: Iterable[Job], progress: PreparationProgress) -> Iterator[tuple[Label, tuple[Any, ...] | None]]:
     """Yields every item's label with the image file and captions, if it has any; and a label for the end of a part."""
     for job in jobs:
         progress.begin_part(len(job.part))
@@ -134,10 +120,11 @@ class Batch(NamedTuple):
 
     @property
     def usable(self) -> list[Prepared]:
+        """Examples that have not been dropped."""
         return [prepared for _, prepared in self.examples if not prepared.dropped]
 
 
-def make_batches(decoded: Iterable[tuple[Label, Prepared | None]], settings: Settings) -> Iterator[Batch]:
+def make_batches(decoded: Iterable[tuple[Label, Prepared | None]], settings: PreparationSettings) -> Iterator[Batch]:
     """Batches do not cross the end of a part, so that a part's records do not depend on what was made before it."""
     batch: list[tuple[str, Prepared]] = []
     pixels: dict[int, np.ndarray] = {}
@@ -199,7 +186,7 @@ class Encoded(NamedTuple):
     captions: Captions
 
 
-def fetch(batches: Iterable[OnDevice], progress: "Progress") -> Iterator[Encoded]:
+def fetch(batches: Iterable[OnDevice], progress: PreparationProgress) -> Iterator[Encoded]:
     """Waits for the results of each batch; by then the next one is on the device."""
     for batch, since, moments, captions in batches:
         arrays = {side: (np.asarray(mean), np.asarray(std)) for side, (mean, std) in moments.items()}
@@ -218,14 +205,19 @@ def of_one_part(batches: Iterable[Encoded]) -> Iterator[Encoded]:
 
 
 def write_part(
-    job: Job, batches: Iterable[Encoded], plan: Plan, manifest: Manifest, settings: Settings, progress: "Progress"
+    job: Job,
+    batches: Iterable[Encoded],
+    journal: Journal,
+    manifest: Manifest,
+    settings: PreparationSettings,
+    progress: PreparationProgress,
 ) -> PartReport:
     """Writes the files of a part."""
     report = PartReport(job.split, job.index, job.part.name)
     with contextlib.ExitStack() as stack:
         writers = {}
         for split in dict.fromkeys((job.split, "validation") if settings.validation else (job.split,)):
-            path = plan.folder / shard_name(split, job.index, job.count)
+            path = journal.folder / shard_name(split, job.index, job.count)
             writers[split] = stack.enter_context(ShardFileWriter(path, manifest.fields))
         for encoded in batches:
             row, caption = 0, 0
@@ -250,7 +242,7 @@ def write_part(
     return report
 
 
-def latents(encoded: Encoded, row: int, id: str, settings: Settings) -> dict[str, np.ndarray]:
+def latents(encoded: Encoded, row: int, id: str, settings: PreparationSettings) -> dict[str, np.ndarray]:
     """The latent fields of a record, float16."""
     arrays = {}
     for side, (means, stds) in encoded.moments.items():
@@ -272,68 +264,3 @@ def to_float16(array: np.ndarray) -> np.ndarray:
     """Casts; what is too large becomes infinite, and is looked for before writing."""
     with np.errstate(over="ignore"):
         return array.astype(np.float16)
-
-
-class Progress:
-    """Reports every few seconds how far the work is, how fast, and how long it will take; and once at its end."""
-
-    def __init__(self, parts: int, dollars_per_hour: float, report: Callable[[str], None]):
-        self.parts, self.dollars_per_hour, self.report = parts, dollars_per_hour, report
-        self.lengths: list[int] = []  # of the parts that have been opened
-        self.finished = 0  # parts
-        self.images = self.shown = 0
-        self.started = self.reported = time.monotonic()
-        self.encoded_since: float | None = None
-        self.encoded_until = 0.0
-        self.waited = 0.0  # seconds for which the device had nothing to do
-
-    def begin_part(self, length: int) -> None:
-        """Counts a part that is going to be read, of about so many items."""
-        self.lengths.append(length)
-
-    def finish_part(self) -> None:
-        """Counts a part that is written."""
-        self.finished += 1
-
-    def encoded(self, since: float, until: float) -> None:
-        """Counts the time from the dispatch of a batch to the arrival of its results."""
-        if self.encoded_since is None:
-            self.encoded_since = self.encoded_until = since
-        self.waited += max(0.0, since - self.encoded_until)
-        self.encoded_until = until
-
-    def advance(self, images: int) -> None:
-        """Counts examples that are written or left out."""
-        self.images += images
-        if time.monotonic() - self.reported > SECONDS_BETWEEN_REPORTS:
-            self.show()
-
-    def close(self) -> None:
-        """Reports for the last time."""
-        if self.images > self.shown:
-            self.show()
-
-    def show(self) -> None:
-        """Reports now. Parts that have not been opened are taken to be as long as the others, on average."""
-        self.reported, self.shown = time.monotonic(), self.images
-        seconds = self.reported - self.started
-        total = max(self.images, round(sum(self.lengths) * self.parts / len(self.lengths)))
-        part = min(self.finished + 1, self.parts)
-        left = seconds / self.images * (total - self.images)
-        on_device = self.encoded_until - (self.encoded_since or self.encoded_until)
-        line = (
-            f"part {part} of {self.parts}: {self.images:,} of {total:,} images, {self.images / seconds:.1f} images/s, "
-            f"device waited {self.waited / max(on_device, 1e-9):.0%} of the time, {duration(left)} left"
-        )
-        if self.dollars_per_hour:
-            spent, whole = (self.dollars_per_hour * needed / 3600 for needed in (seconds, seconds + left))
-            line += f", ${spent:,.2f} of ${whole:,.2f}"
-        self.report(line)
-
-
-def duration(seconds: float) -> str:
-    """A time to wait, in the unit that suits it."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

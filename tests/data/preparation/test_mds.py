@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import zstandard
 
+from micro_dit.data.preparation import mds
 from micro_dit.data.preparation.mds import Layout, convert_mds, list_mds
-from micro_dit.data.preparation.stages import mds
 from micro_dit.data.shards import SplitReader, check_shards, read_manifest
 from micro_dit.errors import UserError
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from micro_dit.data.captions import clean_caption
-from micro_dit.data.preparation.stages import workers as decoding
+from micro_dit.data.preparation import workers
 from micro_dit.data.preparation.workers import EMPTY_CAPTION, Decoders, prepare_example, run_ahead
 from micro_dit.errors import UserError
 
@@ -99,7 +99,7 @@ def test_workers_import_nothing_heavy() -> None:
 
 
 def test_workers_that_do_not_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "start_worker", os.abort)
+    monkeypatch.setattr(workers, "start_worker", os.abort)
     with pytest.raises(UserError, match="--workers=0"), Decoders(1):
         pass
 

@@ -1,0 +1,200 @@
+"""The preparation of a data set: every image becomes latents, every caption an embedding, and both go into shards.
+
+The source's parts (an archive, or some thousand rows of a listing) are made one by one, and a journal in the folder
+keeps track of them. A run that was interrupted continues with the missing parts; the result is the same. Several hosts
+can share a folder: each takes every n-th part, and the last one to finish completes it.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+from micro_dit.data.captions import CLEANING_VERSION, clean_caption
+from micro_dit.data.preparation.journal import Journal
+from micro_dit.data.preparation.progress import PreparationProgress
+from micro_dit.data.preparation.settings import PreparationSettings
+from micro_dit.data.preparation.stages import Encoders, Job, make_parts
+from micro_dit.data.preparation.workers import Decoders
+from micro_dit.data.shards import FORMAT_VERSION, Manifest, read_manifest, record_fields
+from micro_dit.data.sources import Slice, Source, open_source
+from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
+from micro_dit.errors import UserError
+
+# Each decoding process imports the main module again, and with it this one, so jax is imported only where it is used.
+
+IDS_SHOWN = 5  # in the summary; the manifest names more, and rejects.jsonl all
+
+
+def make_shards(
+    settings: PreparationSettings,
+    out: str,
+    *,
+    workers: int = 0,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    dollars_per_hour: float = 0.0,
+    report: Callable[[str], None] = print,
+) -> Manifest | None:
+    """Makes a folder of shards, or the parts of it that are missing.
+
+    Args:
+        settings: What to prepare, and how.
+        out: The folder to make or to continue.
+        workers: Number of processes that decode; 0 decodes in threads, which suits a few hundred images.
+        process_index: Index of this host among those that share the work; by default JAX's process index.
+        process_count: Number of hosts that share the work; by default JAX's process count.
+        dollars_per_hour: Price of this host, to report the cost.
+        report: Called with each line of progress.
+
+    Returns:
+        The manifest of the shards; None if other processes still have parts to make.
+
+    Raises:
+        UserError: An argument is wrong, `out` was begun with other settings, a package is missing, no input is usable,
+            or the disk or the device's memory is full.
+    """
+    import jax
+
+    started = time.monotonic()
+    together = process_count is None and jax.process_count() > 1
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if not 0 <= index < count:
+        raise UserError(f"The process index must be from 0 to {count - 1} among {count} processes, not {index}.")
+    source = open_checked(settings)
+    encoders = load_encoders(settings)
+    report(f"loaded {encoders.image.name} and {encoders.text.name} in {time.monotonic() - started:.1f} s")
+
+    jobs = list_jobs(source)
+    manifest = describe(source, settings, encoders)
+    journal = open_journal(out, settings, manifest, jobs, index)
+    if journal.finished:
+        report(f"{out} is finished: nothing is left to do")
+        return read_manifest(out)
+    own = jobs[index::count]
+    left = [job for job in own if journal.read_part(job.split, job.index) is None]
+    if len(left) < len(own):
+        report(f"{len(own) - len(left)} of {len(own)} parts are done already")
+    progress = PreparationProgress(len(left), dollars_per_hour, report)
+    try:
+        with Decoders(workers) as decoders:
+            make_parts(left, journal, manifest, settings, encoders, decoders, progress)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = settings.batch_size
+        raise UserError(f"The device's memory is too small for batches of {size} images: take less.") from error
+
+    if not journal.missing():
+        manifest = journal.merge(manifest)
+    elif not together:
+        report(f"this process has made its {len(own)} parts; the last of the {count} processes completes {out}")
+        return None
+    if together:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices("precompute")  # from here on the manifest is there for all
+        manifest = read_manifest(out)
+    report(summary(manifest, out, time.monotonic() - started))
+    return manifest
+
+
+def open_checked(settings: PreparationSettings) -> Source:
+    """Opens the source.
+
+    Raises:
+        UserError: A package for cleaning captions is missing, or the source cannot be opened or has splits of its own.
+    """
+    if settings.clean_captions:
+        clean_caption("<b>é</b>")
+    source = open_source(settings.source, px=max(settings.resolutions))
+    if settings.validation and tuple(source.splits) != ("train",):
+        has = ", ".join(source.splits)
+        raise UserError(f"The source {source.name} has splits of its own ({has}): leave out --validation.")
+    return source
+
+
+def list_jobs(source: Source) -> list[Job]:
+    """Returns a job for each part of each split, in order."""
+    split_parts = [(split, source.parts(split)) for split in source.splits]
+    return [Job(split, number, len(parts), part) for split, parts in split_parts for number, part in enumerate(parts)]
+
+
+def load_encoders(settings: PreparationSettings) -> Encoders:
+    """Loads both onto all devices of this host, which get equal shares of each batch."""
+    import jax
+
+    from micro_dit.encoders.image import load_image_encoder
+    from micro_dit.encoders.text import load_text_encoder
+    from micro_dit.parallel.mesh import batch_sharding, make_mesh
+
+    sharding = batch_sharding(make_mesh(devices=jax.local_devices()))
+    image = load_image_encoder(settings.vae, settings.dtype, sharding)
+    for resolution in settings.resolutions:
+        if resolution % image.downsample:
+            raise UserError(f"Resolution {resolution} is not a multiple of {image.downsample}: choose another.")
+    text = load_text_encoder(settings.text_encoder, settings.caption_tokens, settings.dtype, sharding)
+    return Encoders(image, text)
+
+
+def describe(source: Source, settings: PreparationSettings, encoders: Encoders) -> Manifest:
+    """Returns the manifest without what is known only when all parts are done: files, counts and statistics."""
+    image, text = encoders
+    vae = ImageEncoderInfo(image.name, image.fingerprint, image.channels, image.downsample)
+    text_encoder = TextEncoderInfo(text.name, text.fingerprint, text.tokens, text.channels)
+    resolutions = tuple(settings.resolutions)
+    return Manifest(
+        source=source.name,
+        attribution=source.attribution,
+        resolutions=resolutions,
+        posterior=settings.posterior,
+        vae=vae,
+        text_encoder=text_encoder,
+        fields=record_fields(resolutions, settings.posterior, vae, text_encoder),
+        dropped={},
+        altered={},
+        statistics={},
+        caption_cleaning=CLEANING_VERSION if settings.clean_captions else "none",
+        splits=dict.fromkeys([*source.splits, "validation"] if settings.validation else source.splits, ()),
+    )
+
+
+def open_journal(
+    out: str, settings: PreparationSettings, manifest: Manifest, jobs: Sequence[Job], process_index: int
+) -> Journal:
+    """Opens the folder's journal with every setting that its content depends on; the batch size may change."""
+    parts: dict[str, list[str]] = {split: [] for split in manifest.splits}
+    listed: dict[str, int] = dict.fromkeys(manifest.splits, 0)
+    for job in jobs:
+        parts[job.split].append(job.part.name)
+        if isinstance(job.part, Slice):  # of a listing, where each part changes if something is added
+            listed[job.split] += len(job.part)
+    wanted = {
+        "format_version": FORMAT_VERSION,
+        "source": settings.source,
+        "examples listed": listed,
+        "resolutions": ",".join(map(str, settings.resolutions)),
+        "vae": vars(manifest.vae),
+        "text_encoder": vars(manifest.text_encoder),
+        "dtype": settings.dtype,
+        "posterior": settings.posterior,
+        "minimum_side": settings.smallest_side,
+        "caption_cleaning": manifest.caption_cleaning,
+        "validation": settings.validation,
+        "seed": settings.seed,
+    }
+    return Journal(out, wanted, parts, process_index)
+
+
+def summary(manifest: Manifest, out: str, seconds: float) -> str:
+    """Returns lines on the records made, and on the inputs dropped and altered."""
+    splits = ", ".join(f"{split} {manifest.records(split):,}" for split in manifest.splits)
+    dropped = sum(tally.count for tally in manifest.dropped.values())
+    seen = dropped + sum(manifest.records(split) for split in manifest.splits)
+    lines = [
+        f"{out}: {splits} of {seen:,} examples, {dropped:,} dropped; {manifest.bytes / 1e6:.1f} MB in {seconds:.1f} s"
+    ]
+    for kind, reasons in (("dropped", manifest.dropped), ("altered", manifest.altered)):
+        for reason, tally in reasons.items():
+            more = ", …" if tally.count > IDS_SHOWN else ""
+            lines.append(f"{kind} {tally.count:,}: {reason}: {', '.join(tally.ids[:IDS_SHOWN])}{more}")
+    return "\n".join(lines)

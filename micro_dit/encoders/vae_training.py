@@ -1,21 +1,17 @@
-"""Trains the small image autoencoder of the demo on OpenMoji.
+"""Training of a small image autoencoder on drawings.
 
-    python -m micro_dit.encoders.train_vae --out=/tmp/openmoji_vae --minutes=45
-
-An AutoencoderKL with 8× downsampling and 8 latent channels learns 64-pixel crops of the 'train' split at 128 pixels.
-The loss is L1 on pixels and on their differences, half the squared error and a small Kullback-Leibler term, without
-an adversary or a perceptual network: flat drawings need neither. What is written are the moving averages of the
-weights, every few minutes and at the end, in diffusers' format and float16, with the latents' mean and standard
-deviation on training images, so that normalized latents have a standard deviation of 0.9.
+An AutoencoderKL with 8× downsampling and 8 latent channels learns 64-pixel crops of images at 128 pixels. The loss is
+L1 on pixels and on their differences, half the squared error and a small Kullback-Leibler term, without an adversary or
+a perceptual network: flat drawings need neither. The EMA weights are written, every few minutes and at the end, in
+diffusers' format and float16, with the latents' mean and standard deviation on training images, so that normalized
+latents have a standard deviation of 0.9.
 """
 
 import dataclasses
 import functools
-import json
 import math
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from flax import nnx
+from PIL import Image
 
-from micro_dit.cli import run_command
-from micro_dit.data.sources.openmoji import OpenMoji
 from micro_dit.encoders.autoencoder import AutoencoderConfig, AutoencoderKL
 from micro_dit.encoders.image import ImageEncoder, load_parameters, save_autoencoder
 from micro_dit.encoders.weights import Parameters
@@ -193,90 +187,93 @@ def _batches(images: np.ndarray, size: int = 16) -> list[np.ndarray]:
     return [images[i : i + size].astype(np.float32) / 127.5 - 1 for i in range(0, len(images), size)]
 
 
-def train(
-    out: str,
-    minutes: float | None,
-    steps: int | None,
-    seed: int,
-    batch_size: int,
-    learning_rate: float,
-    init: str | None = None,
-    report_seconds: float = 300,
-) -> dict:
-    """Trains, writes the autoencoder to `out`, and returns what `metrics.json` there holds.
+@dataclasses.dataclass(frozen=True)
+class AutoencoderTraining:
+    """Settings of a training run; exactly one of `minutes` and `steps` is given.
 
-    Args:
-        out: Folder to write.
-        minutes: Wall time to train for, or None.
-        steps: Number of steps, or None. Exactly one of both is given.
+    Attributes:
+        minutes: Wall time to train for.
+        steps: Number of steps.
         seed: Seed of initialization, crops and latent noise.
         batch_size: Crops in a step.
         learning_rate: Peak learning rate.
-        init: Folder of an autoencoder of the same shape to go on from; None starts from random weights.
-        report_seconds: Time between two evaluations and interim writes.
+        init: Folder of an autoencoder of the same shape to continue from; None starts from random weights.
+        report_seconds: Seconds between two evaluations and interim writes.
     """
-    if (minutes is None) == (steps is None):
-        raise UserError("The length of the training is not clear: give either --minutes or --steps.")
-    source = OpenMoji(px=PIXELS)
-    images = source.pixels("train")
-    held_out = np.concatenate([source.pixels("validation"), source.pixels("compositions")])
-    watched = held_out[:: max(1, len(held_out) // 48)]
-    ink = find_ink(images)
 
-    graph, initial = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(seed)))
-    parameters = jax.tree.map(jnp.asarray, load_parameters(init, CONFIG) if init else nnx.to_pure_dict(initial))
-    optimizer = make_optimizer()
-    state = {
-        "parameters": parameters,
-        "ema": jax.tree.map(jnp.copy, parameters),  # a copy, as the state is donated
-        "optimizer": optimizer.init(parameters),
-    }
+    minutes: float | None = None
+    steps: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    learning_rate: float = 6e-3
+    init: str | None = None
+    report_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.steps is None):
+            raise UserError("The length of the training is not clear: give either --minutes or --steps.")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Returns the share of the run that is done; 1 and more ends it."""
+        return step / self.steps if self.steps is not None else seconds / (60 * (self.minutes or 0))
+
+
+class Stopwatch:
+    """Wall and CPU minutes since its creation."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+
+    @property
+    def minutes(self) -> float:
+        """Wall time in minutes."""
+        return (time.monotonic() - self._wall) / 60
+
+    @property
+    def cpu_minutes(self) -> float:
+        """CPU time of this process in minutes."""
+        return (time.process_time() - self._cpu) / 60
+
+
+def train_autoencoder(
+    images: np.ndarray, held_out: np.ndarray, out: str, settings: AutoencoderTraining
+) -> dict[str, Any]:
+    """Trains an autoencoder and writes it to `out`, with a picture of reconstructions.
+
+    Args:
+        images: uint8 (n, PIXELS, PIXELS, 3), training images.
+        held_out: uint8 (m, PIXELS, PIXELS, 3), images to evaluate on.
+        out: Folder to write.
+        settings: Length and hyperparameters.
+
+    Returns:
+        Sizes, times and reconstruction quality, by name.
+    """
+    graph, initial = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(settings.seed)))
+    loaded = load_parameters(settings.init, CONFIG) if settings.init else nnx.to_pure_dict(initial)
+    parameters = jax.tree.map(jnp.asarray, loaded)
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     print(f"{len(images)} training images, {len(held_out)} held out, {count:,} parameters", flush=True)
-    step_function = jax.jit(functools.partial(train_step, graph=graph, optimizer=optimizer), donate_argnums=0)
-    rng, key = np.random.default_rng(seed), jax.random.key(seed)
 
-    started, cpu_started = time.monotonic(), time.process_time()
-    last_report, step, progress = started, 0, 0.0
-    while progress < 1:
-        rate = learning_rate_at(progress, step, learning_rate)
-        size = CROP if progress < WHOLE_IMAGES_FROM else PIXELS
-        crops = inked_crops(images, ink, rng, max(1, batch_size * CROP**2 // size**2), size)  # as many pixels
-        state, loss = step_function(state, crops, jnp.int32(step), jnp.float32(rate), key)
-        step += 1
-        loss.block_until_ready()  # the clock below is the schedule
-        now = time.monotonic()
-        progress = step / steps if steps else (now - started) / (60 * minutes)  # type: ignore[operator]
-        if now - last_report > report_seconds or step in (1, 100):
-            watched_psnr = math.nan
-            if step > 100:
-                encoder = ImageEncoder(normalize_latents(state["ema"], images[::32]), state["ema"], "interim")
-                save_autoencoder(out, encoder.config, state["ema"], WEIGHT_DTYPE)
-                watched_psnr = float(psnr(watched, reconstruct(encoder, watched)).mean())
-            speed = step / (now - started)
-            left = (now - started) * (1 - progress) / progress / 60
-            print(
-                f"step {step}  loss {float(loss):.4f}  held-out PSNR {watched_psnr:.2f} dB  {speed:.2f} steps/s  "
-                f"{(now - started) / 60:.1f} min ({(time.process_time() - cpu_started) / 60:.1f} CPU-min), "
-                f"{left:.1f} min left",
-                flush=True,
-            )
-            last_report = time.monotonic()
+    stopwatch = Stopwatch()
+    watched = held_out[:: max(1, len(held_out) // 48)]
+    report = InterimReport(out, images[::32], watched, settings.report_seconds, stopwatch)
+    ema, steps = fit(graph, parameters, images, settings, report)
+    minutes, cpu_minutes = stopwatch.minutes, stopwatch.cpu_minutes
 
-    trained_minutes, cpu_minutes = (time.monotonic() - started) / 60, (time.process_time() - cpu_started) / 60
-    # What is reported is what a reader of the float16 file gets.
-    rounded = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, WEIGHT_DTYPE), jnp.float32), state["ema"])
+    # The float16 weights are evaluated, since those are what a reader of the file gets.
+    rounded = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, WEIGHT_DTYPE), jnp.float32), ema)
     encoder = ImageEncoder(normalize_latents(rounded, images[::4]), rounded, "final")
     save_autoencoder(out, encoder.config, rounded, WEIGHT_DTYPE)
     reconstructions = reconstruct(encoder, held_out)
+    shown = np.linspace(0, len(held_out) - 1, 32).astype(int)
+    Image.fromarray(comparison(held_out[shown], reconstructions[shown])).save(Path(out) / "reconstructions.png")
     quality = psnr(held_out, reconstructions)
-    metrics = {
-        "command": " ".join(["python -m micro_dit.encoders.train_vae", *sys.argv[1:]]),
-        "data": source.attribution,
+    return {
         "pixels": PIXELS,
         "parameters": count,
-        "steps": step,
-        "wall_minutes": round(trained_minutes, 1),
+        "steps": steps,
+        "wall_minutes": round(minutes, 1),
         "cpu_minutes": round(cpu_minutes, 1),
         "held_out_images": len(held_out),
         "held_out_psnr_mean": round(float(quality.mean()), 2),
@@ -284,36 +281,79 @@ def train(
         "train_psnr_mean": round(float(psnr(images[::22], reconstruct(encoder, images[::22])).mean()), 2),
         "fingerprint": encoder.fingerprint,
     }
-    (Path(out) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    from PIL import Image
-
-    shown = np.linspace(0, len(held_out) - 1, 32).astype(int)
-    Image.fromarray(comparison(held_out[shown], reconstructions[shown])).save(Path(out) / "reconstructions.png")
-    print(json.dumps(metrics, indent=2), flush=True)
-    return metrics
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs `train` with the flags."""
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
-    values = flags.FLAGS
-    train(
-        values.out, values.minutes, values.steps, values.seed, values.batch_size, values.learning_rate, init=values.init
-    )
+def fit(
+    graph: nnx.GraphDef,
+    parameters: Parameters,
+    images: np.ndarray,
+    settings: AutoencoderTraining,
+    report: Callable[[int, float, jax.Array, Parameters], None],
+) -> tuple[Parameters, int]:
+    """Runs the training loop.
+
+    Args:
+        graph: Model without its parameters.
+        parameters: Initial parameters; donated.
+        images: uint8 (n, PIXELS, PIXELS, 3).
+        settings: Length and hyperparameters.
+        report: Called after each step with the number of steps, the progress from 0 to 1, the loss and the EMA weights.
+
+    Returns:
+        The EMA weights and the number of steps.
+    """
+    optimizer = make_optimizer()
+    state = {
+        "parameters": parameters,
+        "ema": jax.tree.map(jnp.copy, parameters),  # a copy, as the state is donated
+        "optimizer": optimizer.init(parameters),
+    }
+    step_function = jax.jit(functools.partial(train_step, graph=graph, optimizer=optimizer), donate_argnums=0)
+    rng, key = np.random.default_rng(settings.seed), jax.random.key(settings.seed)
+    ink = find_ink(images)
+    started, step, progress = time.monotonic(), 0, 0.0
+    while progress < 1:
+        rate = learning_rate_at(progress, step, settings.learning_rate)
+        size = CROP if progress < WHOLE_IMAGES_FROM else PIXELS
+        crops = inked_crops(images, ink, rng, max(1, settings.batch_size * CROP**2 // size**2), size)  # as many pixels
+        state, loss = step_function(state, crops, jnp.int32(step), jnp.float32(rate), key)
+        step += 1
+        loss.block_until_ready()  # the clock below is the schedule
+        progress = settings.progress(step, time.monotonic() - started)
+        report(step, progress, loss, state["ema"])
+    return state["ema"], step
 
 
-def define_flags() -> None:
-    """Defines the command's flags; not at import, where they could collide with those of another command."""
-    flags.DEFINE_string("out", None, "Folder to write.", required=True)
-    flags.DEFINE_float("minutes", None, "Wall time to train for.")
-    flags.DEFINE_integer("steps", None, "Number of steps, instead of --minutes.")
-    flags.DEFINE_integer("seed", 0, "Seed of initialization, crops and latent noise.")
-    flags.DEFINE_integer("batch_size", 8, "Crops in a step.")
-    flags.DEFINE_float("learning_rate", 6e-3, "Peak learning rate.")
-    flags.DEFINE_string("init", None, "Folder of an autoencoder to go on from.")
+class InterimReport:
+    """Evaluates and writes the EMA weights every few minutes, and prints a line of progress."""
 
+    def __init__(self, out: str, images: np.ndarray, watched: np.ndarray, seconds: float, stopwatch: Stopwatch):
+        """Starts the interval.
 
-if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+        Args:
+            out: Folder to write.
+            images: uint8 (n, h, w, 3), training images for the latents' statistics.
+            watched: uint8 (m, h, w, 3), held-out images to reconstruct.
+            seconds: Seconds between two reports.
+            stopwatch: Time since the start of the training.
+        """
+        self._out, self._images, self._watched = out, images, watched
+        self._seconds, self._stopwatch = seconds, stopwatch
+        self._last = time.monotonic()
+
+    def __call__(self, step: int, progress: float, loss: jax.Array, ema: Parameters) -> None:
+        """Reports if it is time for it, and after the steps 1 and 100."""
+        if time.monotonic() - self._last <= self._seconds and step not in (1, 100):
+            return
+        minutes, watched_psnr = self._stopwatch.minutes, math.nan
+        if step > 100:
+            encoder = ImageEncoder(normalize_latents(ema, self._images), ema, "interim")
+            save_autoencoder(self._out, encoder.config, ema, WEIGHT_DTYPE)
+            watched_psnr = float(psnr(self._watched, reconstruct(encoder, self._watched)).mean())
+        print(
+            f"step {step}  loss {float(loss):.4f}  held-out PSNR {watched_psnr:.2f} dB  "
+            f"{step / (60 * minutes):.2f} steps/s  {minutes:.1f} min ({self._stopwatch.cpu_minutes:.1f} CPU-min), "
+            f"{minutes * (1 - progress) / progress:.1f} min left",
+            flush=True,
+        )
+        self._last = time.monotonic()

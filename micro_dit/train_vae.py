@@ -1,0 +1,62 @@
+"""Trains the small image autoencoder of the demo on OpenMoji.
+
+    python -m micro_dit.train_vae --out=/tmp/openmoji_vae --minutes=45
+
+It learns the 'train' split at 128 pixels; `metrics.json` in the folder holds the quality on the other splits. See
+micro_dit/encoders/vae_training.py for the loss and the schedule.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from micro_dit.cli import run_command
+from micro_dit.data.sources.openmoji import OpenMoji
+from micro_dit.encoders.vae_training import PIXELS, AutoencoderTraining, train_autoencoder
+from micro_dit.errors import UserError
+from micro_dit.files import write_atomically
+
+
+def train(out: str, settings: AutoencoderTraining) -> dict[str, Any]:
+    """Trains on OpenMoji, writes the autoencoder to `out`, and returns the contents of `metrics.json` there."""
+    source = OpenMoji(px=PIXELS)
+    held_out = np.concatenate([source.pixels("validation"), source.pixels("compositions")])
+    command = " ".join(["python -m micro_dit.train_vae", *sys.argv[1:]])
+    metrics: dict[str, Any] = {"command": command, "data": source.attribution}
+    metrics |= train_autoencoder(source.pixels("train"), held_out, out, settings)
+    text = json.dumps(metrics, indent=2)
+    write_atomically(Path(out) / "metrics.json", f"{text}\n")
+    print(text, flush=True)
+    return metrics
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs `train` with the flags."""
+    if len(argv) > 1:
+        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+    values = flags.FLAGS
+    settings = AutoencoderTraining(
+        values.minutes, values.steps, values.seed, values.batch_size, values.learning_rate, values.init
+    )
+    train(values.out, settings)
+
+
+def define_flags() -> None:
+    """Defines the command's flags; not at import, where they could collide with those of another command."""
+    flags.DEFINE_string("out", None, "Folder to write.", required=True)
+    flags.DEFINE_float("minutes", None, "Wall time to train for.")
+    flags.DEFINE_integer("steps", None, "Number of steps, instead of --minutes.")
+    flags.DEFINE_integer("seed", 0, "Seed of initialization, crops and latent noise.")
+    flags.DEFINE_integer("batch_size", 8, "Crops in a step.")
+    flags.DEFINE_float("learning_rate", 6e-3, "Peak learning rate.")
+    flags.DEFINE_string("init", None, "Folder of an autoencoder to continue from.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(lambda argv: sys.exit(run_command(main, argv)))

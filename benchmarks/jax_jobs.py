@@ -22,10 +22,10 @@ from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.masking import drop_tokens, random_mask, restore_tokens
 from micro_dit.models.moe import ExpertChoiceFFN
 from micro_dit.parallel.cpu import compiler_options, keep_memory
-from micro_dit.train import make_train_step
 from micro_dit.training.phases import Phase
 from micro_dit.training.recipe import Recipe
 from micro_dit.training.state import abstract_state
+from micro_dit.training.step import make_train_step
 
 
 class Device:
@@ -96,7 +96,7 @@ class Job(Device, abc.ABC):
 
 
 class Training(Job):
-    """The training step of micro_dit/train.py, without a moving average, of the largest microbatch that fits."""
+    """The training step of micro_dit/training/step.py, without EMA, with the largest microbatch that fits."""
 
     def __init__(self, setting: Setting) -> None:
         keep_memory()  # as micro_dit.main does

@@ -20,9 +20,9 @@ from micro_dit.errors import UserError
 from micro_dit.models.config import DiTConfig
 from micro_dit.planning.chips import CHIPS
 from micro_dit.planning.cost import lines_of, plan
-from micro_dit.train import network_of
 from micro_dit.training.phases import Phase, make_phases
 from micro_dit.training.recipe import with_mask_ratio
+from micro_dit.training.step import network_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     config = with_mask_ratio(config)
     phases = make_phases(config.phases)
     manifests = [manifest_of(config, phase.shards or config.data.shards) for phase in phases]
-    networks = [network_of(phase, config, manifest) for phase, manifest in zip(phases, manifests, strict=True)]
+    networks = [network_of(p, config.model, m.vae, m.text_encoder) for p, m in zip(phases, manifests, strict=True)]
     tokens = manifests[0].text_encoder.tokens
     mfu = config.cost.mfu if FLAGS.mfu is None else FLAGS.mfu
     price = config.cost.dollars_per_device_hour or None if FLAGS.price_per_hour is None else FLAGS.price_per_hour

@@ -31,11 +31,12 @@ from micro_dit.evaluation.evaluators import check_names
 from micro_dit.evaluation.isoflop import plot, table
 from micro_dit.models.dit import abstract_params
 from micro_dit.models.flops import training_flops
-from micro_dit.train import network_of, train
+from micro_dit.train import train
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.phases import make_phases
 from micro_dit.training.recipe import with_mask_ratio
 from micro_dit.training.save_schedule import Interrupt
+from micro_dit.training.step import network_of
 
 RESULT = "result.json"
 METRICS = ("heldout_loss", "domain")
@@ -188,7 +189,7 @@ def _within(config: Any, budget: float) -> tuple[Any, dict[str, int]]:
     asked = with_mask_ratio(config)
     phases = make_phases(asked.phases)
     manifests = [manifest_of(asked, phase.shards or asked.data.shards) for phase in phases]
-    networks = [network_of(phase, asked, manifest) for phase, manifest in zip(phases, manifests, strict=True)]
+    networks = [network_of(p, asked.model, m.vae, m.text_encoder) for p, m in zip(phases, manifests, strict=True)]
     tokens = manifests[0].text_encoder.tokens
     costs = [
         phase.batch_size * training_flops(network, phase.mask_ratio, tokens, phase.mask_position)

@@ -30,14 +30,14 @@ from micro_dit.models.flops import training_flops
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel.sharding import bytes_per_device
 from micro_dit.planning import aot as ahead
-from micro_dit.planning.aot import Compiled, Topology, compile_ahead, describe_devices
+from micro_dit.planning.aot import Compiled, Topology, abstract_train_step, compile_ahead, describe_devices
 from micro_dit.planning.chips import CHIPS, Chip, measure_chip
 from micro_dit.planning.collectives import Traffic
 from micro_dit.planning.cost import lines_of
 from micro_dit.planning.mxu_padding import MATRIX_UNITS, padding
-from micro_dit.train import lowered_arguments, network_of
 from micro_dit.training.phases import Phase, make_phases
 from micro_dit.training.recipe import Recipe, make_recipe, with_mask_ratio
+from micro_dit.training.step import network_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +128,12 @@ def rehearse(
             continue
         recipe.check_batch(phase, mesh)
         manifest = manifest_of(config, phase.shards or config.data.shards)
-        network, text_tokens = network_of(phase, config, manifest), manifest.text_encoder.tokens
+        network = network_of(phase, config.model, manifest.vae, manifest.text_encoder)
+        text_tokens = manifest.text_encoder.tokens
         step, microbatch, suggestion = _fit(
             network, phase, recipe, mesh, text_tokens, topology, chip, optimization, cache, say
         )
-        state = lowered_arguments(network, phase, recipe, mesh, text_tokens)[1]
+        state = abstract_train_step(network, phase, recipe, mesh, text_tokens)[1]
         if network not in samplers:
             say(f"compiling the sampler of phase {phase.name}")
             samplers[network] = _compile_sampler(
@@ -183,7 +184,7 @@ def _fit(
         at_once = f" in passes of {microbatch}" if microbatch < phase.batch_size else ""
         title = f"compiling phase {phase.name}: {phase.batch_size} images a step{at_once}"
         say(title)
-        function, state, batch, key, out_shardings = lowered_arguments(
+        function, state, batch, key, out_shardings = abstract_train_step(
             network, phase, dataclasses.replace(recipe, microbatch=microbatch), mesh, text_tokens
         )
         found = compile_ahead(
@@ -197,7 +198,7 @@ def _fit(
     step = compiled(asked)
     if step.peak <= chip.memory:
         return step, asked, ""
-    state = lowered_arguments(network, phase, recipe, mesh, text_tokens)[1]
+    state = abstract_train_step(network, phase, recipe, mesh, text_tokens)[1]
     held = bytes_per_device(state, jax.tree.map(lambda leaf: leaf.sharding, state))
     gradients = bytes_per_device(state.params, jax.tree.map(lambda leaf: leaf.sharding, state.params))
     shards = meshes.batch_shards(mesh)
@@ -248,7 +249,7 @@ def largest_that_fits(
 def _flops_before_optimization(network: DiTConfig, phase: Phase, recipe: Recipe, text_tokens: int) -> float:
     """Of a step, for all chips together; the body of a loop is counted once."""
     one = meshes.make_mesh(devices=jax.devices()[:1])
-    function, state, batch, key, _ = lowered_arguments(network, phase, recipe, one, text_tokens)
+    function, state, batch, key, _ = abstract_train_step(network, phase, recipe, one, text_tokens)
     return (jax.jit(function).lower(state, batch, key).cost_analysis() or {}).get("flops", 0.0)
 
 
@@ -261,7 +262,7 @@ def _padding(
         return None
     phase = dataclasses.replace(phase, batch_size=microbatch // meshes.batch_shards(mesh))
     recipe, one = dataclasses.replace(recipe, microbatch=0), meshes.make_mesh(devices=jax.devices()[:1])
-    function, state, batch, key, _ = lowered_arguments(network, phase, recipe, one, text_tokens)
+    function, state, batch, key, _ = abstract_train_step(network, phase, recipe, one, text_tokens)
     return padding(jax.make_jaxpr(function)(state, batch, key), chip)
 
 

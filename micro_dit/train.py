@@ -15,160 +15,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split, make_train_iterator
 from micro_dit.data.shards import Manifest
-from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
 from micro_dit.evaluation.during_training import make_training_evaluation
 from micro_dit.evaluation.previews import Previews
 from micro_dit.evaluation.validation_loss import make_heldout_loss
-from micro_dit.models.config import DiTConfig, make_config
-from micro_dit.models.dit import abstract_params, bind
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import abstract_params
 from micro_dit.models.flops import training_flops
-from micro_dit.models.masking import random_mask
-from micro_dit.models.moe import anywhere
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel import sharding
 from micro_dit.parallel.cpu import compiler_options
 from micro_dit.parallel.distributed import main_first
 from micro_dit.planning.chips import Chip, chip_of, measure_chip
-from micro_dit.rng import stream
 from micro_dit.training import report
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.metrics import MetricWriter
-from micro_dit.training.optimizer import update_ema
 from micro_dit.training.phases import Phase, make_phases, phase_starts
 from micro_dit.training.pretrained import has_checkpoints, load_start, load_under, place
 from micro_dit.training.progress import Progress
 from micro_dit.training.recipe import Recipe, make_recipe, with_mask_ratio
 from micro_dit.training.save_schedule import Interrupt, Saving
 from micro_dit.training.shards import prepare_shards
-from micro_dit.training.state import TrainState, abstract_state, enter_phase, init_state, state_from
+from micro_dit.training.state import TrainState, enter_phase, init_state, state_from
+from micro_dit.training.step import Metrics, abstract_train_state, make_train_step, network_of
 from micro_dit.training.workdir import claim_workdir
-
-Metrics = dict[str, jax.Array]
-
-
-def abstract_state_of(network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state in a phase."""
-    state = abstract_state(network, recipe.optimizer(phase), phase.ema_decay > 0, recipe.lora)
-    return sharding.placed_as(state, sharding.state_shardings(mesh, state))
-
-
-def lowered_arguments(
-    network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh, text_tokens: int
-) -> tuple[Callable[..., Any], TrainState, dict[str, Any], Any, Any]:
-    """What compiles a phase's step without making an array: the step, its abstract arguments, its out_shardings."""
-    if recipe.lora:
-        raise UserError("a LoRA run can't be rehearsed: set lora.rank 0, which needs more memory.")
-    place, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-    latents = (phase.batch_size, network.input_size, network.input_size, network.in_channels)
-    captions = (phase.batch_size, text_tokens, network.caption_channels)
-    shapes = {"latent_mean": latents, "latent_std": latents, "caption": captions}
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.float16, sharding=place) for name, shape in shapes.items()}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    state = abstract_state_of(network, phase, recipe, mesh)
-    out_shardings = (sharding.shardings_of(state), whole)
-    return make_train_step(network, phase, 0, recipe, mesh), state, batch, key, out_shardings
-
-
-def make_train_step(
-    network: DiTConfig, phase: Phase, first_step: int, recipe: Recipe, mesh: jax.sharding.Mesh | None = None
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """One optimizer step of a phase: (state, batch, key) → (state, metrics). `first_step` is the phase's first.
-
-    With LoRA there is a fourth argument: the network's parameters, which the state's adapt.
-    """
-    schedule, optimizer = phase.schedule(), recipe.optimizer(phase)
-    constrain = sharding.constrain_to(mesh) if mesh is not None and mesh.size > 1 else anywhere
-
-    def draw(batch: Mapping[str, jax.Array], key: jax.Array, step: jax.Array) -> tuple[Any, ...]:
-        """Every random draw has its own stream, so that mask, noise level, noise and caption drop are independent."""
-        x = batch["latent_mean"].astype(jnp.float32)  # (B, H, W, C)
-        if "latent_std" in batch:  # the posterior is drawn anew at each visit
-            x = x + batch["latent_std"].astype(jnp.float32) * jax.random.normal(stream(key, "posterior", step), x.shape)
-        B = x.shape[0]
-        dropped = jax.random.bernoulli(stream(key, "caption_drop", step), recipe.caption_drop, (B, 1, 1))
-        y = jnp.where(dropped, 0, batch["caption"])  # (B, L, Y)
-        sigma = edm.draw_sigma(stream(key, "sigma", step), B, phase.P_mean, phase.P_std)
-        noise = jax.random.normal(stream(key, "noise", step), x.shape)
-        mask = random_mask(stream(key, "mask", step), B, network.tokens, phase.mask_ratio)
-        return jax.tree.map(lambda drawn: constrain(drawn, "B"), (x, y, sigma, noise, mask))
-
-    def loss_of(params: Any, base: Any, drawn: tuple[Any, ...]) -> jax.Array:
-        x, y, sigma, noise, mask = drawn
-        if recipe.lora:
-            params = split_as_params(recipe.lora.merge(base, params))
-        model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain)
-        return edm.loss(
-            lambda x, t, y: model(x, t, y, mask, phase.mask_position), x, y, sigma, noise,
-            mask=mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,
-            reconstruction=edm.RECONSTRUCTION if network.decoder_depth else 0.0,
-        ).mean()  # fmt: skip
-
-    def loss_and_gradients(params: Any, base: Any, drawn: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-        """Of the whole batch, or the mean over microbatches one after another, which is the same but for rounding."""
-        parts = phase.batch_size // recipe.microbatch if recipe.microbatch else 1
-        if parts == 1:
-            return placed(jax.value_and_grad(loss_of)(params, base, drawn))
-
-        def rows_apart(a: jax.Array) -> jax.Array:
-            """(B, …) → (parts, B / parts, …): every row stays on its device, which has B / devices rows one by one."""
-            return constrain(a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), "mB")
-
-        def add(total: Any, part: tuple[Any, ...]) -> tuple[Any, None]:
-            return placed(jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, base, part))), None
-
-        zero = placed((jnp.float32(0), jax.tree.map(jnp.zeros_like, params)))
-        total, _ = jax.lax.scan(add, zero, jax.tree.map(rows_apart, drawn))
-        return jax.tree.map(lambda value: value / parts, total)
-
-    def placed(loss_and_gradients: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        """Each gradient is split as its parameter is: a device needs the sum of no more than that."""
-        loss, gradients = loss_and_gradients
-        return loss, split_as_params(gradients)
-
-    def split_as_params(tree: Any) -> Any:
-        if mesh is None or mesh.size == 1:
-            return tree
-        return jax.lax.with_sharding_constraint(tree, sharding.param_shardings(mesh, tree))
-
-    def train_step(
-        state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array, base: Any = None
-    ) -> tuple[TrainState, Metrics]:
-        loss, gradients = loss_and_gradients(state.params, base, draw(batch, key, state.step))
-        in_phase = state.step - first_step
-        learning_rate = schedule(in_phase)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = update_ema(ema, params, phase.ema_decay, active=in_phase >= phase.ema_start)
-        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
-
-    return train_step
-
-
-def network_of(phase: Phase, config: Any, manifest: Manifest) -> DiTConfig:
-    """The phase's network: the size from the config, what goes in and out from the shards."""
-    if phase.resolution % manifest.vae.downsample:
-        raise UserError(f"phase {phase.name!r}: {phase.resolution} px is no multiple of {manifest.vae.downsample}.")
-    overrides = {name: value for name, value in config.model.items() if value is not None and name != "size"}
-    network = make_config(
-        config.model.size,
-        input_size=phase.resolution // manifest.vae.downsample,
-        in_channels=manifest.vae.channels,
-        caption_channels=manifest.text_encoder.channels,
-        pos_interp_scale=phase.pos_interp_scale,
-        **overrides,
-    )
-    network.check(phase.mask_ratio, phase.mask_position)
-    return network
 
 
 def train(config: Any, workdir: str | Path) -> Path:
@@ -194,7 +68,7 @@ def train(config: Any, workdir: str | Path) -> Path:
         recipe.check_batch(phase, mesh)
     manifests = main_first(lambda: prepare_shards(config, phases, say))
     manifest = manifests[0]
-    networks = [network_of(phase, config, manifest) for phase in phases]
+    networks = [network_of(phase, config.model, manifest.vae, manifest.text_encoder) for phase in phases]
     text = manifest.text_encoder
     about_shards = {
         "vae": manifest.vae.fingerprint, "text_encoder": text.fingerprint, "caption_tokens": text.tokens,
@@ -221,7 +95,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     checkpoints = Checkpoints(workdir, keep_steps=tuple(starts[1:]), keep_every=config.keep_every, clean=True)
 
     def abstract_of(meta: Mapping[str, Any]) -> TrainState:
-        return abstract_state_of(networks[meta["phase"]], phases[meta["phase"]], recipe, mesh)
+        return abstract_train_state(networks[meta["phase"]], phases[meta["phase"]], recipe, mesh)
 
     restored = checkpoints.restore(abstract_of, warn=say)
     meta: dict[str, Any]

@@ -16,10 +16,10 @@ from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 from micro_dit.models.dit import abstract_params
 from micro_dit.planning.chips import CHIPS
 from micro_dit.planning.cost import plan
-from micro_dit.train import make_train_step, network_of
 from micro_dit.training.phases import make_phases
 from micro_dit.training.recipe import make_recipe, with_mask_ratio
 from micro_dit.training.state import TrainState
+from micro_dit.training.step import make_train_step, network_of
 from tests.helpers import tiny
 
 MASK75 = tiny.CONFIGS / "mask75.py"
@@ -46,7 +46,7 @@ def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str | No
     manifest, phases = manifest_of(config), make_phases(config.phases)
     recipe = make_recipe(config)
     assert {resolution for resolution in config.data.resolutions} <= set(manifest.resolutions)
-    networks = [network_of(phase, config, manifest) for phase in phases]  # checks them
+    networks = [network_of(phase, config.model, manifest.vae, manifest.text_encoder) for phase in phases]  # checks them
     # Every phase can take over the parameters of the one before.
     assert len({(n.mixer_blocks(), n.backbone_blocks(), n.in_channels, n.caption_channels) for n in networks}) == 1
     # Phases that mask alike differ in sizes and numbers only: the last of them, the largest, stands for all. And blocks
@@ -93,7 +93,8 @@ def test_the_papers_recipe_is_the_papers() -> None:
     assert config.adam.to_dict() == dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
     assert config.diffusion.to_dict() == dict(sigma_data=0.9, caption_drop=0.1)
     assert config.dtype == "bfloat16"
-    network = network_of(phases[0], config, manifest_of(config))
+    manifest = manifest_of(config)
+    network = network_of(phases[0], config.model, manifest.vae, manifest.text_encoder)
     sizes = {name: int(np.prod(leaf.shape)) for name, leaf in abstract_params(network).items()}
     buffers = network.tokens * network.dim + network.patch_size**2 * network.in_channels
     assert sum(sizes.values()) in (1_165_442_320, 1_165_442_320 - buffers)
@@ -125,7 +126,7 @@ def test_the_comparisons_cost_what_they_say(variant: str) -> None:
     for name in COMPARISONS:
         config = with_mask_ratio(tiny.load_config_file(tiny.CONFIGS / f"{name}.py", variant))
         manifest, phases = manifest_of(config), make_phases(config.phases)
-        networks = [network_of(phase, config, manifest) for phase in phases]
+        networks = [network_of(phase, config.model, manifest.vae, manifest.text_encoder) for phase in phases]
         costs = plan(networks, phases, CHIPS["h100"], caption_tokens=manifest.text_encoder.tokens).costs
         flops[name] = sum(cost.flops for cost in costs)
         names.add(config.name)

@@ -152,7 +152,7 @@ def test_search_for_a_microbatch(
         return Compiled(0.0, temporaries=int(fixed + per_image * tried[-1]))
 
     times: list[int] = []
-    monkeypatch.setattr(rehearse, "lowered_arguments", lowered)
+    monkeypatch.setattr(rehearse, "abstract_train_step", lowered)
     monkeypatch.setattr(rehearse, "compile_ahead", compiled)
     config = tiny.get_config("nowhere")
     phase = make_phases([tiny.MASKED | dict(batch_size=512)])[0]

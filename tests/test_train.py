@@ -22,12 +22,14 @@ from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
 from micro_dit.evaluation.previews import Previews
 from micro_dit.models.masking import TokenMask
-from micro_dit.train import make_train_step, train
+from micro_dit.train import train
+from micro_dit.training import step as step_module
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.metrics import read_metrics
 from micro_dit.training.phases import Phase
 from micro_dit.training.recipe import Recipe
 from micro_dit.training.state import TrainState
+from micro_dit.training.step import make_train_step
 from tests.helpers import tiny
 
 RECIPE = Recipe(sigma_data=0.9, caption_drop=0.1, dtype="float32", remat="dots", adam={})
@@ -50,7 +52,7 @@ def draws(monkeypatch: pytest.MonkeyPatch, step: int, seed: int = 0, **fields: A
         return jnp.zeros(B)
 
     monkeypatch.setattr(edm, "loss", record)
-    monkeypatch.setattr(loop, "bind", lambda *arguments: None)
+    monkeypatch.setattr(step_module, "bind", lambda *arguments: None)
     params = {"w": jnp.ones(3)}
     phase = Phase(**tiny.MASKED | fields)
     state = TrainState(jnp.int32(step), params, RECIPE.optimizer(phase).init(params), None)
@@ -106,7 +108,7 @@ def test_draws_have_their_distributions(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that needs no network: the sum of the squared parameters."""
-    monkeypatch.setattr(loop, "bind", lambda network, params, *rest: lambda *inputs: jnp.sum(params["w"] ** 2))
+    monkeypatch.setattr(step_module, "bind", lambda network, params, *rest: lambda *inputs: jnp.sum(params["w"] ** 2))
     monkeypatch.setattr(edm, "loss", lambda F, x, y, *rest, **named: F(x, None, y) * jnp.ones(4))
 
 

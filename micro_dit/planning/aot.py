@@ -20,10 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from micro_dit.errors import UserError
+from micro_dit.models.config import DiTConfig
 from micro_dit.parallel.cpu import compiler_options
+from micro_dit.parallel.mesh import batch_sharding, replicated
+from micro_dit.parallel.sharding import shardings_of
 from micro_dit.planning.collectives import Traffic, collectives
+from micro_dit.training.phases import Phase
+from micro_dit.training.recipe import Recipe
+from micro_dit.training.state import TrainState
+from micro_dit.training.step import abstract_train_state, make_train_step
 
 TPUS = ("v5e", "v5p", "v6e")  # a v4 is described as two devices a chip, which share its memory: left out
 GPUS = {"h100": "NVIDIA H100 80GB HBM3"}
@@ -156,6 +164,30 @@ class Compiled:
     def peak(self) -> int:
         """Bytes of memory that the program needs."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+
+
+def abstract_train_step(
+    network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh, text_tokens: int
+) -> tuple[Callable[..., Any], TrainState, dict[str, Any], Any, Any]:
+    """Returns what is needed to compile a phase's step without making an array.
+
+    Returns:
+        The step, its abstract state, batch and key, and its out_shardings.
+
+    Raises:
+        UserError: The run trains a LoRA adapter.
+    """
+    if recipe.lora:
+        raise UserError("a LoRA run can't be rehearsed: set lora.rank 0, which needs more memory.")
+    place, whole = batch_sharding(mesh), replicated(mesh)
+    latents = (phase.batch_size, network.input_size, network.input_size, network.in_channels)
+    captions = (phase.batch_size, text_tokens, network.caption_channels)
+    shapes = {"latent_mean": latents, "latent_std": latents, "caption": captions}
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.float16, sharding=place) for name, shape in shapes.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    state = abstract_train_state(network, phase, recipe, mesh)
+    return make_train_step(network, phase, 0, recipe, mesh), state, batch, key, (shardings_of(state), whole)
 
 
 def compile_ahead(

@@ -16,10 +16,11 @@ from micro_dit.models.dit import abstract_params
 from micro_dit.parallel import sharding
 from micro_dit.parallel.cpu import compiler_options
 from micro_dit.parallel.mesh import AXES, batch_sharding, check_batch, make_mesh, replicated, to_device
-from micro_dit.train import abstract_state_of, lowered_arguments
+from micro_dit.planning.aot import abstract_train_step
 from micro_dit.training.phases import Phase
 from micro_dit.training.recipe import Recipe
 from micro_dit.training.state import TrainState, init_state
+from micro_dit.training.step import abstract_train_state
 from tests.helpers import tiny
 
 STEPS = 3
@@ -46,7 +47,7 @@ def batch(step: int) -> dict[str, np.ndarray]:
 def train(mesh: jax.sharding.Mesh, microbatch: int = 0) -> tuple[dict[str, Any], TrainState, str]:
     """What was measured, the state on the host, and the program."""
     how = recipe(microbatch)
-    function, *abstract, places = lowered_arguments(NETWORK, PHASE, how, mesh, 4)
+    function, *abstract, places = abstract_train_step(NETWORK, PHASE, how, mesh, 4)
     step = jax.jit(function, donate_argnums=0, out_shardings=places, compiler_options=compiler_options())
     compiled = step.lower(*abstract).compile()
     params = tiny.random_params(NETWORK)
@@ -84,7 +85,7 @@ def gathered_activations(program: str) -> list[str]:
 
 def fresh_state(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """A state made where it lives: what a device holds of it, and its sum."""
-    abstract = abstract_state_of(NETWORK, PHASE, recipe(), mesh)
+    abstract = abstract_train_state(NETWORK, PHASE, recipe(), mesh)
     state = init_state(NETWORK, recipe().optimizer(PHASE), 0, sharding.shardings_of(abstract), with_ema=True)
     values = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.params)]
     return {

@@ -1,0 +1,199 @@
+"""One optimizer step, and the shapes and shardings of the state that it changes.
+
+This module and all that it imports need jax, flax, optax and numpy only: no data, checkpoint or config library.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from micro_dit.diffusion import edm
+from micro_dit.errors import UserError
+from micro_dit.models.config import DiTConfig, make_config
+from micro_dit.models.dit import bind
+from micro_dit.models.masking import TokenMask, random_mask
+from micro_dit.models.moe import Constrain, anywhere
+from micro_dit.parallel import sharding
+from micro_dit.rng import stream
+from micro_dit.training.optimizer import update_ema
+from micro_dit.training.phases import Phase
+from micro_dit.training.recipe import Recipe
+from micro_dit.training.state import TrainState, abstract_state
+
+if TYPE_CHECKING:
+    from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
+
+Metrics = dict[str, jax.Array]
+
+
+class Draws(NamedTuple):
+    """The inputs of the loss for one batch, with everything random drawn.
+
+    Attributes:
+        x: (B, H, W, C) float32, clean latents, sampled from the encoder's posterior.
+        y: (B, L, Y) caption embeddings; zero where the caption is dropped.
+        sigma: (B,) float32, noise levels.
+        noise: (B, H, W, C) float32, unit normal noise.
+        mask: The tokens to keep, or None without masking.
+    """
+
+    x: jax.Array
+    y: jax.Array
+    sigma: jax.Array
+    noise: jax.Array
+    mask: TokenMask | None
+
+
+def draw_inputs(
+    batch: Mapping[str, jax.Array], key: jax.Array, step: jax.Array, network: DiTConfig, phase: Phase, recipe: Recipe
+) -> Draws:
+    """Draws posterior sample, caption drop, noise level, noise and mask, each from its own random stream.
+
+    Separate streams keep the five independent of each other; the step is folded in, so no draw repeats.
+    """
+    x = batch["latent_mean"].astype(jnp.float32)  # (B, H, W, C)
+    if "latent_std" in batch:  # the posterior is sampled anew at each visit
+        x = x + batch["latent_std"].astype(jnp.float32) * jax.random.normal(stream(key, "posterior", step), x.shape)
+    B = x.shape[0]
+    dropped = jax.random.bernoulli(stream(key, "caption_drop", step), recipe.caption_drop, (B, 1, 1))
+    y = jnp.where(dropped, 0, batch["caption"])  # (B, L, Y)
+    sigma = edm.draw_sigma(stream(key, "sigma", step), B, phase.P_mean, phase.P_std)
+    noise = jax.random.normal(stream(key, "noise", step), x.shape)
+    mask = random_mask(stream(key, "mask", step), B, network.tokens, phase.mask_ratio)
+    return Draws(x, y, sigma, noise, mask)
+
+
+def accumulate_gradients(
+    loss: Callable[[Any, Any], jax.Array],
+    params: Any,
+    batch: Any,
+    parts: int,
+    constrain: Constrain = anywhere,
+    place: Callable[[Any], Any] = lambda gradients: gradients,
+) -> tuple[jax.Array, Any]:
+    """Computes loss and gradients as the mean over microbatches, one after another.
+
+    Except for rounding, the result is that of the whole batch at once.
+
+    Args:
+        loss: (params, microbatch) → (), the mean loss of the microbatch.
+        params: Parameters to differentiate with respect to.
+        batch: A pytree of arrays (B, …).
+        parts: Number of microbatches; a divisor of B.
+        constrain: Fixes the sharding of an activation, given the letters of its dimensions.
+        place: Fixes the sharding of gradients. A device then sums only its part of them.
+
+    Returns:
+        The loss, () float32, and the gradients.
+    """
+    value_and_grad = jax.value_and_grad(loss)
+    if parts == 1:
+        value, gradients = value_and_grad(params, batch)
+        return value, place(gradients)
+
+    def microbatches(a: jax.Array) -> jax.Array:
+        """(B, …) → (parts, B / parts, …), by a stride over rows: every row stays on its device."""
+        return constrain(a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), "mB")
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        value, gradients = jax.tree.map(jnp.add, total, value_and_grad(params, part))
+        return (value, place(gradients)), None
+
+    zero = jnp.float32(0), place(jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, jax.tree.map(microbatches, batch))
+    return jax.tree.map(lambda value: value / parts, total)
+
+
+def make_train_step(
+    network: DiTConfig, phase: Phase, first_step: int, recipe: Recipe, mesh: jax.sharding.Mesh | None = None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns the function of one optimizer step, to be jitted with its state donated.
+
+    Args:
+        network: The phase's network.
+        phase: The phase; sets masking, noise levels, schedule and EMA.
+        first_step: Global step at which the phase starts.
+        recipe: Settings that all phases share.
+        mesh: Devices to split the batch and the state over; None or a single device splits nothing.
+
+    Returns:
+        (state, batch, key, base) → (state, metrics). `base` holds the parameters under a LoRA adapter, which is what
+        the state then trains; None without LoRA.
+    """
+    schedule, optimizer = phase.schedule(), recipe.optimizer(phase)
+    constrain = sharding.constrain_to(mesh) if mesh is not None and mesh.size > 1 else anywhere
+    parts = phase.batch_size // recipe.microbatch if recipe.microbatch else 1
+
+    def as_params(tree: Any) -> Any:
+        """Splits a dict of arrays as the parameters of the same names are split."""
+        if mesh is None or mesh.size == 1:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, sharding.param_shardings(mesh, tree))
+
+    def loss(params: Any, base: Any, draws: Draws) -> jax.Array:
+        if recipe.lora:
+            params = as_params(recipe.lora.merge(base, params))
+        model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain)
+        return edm.loss(
+            lambda x, t, y: model(x, t, y, draws.mask, phase.mask_position), *draws[:4],
+            mask=draws.mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,
+            reconstruction=edm.RECONSTRUCTION if network.decoder_depth else 0.0,
+        ).mean()  # fmt: skip
+
+    def train_step(
+        state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array, base: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        draws = draw_inputs(batch, key, state.step, network, phase, recipe)
+        draws = jax.tree.map(lambda drawn: constrain(drawn, "B"), draws)
+        value, gradients = accumulate_gradients(
+            lambda params, part: loss(params, base, part), state.params, draws, parts, constrain, as_params
+        )
+        in_phase = state.step - first_step
+        learning_rate = schedule(in_phase)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = update_ema(ema, params, phase.ema_decay, active=in_phase >= phase.ema_start)
+        metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def abstract_train_state(network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
+    """Returns shapes, dtypes and shardings of the state in a phase."""
+    state = abstract_state(network, recipe.optimizer(phase), phase.ema_decay > 0, recipe.lora)
+    return sharding.placed_as(state, sharding.state_shardings(mesh, state))
+
+
+def network_of(
+    phase: Phase, model: Mapping[str, Any], vae: "ImageEncoderInfo", text_encoder: "TextEncoderInfo"
+) -> DiTConfig:
+    """Returns a phase's network, checked.
+
+    Args:
+        phase: The phase; sets the resolution.
+        model: The size's name as 'size', and fields that replace the size's own; None leaves a field as it is.
+        vae: Image encoder of the latents.
+        text_encoder: Text encoder of the captions.
+
+    Raises:
+        UserError: The network is impossible, or cannot be masked as the phase asks.
+    """
+    if phase.resolution % vae.downsample:
+        raise UserError(f"phase {phase.name!r}: {phase.resolution} px is not a multiple of {vae.downsample}.")
+    overrides = {name: value for name, value in model.items() if value is not None and name != "size"}
+    network = make_config(
+        model["size"],
+        input_size=phase.resolution // vae.downsample,
+        in_channels=vae.channels,
+        caption_channels=text_encoder.channels,
+        pos_interp_scale=phase.pos_interp_scale,
+        **overrides,
+    )
+    network.check(phase.mask_ratio, phase.mask_position)
+    return network

@@ -5,14 +5,13 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from micro_dit.cli import parse_or_exit, run_command
+from micro_dit.cli import run_command
 from micro_dit.data.mixture import parse_mix, read_mix
 from micro_dit.data.shards import MANIFEST, Manifest, record_fields, shards_folder
 from micro_dit.encoders.info import known_image_encoder, known_text_encoder
@@ -103,9 +102,7 @@ def manifest_of(config: Any, shards: str) -> Manifest:
     )  # fmt: skip
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+def main() -> None:
     config = FLAGS.config
     if config is None:
         raise UserError("no config given; try --config=configs/mask75.py:xl.")
@@ -148,5 +145,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)), flags_parser=parse_or_exit)
+    run_command(main, define_flags, takes_config=True)

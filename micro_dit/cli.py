@@ -1,4 +1,4 @@
-"""What every command line of the package does around its work."""
+"""Runs the package's commands: flags, config files, one-line errors and exit statuses."""
 
 import difflib
 import errno
@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from absl import flags, logging
+from absl import app, flags, logging
 
 from micro_dit.errors import UserError
 
@@ -19,12 +18,46 @@ from micro_dit.errors import UserError
 REMOVED_FIELDS = {"quantize": "8-bit products showed no gain, see docs/lab_notes.md"}
 
 
-def run_command(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
-    """Runs a command; a UserError is printed as one line, without a traceback. Returns the exit status.
+def run_command(
+    main: Callable[..., object], define_flags: Callable[[], None] | None = None, *, takes_config: bool = False,
+    takes_arguments: bool = False,
+) -> None:  # fmt: skip
+    """Runs a command from its flags to its exit status.
 
-    Libraries log only errors, and compiled programs are kept between runs (in JAX_COMPILATION_CACHE_DIR if that is
-    set, else in the user's cache folder).
+    Args:
+        main: The command. It is called without arguments.
+        define_flags: Defines the flags of the command.
+        takes_config: Whether there is a flag --config, whose fields can be overridden.
+        takes_arguments: Whether there are arguments that are not flags. `main` is then called with `sys.argv` without
+            the flags.
     """
+
+    def command(argv: Sequence[str]) -> None:
+        if takes_arguments:
+            main(argv)
+            return
+        if len(argv) > 1:
+            hint = "config fields are set by --config.FIELD=VALUE; " if takes_config else ""
+            raise UserError(f"unknown argument {argv[1]!r}; {hint}see --help.")
+        main()
+
+    if define_flags:
+        define_flags()
+    options: dict[str, Any] = {"flags_parser": parse_or_exit} if takes_config else {}
+    app.run(lambda argv: sys.exit(exit_status(command, argv)), **options)
+
+
+def exit_status(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
+    """Runs a command and prints a UserError as one line, without a traceback.
+
+    Libraries log only errors. Compiled programs are kept between runs, in JAX_COMPILATION_CACHE_DIR if that is set,
+    else in the user's cache folder.
+
+    Returns:
+        The exit status.
+    """
+    import jax  # not at the top: worker processes that import a command do without it
+
     logging.set_verbosity(logging.ERROR)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "micro_dit" / "jax"
@@ -42,15 +75,35 @@ def run_command(command: Callable[[Sequence[str]], object], argv: Sequence[str])
     return 0
 
 
+def define_distributed_flags() -> None:
+    """Defines the flags of a command that can run as several processes."""
+    flags.DEFINE_string("coordinator", None, "With several processes: host:port where process 0 is reached.")
+    flags.DEFINE_integer("process_index", None, "With --coordinator: number of this process, from 0.")
+    flags.DEFINE_integer("process_count", None, "With --coordinator: how many processes there are.")
+    flags.DEFINE_bool(
+        "cluster", False, "Ask the cluster for coordinator and processes: for TPU VMs. SLURM, GKE and MPI need no flag."
+    )
+    flags.DEFINE_integer("timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
+
+
+def distributed_options() -> dict[str, Any]:
+    """Returns the arguments of `parallel.distributed.start` that these flags give."""
+    values = flags.FLAGS
+    return {
+        "coordinator": values.coordinator, "process_index": values.process_index,
+        "process_count": values.process_count, "cluster": values.cluster, "timeout_seconds": values.timeout,
+    }  # fmt: skip
+
+
 def parse_or_exit(argv: Sequence[str]) -> list[str]:
-    """absl's `flags_parser` for commands that take --config: a wrong flag is one line, and the exit status 1."""
+    """Parses the flags of a command with --config, and ends the process with one line and status 1 if one is wrong."""
     rest: list[str] = []
-    status = run_command(lambda argv: rest.extend(_parse_flags(argv)), argv)
+    status = exit_status(lambda argv: rest.extend(_parse_flags(argv)), argv)
     return rest if status == 0 else sys.exit(status)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl's parsing, with one clear line for a config file, variant or field that does not exist."""
+    """Parses flags; raises UserError for a config file, variant or field that does not exist."""
     given = [argument.removeprefix("--") for argument in argv[1:]]
     path = next((argument.partition("=")[2] for argument in given if argument.startswith("config=")), "")
     file = path.partition(":")[0]
@@ -80,7 +133,7 @@ def removed_field(name: str) -> UserError:
 
 
 def load_config(path: str) -> Any:
-    """The config of a `file.py:variant`, without overrides."""
+    """Returns the config of a `file.py:variant`, without overrides."""
     file, _, variant = path.partition(":")
     spec = importlib.util.spec_from_file_location("config", file)
     assert spec is not None
@@ -91,7 +144,7 @@ def load_config(path: str) -> Any:
 
 
 def _leaves(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of every field that can be set."""
+    """Returns the dotted names of all fields that can be set."""
     if hasattr(config, "items"):
         nested = [(f"{prefix}.{name}" if prefix else name, value) for name, value in config.items()]
     elif isinstance(config, tuple | list):

@@ -14,13 +14,12 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from micro_dit.budget import manifest_of
@@ -315,9 +314,7 @@ def _write(path: Path, text: str) -> None:
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+def main() -> None:
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -355,5 +352,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, define_flags)

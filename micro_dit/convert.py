@@ -5,13 +5,12 @@
 """
 
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from micro_dit.cli import run_command
 from micro_dit.errors import UserError
@@ -142,9 +141,7 @@ def _check_space(out: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise UserError(f"{out} needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free; make room.")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+def main() -> None:
     if (FLAGS.from_torch is None) == (FLAGS.to_torch is None):
         raise UserError("give either --from_torch=FILE and --out=FOLDER, or --to_torch=FILE and --workdir=FOLDER.")
     if FLAGS.to_torch is not None:
@@ -188,5 +185,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, define_flags)

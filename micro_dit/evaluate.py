@@ -6,7 +6,6 @@ interrupted evaluation goes on with the images that are there. See docs/evaluati
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.experimental import multihost_utils
 
 from micro_dit.api import Model, load
-from micro_dit.cli import run_command
+from micro_dit.cli import define_distributed_flags, distributed_options, run_command
 from micro_dit.data.captions import clean_captions
 from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split
@@ -85,10 +84,8 @@ class Prompts:
     files: Sequence[str] | None = None
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
-    distributed.start(FLAGS.coordinator, FLAGS.process_index, FLAGS.process_count, cluster=FLAGS.cluster)
+def main() -> None:
+    distributed.start(**distributed_options())
     say: Callable[[str], None] = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
     try:
         with Interrupt() as interrupt:
@@ -402,12 +399,8 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("geneval_prompts", "", "GenEval's evaluation_metadata.jsonl: draws its images.")
     flags.DEFINE_string("geneval_results", "", "Its scorer's results.jsonl: summarizes them.")
-    flags.DEFINE_string("coordinator", None, "With several processes: host:port where process 0 is reached.")
-    flags.DEFINE_integer("process_index", None, "With --coordinator: number of this process, from 0.")
-    flags.DEFINE_integer("process_count", None, "With --coordinator: how many processes there are.")
-    flags.DEFINE_bool("cluster", False, "Ask the cluster for coordinator and processes.")
+    define_distributed_flags()
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, define_flags)

@@ -5,12 +5,11 @@ See docs/export.md. The folder's format is that of micro_dit/interop/model_folde
 
 import dataclasses
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import flags
 
 from micro_dit.cli import run_command
 from micro_dit.diffusion.samplers import SAMPLERS
@@ -204,9 +203,7 @@ def _write_programs(
     )  # fmt: skip
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+def main() -> None:
     if not FLAGS.stablehlo and (FLAGS.sampler is not None or FLAGS.steps is not None):
         raise UserError("--sampler and --steps are those of the program: give --stablehlo too, or leave them out.")
     export(
@@ -234,5 +231,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, define_flags)

@@ -12,13 +12,12 @@ can share a folder: each takes every n-th part, and the last one to finish compl
 """
 
 import os
-import sys
 import time
-from collections.abc import Sequence
 from functools import partial
 
-from absl import app, flags
+from absl import flags
 
+from micro_dit.cli import run_command
 from micro_dit.data.preparation.prepare import make_shards, summary
 from micro_dit.data.preparation.settings import PreparationSettings
 from micro_dit.data.shards import POSTERIORS
@@ -27,10 +26,8 @@ from micro_dit.errors import UserError
 # Each decoding process imports this module again, so jax is imported only where it is used.
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Checks the flags, and does what they ask for."""
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
     values = flags.FLAGS
     if (values.process_index is None) != (values.process_count is None):
         raise UserError("--process_index and --process_count must be given together, or neither.")
@@ -120,7 +117,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    from micro_dit.cli import run_command  # brings jax
-
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, define_flags)

@@ -18,11 +18,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from micro_dit.budget import manifest_of
-from micro_dit.cli import parse_or_exit, run_command
+from micro_dit.cli import run_command
 from micro_dit.diffusion.generate import MAX_BATCH, Denoising
 from micro_dit.errors import UserError
 from micro_dit.models.config import DiTConfig
@@ -328,9 +328,7 @@ def _of_kind(traffic: Traffic | None) -> str:
     return f"{traffic.count:,} × {traffic.bytes / traffic.count / 1e6:,.3g}{hidden}"
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+def main() -> None:
     config = FLAGS.config
     if config is None or FLAGS.topology is None:
         raise UserError("give --config and --topology; try --config=configs/mask75.py --topology=cpu:8.")
@@ -370,5 +368,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)), flags_parser=parse_or_exit)
+    run_command(main, define_flags, takes_config=True)

@@ -5,12 +5,11 @@ See docs/sampling.md. The work is done by micro_dit/api.py.
 
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from micro_dit.cli import run_command
 from micro_dit.diffusion.samplers import SAMPLERS
@@ -20,12 +19,10 @@ if TYPE_CHECKING:
     from micro_dit.api import About
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     from micro_dit.api import load
     from micro_dit.images import caption_grid, save_png
 
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
     prompts = [*FLAGS.prompt, *(read_prompts(FLAGS.prompts_file) if FLAGS.prompts_file else [])]
     if not prompts:
         raise UserError('there is nothing to draw: give a --prompt (--prompt="" draws anything) or a --prompts_file.')
@@ -152,5 +149,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, define_flags)

@@ -8,17 +8,15 @@ micro_dit/encoders/vae_training.py for the loss and the schedule.
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from micro_dit.cli import run_command
 from micro_dit.data.sources.openmoji import OpenMoji
 from micro_dit.encoders.vae_training import PIXELS, AutoencoderTraining, train_autoencoder
-from micro_dit.errors import UserError
 from micro_dit.files import write_atomically
 
 
@@ -35,10 +33,8 @@ def train(out: str, settings: AutoencoderTraining) -> dict[str, Any]:
     return metrics
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Runs `train` with the flags."""
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
     values = flags.FLAGS
     settings = AutoencoderTraining(
         values.minutes, values.steps, values.seed, values.batch_size, values.learning_rate, values.init
@@ -58,5 +54,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, define_flags)

@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(**given: Any) -> None:
         assert set(given) <= set(FLAGS)
         monkeypatch.setattr(convert, "FLAGS", SimpleNamespace(**dict.fromkeys(FLAGS) | given))
-        convert.main(["convert"])
+        convert.main()
 
     return run
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from micro_dit.cli import run_command
+from micro_dit.cli import exit_status
 from micro_dit.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +46,8 @@ def test_only_errors_meant_for_the_user_lose_their_traceback(capsys: pytest.Capt
     def broken(argv: object) -> None:
         raise KeyError("a bug")
 
-    assert run_command(wrong, []) == 1
+    assert exit_status(wrong, []) == 1
     assert capsys.readouterr().err == "error: this is wrong; do that.\n"
-    assert run_command(lambda argv: None, []) == 0
+    assert exit_status(lambda argv: None, []) == 0
     with pytest.raises(KeyError):
-        run_command(broken, [])
+        exit_status(broken, [])

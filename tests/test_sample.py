@@ -302,7 +302,7 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, str]]:
 def test_the_command_draws_what_the_api_draws(
     command: SimpleNamespace, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    sample.main(["sample"])
+    sample.main()
     assert "4 images from step 84 of run: " in capsys.readouterr().out
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["000_one_seed_3.png", "001_one_seed_4.png", "002_two_seed_3.png", "003_two_seed_4.png"]
@@ -330,7 +330,7 @@ def test_settings_of_the_run_are_the_default(command: SimpleNamespace, finished_
     run["config"]["sampling"].update(guidance=0.5, steps=1)
     (workdir / "config.json").write_text(json.dumps(run))
     vars(command).update(workdir=str(workdir), guidance=None, steps=None, num=1, prompt=["one"], autoguidance="48")
-    sample.main(["sample"])
+    sample.main()
     pixels, told = read(Path(command.out))
     assert pixels.shape == (16, 16, 3)
     assert (told["sampler"], told["guidance"], told["autoguidance"]) == ("heun, 1 steps", "0.5", "step 48 of run")
@@ -347,7 +347,7 @@ def test_prompts_are_cleaned_as_the_shards_captions_were(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("A <b>Red</b> Heart #12\n\nplain\n")
     vars(command).update(workdir=str(workdir), prompt=[], prompts_file=str(prompts), num=1)
-    sample.main(["sample"])
+    sample.main()
     assert words.encoded == [["a red heart"], ["plain"]]
     assert read(Path(command.out))[1]["prompt"] == "A <b>Red</b> Heart #12 | plain"  # in the user's words
 
@@ -355,7 +355,7 @@ def test_prompts_are_cleaned_as_the_shards_captions_were(
 def test_a_picture_to_start_from(command: SimpleNamespace, tmp_path: Path) -> None:
     picture().save(tmp_path / "start.png")
     vars(command).update(image=str(tmp_path / "start.png"), strength=0.0, num=1, prompt=[""])
-    sample.main(["sample"])
+    sample.main()
     pixels, told = read(Path(command.out))
     np.testing.assert_array_equal(pixels, np.asarray(picture()))
     assert told["strength"] == "0.0"
@@ -382,7 +382,7 @@ def test_what_is_missing_is_named(
         change = {"prompts_file": str(tmp_path / "blank")}
     vars(command).update(change)
     with pytest.raises(UserError, match=message):
-        sample.main(["sample"])
+        sample.main()
 
 
 def test_the_flags_are_defined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,12 @@ Files are taken as they are published, and `micro_dit.precompute` reads them; `d
 """
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
 from micro_dit.cli import run_command
 from micro_dit.data.download import RemoteFile, download_all, first_line, is_whole, refused
@@ -204,10 +203,8 @@ def check_name(name: str) -> str:
     return name
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Runs `fetch` with the flags."""
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
     values = flags.FLAGS
     try:
         fetch(values.dataset, values.out, values.fraction, values.workers, values.links)
@@ -226,5 +223,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, define_flags)

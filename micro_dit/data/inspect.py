@@ -7,12 +7,11 @@ with their captions. Of a folder that is still being made, it says how far that 
 
 import collections
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from micro_dit.cli import run_command
 from micro_dit.data.pipeline import load_split
@@ -191,5 +190,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, define_flags, takes_arguments=True)

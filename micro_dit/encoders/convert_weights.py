@@ -8,12 +8,9 @@ beside them, configuration and tokenizer, are copied. No code in a pickle is run
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from absl import app
 
 from micro_dit.cli import run_command
 from micro_dit.errors import UserError
@@ -104,4 +101,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, takes_arguments=True)

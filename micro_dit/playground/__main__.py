@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import flags
 
 from micro_dit.cli import run_command
 from micro_dit.diffusion.samplers import SAMPLERS
@@ -30,9 +30,7 @@ EASEL_WIDTH, GAP = 816, 14  # pixels of the page that pictures share, and betwee
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unknown argument {argv[1]!r}; see --help.")
+def main() -> None:
     import_gradio()
     from micro_dit.playground.session import Studio
 
@@ -297,5 +295,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, define_flags)

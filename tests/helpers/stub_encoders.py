@@ -3,7 +3,6 @@
 Also the command with them in place of real ones: `python tests/helpers/stub_encoders.py --source=… --vae=SECONDS …`.
 """
 
-import sys
 import time
 from typing import Any
 
@@ -53,16 +52,13 @@ def install(image: Any = None, text: Any = None) -> dict[str, Any]:
 if __name__ == "__main__":
     from unittest import mock
 
-    from absl import app
-
     from micro_dit import precompute
     from micro_dit.cli import run_command
 
-    def main(argv: list[str]) -> None:
+    def main() -> None:
         seconds = float(precompute.flags.FLAGS.vae)
         for name, stub in install(MeanColor(seconds)).items():
             mock.patch(name, stub).start()
-        precompute.main(argv)
+        precompute.main()
 
-    precompute.define_flags()
-    app.run(lambda argv: sys.exit(run_command(main, argv)))
+    run_command(main, precompute.define_flags)

@@ -1,6 +1,7 @@
 """Pictures can be opened again, hold what was put in, and are never half written."""
 
-from typing import Never
+from pathlib import Path
+from typing import Any, Never
 
 import numpy as np
 import pytest
@@ -12,16 +13,16 @@ from micro_dit.images import PAPER, caption_grid, save_gif, save_png
 RED = (200, 10, 10)
 
 
-def red_pictures(n, side):
+def red_pictures(n: int, side: int) -> np.ndarray:
     return np.broadcast_to(np.uint8(RED), (n, side, side, 3)).copy()
 
 
-def red_tiles(sheet):
+def red_tiles(sheet: Any) -> list[tuple[int, int, int, int]]:
     """Bounding boxes (left, top, width, height) of the pictures on a sheet."""
     red = (np.asarray(sheet) == RED).all(-1)
     rows, columns = red.any(1), red.any(0)
 
-    def spans(line):
+    def spans(line: Any) -> list[tuple[int, int]]:
         edges = np.flatnonzero(np.diff(np.concatenate([[0], line.astype(int), [0]])))
         return list(zip(edges[::2], edges[1::2] - edges[::2], strict=True))
 
@@ -29,7 +30,7 @@ def red_tiles(sheet):
 
 
 @pytest.mark.parametrize(("side", "scale", "shown"), [(32, 1, 96), (64, 1, 128), (128, 1, 128), (128, 2, 256)])
-def test_small_pictures_grow_by_whole_numbers(side, scale, shown) -> None:
+def test_small_pictures_grow_by_whole_numbers(side: int, scale: int, shown: int) -> None:
     tiles = red_tiles(caption_grid(red_pictures(5, side), ["a cat"] * 5, columns=3, scale=scale))
     assert len(tiles) == 5
     assert {tile[2:] for tile in tiles} == {(shown, shown)}
@@ -54,7 +55,7 @@ def test_long_captions_make_room_and_stay_inside() -> None:
 
 
 @pytest.mark.parametrize("text", ["two words", "incomprehensibilities " * 3, "one " * 100, "", "猫 と 犬"])
-def test_wrapped_lines_fit_and_lose_no_words(text) -> None:
+def test_wrapped_lines_fit_and_lose_no_words(text: str) -> None:
     font = grids._font(12)
     lines = grids._wrap(text, font, 90, most=1000)
     assert all(grids._length(line, font) <= 90 for line in lines)
@@ -78,7 +79,7 @@ def test_title_goes_above() -> None:
 
 
 @pytest.mark.parametrize(("n", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (6, 3), (7, 4), (8, 4), (12, 4), (16, 4)])
-def test_sheet_is_filled(n, columns) -> None:
+def test_sheet_is_filled(n: int, columns: int) -> None:
     assert grids._columns_that_fill(n) == columns
 
 
@@ -91,12 +92,12 @@ def test_sheet_is_filled(n, columns) -> None:
         (np.zeros((2, 8, 8, 3), np.uint8), ["a"]),
     ],
 )
-def test_wrong_input_is_refused(images, captions) -> None:
+def test_wrong_input_is_refused(images: Any, captions: Any) -> None:
     with pytest.raises(ValueError, match="images"):
         caption_grid(images, captions)
 
 
-def test_png_keeps_its_metadata(tmp_path) -> None:
+def test_png_keeps_its_metadata(tmp_path: Path) -> None:
     path = tmp_path / "samples" / "grid.png"
     metadata = {"prompt": "grinning cat", "caption": "σ = 0.5, 猫 🐱", "seed": "7"}
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
@@ -107,12 +108,12 @@ def test_png_keeps_its_metadata(tmp_path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["grid.png"]
 
 
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch) -> None:
+def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "grid.png"
     save_png(red_pictures(1, 4)[0], path)
     before = path.read_bytes()
 
-    def half(self, file, **options) -> Never:
+    def half(self, file: Any, **options: Any) -> Never:
         file.write_bytes(b"half a pic")
         raise OSError("disk full")
 
@@ -123,7 +124,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch) ->
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_gif_holds_frames_and_their_times(tmp_path) -> None:
+def test_gif_holds_frames_and_their_times(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sheets = [caption_grid(rng.integers(0, 256, (2, 96, 96, 3), np.uint8), ["a", "b"], title=f"{i}") for i in range(4)]
     frames = [Image.fromarray(rng.integers(0, 256, (50, 60, 3), np.uint8)), *sheets]

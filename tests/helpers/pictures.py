@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 QUADRANTS = np.array([[[200, 30, 40], [20, 190, 60]], [[30, 50, 220], [230, 220, 210]]], np.uint8)
 
 
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()

@@ -4,6 +4,9 @@ import io
 import pickle
 import tarfile
 import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -17,7 +20,7 @@ def picture(color: str, format: str = "JPEG") -> bytes:
     return file.getvalue()
 
 
-def write_tar(path, members: dict[str, bytes] | list[tuple[str, bytes]], mode: str = "w") -> None:
+def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], mode: Any = "w") -> None:
     """Writes a tar ('w') or a .tgz ('w:gz') with members in the given order; a list may repeat a name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
@@ -27,7 +30,7 @@ def write_tar(path, members: dict[str, bytes] | list[tuple[str, bytes]], mode: s
             tar.addfile(info, io.BytesIO(data))
 
 
-def write_zip(path, members: dict[str, bytes]) -> None:
+def write_zip(path: Path, members: dict[str, bytes]) -> None:
     """Writes a zip, uncompressed as image archives are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
@@ -35,14 +38,14 @@ def write_zip(path, members: dict[str, bytes]) -> None:
             archive.writestr(name, data)
 
 
-def write_files(folder, files: dict[str, bytes]) -> None:
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Writes files at paths relative to a folder."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
 
 
-def read_source(spec, split: str = "train", exact: bool = True) -> list[Example | Reject]:
+def read_source(spec: str | Path, split: str = "train", exact: bool = True) -> list[Example | Reject]:
     """Reads a split, and checks on the way what each source promises.
 
     Args:
@@ -76,15 +79,15 @@ def read_source(spec, split: str = "train", exact: bool = True) -> list[Example 
     return items
 
 
-def examples_of(items) -> list[Example]:
+def examples_of(items: Iterable[Any]) -> list[Example]:
     return [item for item in items if isinstance(item, Example)]
 
 
-def captions_of(items) -> dict[str, tuple[str, ...]]:
+def captions_of(items: Iterable[Any]) -> dict[str, tuple[str, ...]]:
     """Captions by id, of the examples."""
     return {item.id: item.captions for item in examples_of(items)}
 
 
-def rejects_of(items) -> dict[str, str]:
+def rejects_of(items: Iterable[Any]) -> dict[str, str]:
     """Reasons by id, of the rejects."""
     return {item.id: item.reason for item in items if isinstance(item, Reject)}

@@ -89,7 +89,7 @@ class Runs:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.mark}",)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("size", "row"), ROWS)
-def test_parts_equal_the_release(size, row) -> None:
+def test_parts_equal_the_release(size: str, row: Any) -> None:
     config = make_config(size, input_size=row["latent"])
     parts = forward_flops(config, row["mask_ratio"], row["caption_len"], one_hot_dispatch=True)
 

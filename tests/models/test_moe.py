@@ -1,6 +1,8 @@
 """Expert choice against the same thing written with one-hot matrices and loops."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,7 @@ def test_values_and_gradients_equal_those_of_one_hot_products(experts: int, capa
     graphdef, state = layer(experts, capacity)
     x, weights = jax.random.normal(jax.random.key(2), (2, B, N, D))
 
-    def total(function, state, x):
+    def total(function: Callable[..., jax.Array], state: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         out = function(nnx.merge(graphdef, state), x)
         return jnp.sum(out * weights), out
 

@@ -1,6 +1,7 @@
 """The published sizes at full size: weights drawn by a recipe, outputs computed by the public release."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def test_full_size(full_file: Path) -> None:
 
     @jax.jit
     @jax.value_and_grad
-    def loss_and_gradients(params):
+    def loss_and_gradients(params: Any) -> jax.Array:
         network = bind(config, params)
         return edm.loss(lambda *a: network(*a, mask), jnp.float32(0.9) * x, y, sigma, noise, mask=mask).mean()
 

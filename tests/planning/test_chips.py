@@ -29,7 +29,7 @@ from micro_dit.planning.chips import CHIPS, chip_of
         ("NVIDIA H100 PCIe", None),
     ],
 )
-def test_chip_of(device_kind, name) -> None:
+def test_chip_of(device_kind: str, name: str) -> None:
     chip = chip_of(device_kind)
     assert (chip.name if chip else None) == name
 

@@ -1,6 +1,7 @@
 """A plan's hours and dollars against the paper's table of costs."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_plan_adds_up_and_prints() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"mfu": 0.0}, {"mfu": 40.0}, {"devices": 0}])
-def test_senseless_plan_is_refused(wrong) -> None:
+def test_senseless_plan_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="mfu"):
         plan(NETWORKS, PHASES, CHIPS["h100"], **wrong)
 

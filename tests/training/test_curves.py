@@ -1,6 +1,8 @@
 """The figure of a run's curves."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from micro_dit.training import curves
 from micro_dit.training.curves import plot_curves
 
 
-def run_metrics(last=600):
+def run_metrics(last: int = 600) -> list[dict[str, Any]]:
     metrics = []
     for step in range(10, last + 1, 10):
         loss = 0.3 + math.exp(-step / 100)
@@ -23,7 +25,7 @@ def run_metrics(last=600):
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_curves_are_drawn(tmp_path, suffix) -> None:
+def test_curves_are_drawn(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"curves.{suffix}"
     plot_curves(run_metrics(), path, phases=[("masked", 0, 400), ("unmasked", 400, 600)], title="a run")
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -43,12 +45,12 @@ def test_curves_are_drawn(tmp_path, suffix) -> None:
         [{"step": 5, "loss": -1.0}, {"step": 6, "loss": 100.0}],
     ],
 )
-def test_odd_runs_can_be_drawn(tmp_path, metrics) -> None:
+def test_odd_runs_can_be_drawn(tmp_path: Path, metrics: Any) -> None:
     plot_curves(metrics, tmp_path / "curves.png", phases=[("short", 1, 2)])
     assert (tmp_path / "curves.png").exists()
 
 
-def test_a_run_without_losses_is_named(tmp_path) -> None:
+def test_a_run_without_losses_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'loss'"):
         plot_curves([{"step": 1, "loss": math.nan}, {"step": 2, "heldout_loss": 1.0}], tmp_path / "curves.png")
 
@@ -67,7 +69,7 @@ def test_series_skip_what_is_not_finite() -> None:
     assert values.tolist() == [2.0]
 
 
-def test_matplotlib_is_left_as_it_was(tmp_path) -> None:
+def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)

@@ -5,7 +5,8 @@ import math
 import subprocess
 import sys
 import types
-from typing import Never
+from pathlib import Path
+from typing import Any, Never
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from micro_dit.errors import UserError
 from micro_dit.training.metrics import MetricWriter, read_metrics
 
 
-def write(workdir, records, **options):
+def write(workdir: Path, records: Any, **options: Any) -> Path:
     writer = MetricWriter(workdir, tensorboard=False, **options)
     for step, scalars in records:
         writer.write_scalars(step, scalars)
@@ -22,7 +23,7 @@ def write(workdir, records, **options):
     return workdir / "metrics.jsonl"
 
 
-def test_round_trip(tmp_path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     path = write(tmp_path / "new", [(1, {"loss": 0.5}), (2, {"loss": np.float32(0.25), "learning_rate": 1e-4})])
     first, second = read_metrics(path)
     assert first.pop("time") > 1e9
@@ -31,7 +32,7 @@ def test_round_trip(tmp_path) -> None:
     assert second["learning_rate"] == 1e-4
 
 
-def test_each_line_is_on_disk_at_once(tmp_path) -> None:
+def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path, tensorboard=False)
     writer.write_scalars(1, {"loss": 0.5})
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 0.5  # while the writer is still open
@@ -39,10 +40,10 @@ def test_each_line_is_on_disk_at_once(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path, value) -> None:
+def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path: Path, value: float) -> None:
     path = write(tmp_path, [(1, {"loss": value})])
 
-    def refuse(constant) -> Never:
+    def refuse(constant: str) -> Never:
         raise AssertionError(f"{constant} is not JSON")
 
     assert json.loads(path.read_text(), parse_constant=refuse)["loss"] is None
@@ -50,7 +51,7 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path, valu
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
-def test_torn_last_line_is_mended_and_nothing_else_lost(tmp_path, cut) -> None:
+def test_torn_last_line_is_mended_and_nothing_else_lost(tmp_path: Path, cut: int) -> None:
     path = write(tmp_path, [(1, {"loss": 0.5}), (2, {"loss": 0.4})])
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])  # a kill; cut = 1 takes the newline alone
@@ -61,14 +62,14 @@ def test_torn_last_line_is_mended_and_nothing_else_lost(tmp_path, cut) -> None:
     assert path.read_bytes().startswith(b"\n".join(whole.split(b"\n")[:kept]) + b"\n")
 
 
-def test_whole_file_is_left_as_it_is_on_reopening(tmp_path) -> None:
+def test_whole_file_is_left_as_it_is_on_reopening(tmp_path: Path) -> None:
     path = write(tmp_path, [(1, {"loss": 0.5})])
     before = path.read_bytes()
     write(tmp_path, [])
     assert path.read_bytes() == before
 
 
-def test_resumed_run_repeats_steps_and_the_last_line_wins(tmp_path) -> None:
+def test_resumed_run_repeats_steps_and_the_last_line_wins(tmp_path: Path) -> None:
     twice = (2, {"loss": 2.0, "images_per_second": 9.0})
     write(tmp_path, [(1, {"loss": 1.0}), twice, (2, {"heldout_loss": 7.0}), (4, {"loss": 4.0})])
     path = write(tmp_path, [(2, {"loss": 20.0}), (3, {"loss": 30.0})])
@@ -79,7 +80,7 @@ def test_resumed_run_repeats_steps_and_the_last_line_wins(tmp_path) -> None:
     assert len(path.read_text().splitlines()) == 6  # the file keeps everything
 
 
-def test_broken_line_in_the_middle_is_named(tmp_path) -> None:
+def test_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, [(1, {"loss": 1.0}), (2, {"loss": 2.0})])
     path.write_text("gibberish\n" + path.read_text())
     with pytest.raises(UserError, match=r"Line 1 of .*metrics\.jsonl"):
@@ -88,7 +89,7 @@ def test_broken_line_in_the_middle_is_named(tmp_path) -> None:
         read_metrics(tmp_path / "elsewhere.jsonl")
 
 
-def test_disabled_writer_leaves_no_trace(tmp_path) -> None:
+def test_disabled_writer_leaves_no_trace(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path / "run", wandb_project="p", enabled=False)
     writer.write_scalars(1, {"loss": 1.0})
     writer.write_images(1, {"grid": np.zeros((4, 4, 3), np.uint8)})
@@ -97,7 +98,7 @@ def test_disabled_writer_leaves_no_trace(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_reserved_names_and_wrong_images_are_refused(tmp_path) -> None:
+def test_reserved_names_and_wrong_images_are_refused(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path, tensorboard=False)
     with pytest.raises(ValueError, match="step"):
         writer.write_scalars(1, {"step": 3.0})
@@ -106,7 +107,7 @@ def test_reserved_names_and_wrong_images_are_refused(tmp_path) -> None:
     writer.close()
 
 
-def test_tensorboard_gets_scalars_and_images_without_importing_torch(tmp_path) -> None:
+def test_tensorboard_gets_scalars_and_images_without_importing_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 import numpy as np
@@ -136,20 +137,20 @@ assert torch.ones(1).sum() == 1
     assert (seen["grid"][1].image.height, seen["grid"][1].image.width) == (4, 5)
 
 
-def test_missing_wandb_names_the_extra(tmp_path, monkeypatch) -> None:
+def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'micro_dit\[wandb\]'"):
         MetricWriter(tmp_path, tensorboard=False, wandb_project="faces")
 
 
-def test_wandb_run_goes_on_after_a_resume(tmp_path, monkeypatch) -> None:
+def test_wandb_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Run:
-        def __init__(self, **options) -> None:
+        def __init__(self, **options: Any) -> None:
             self.options, self.logged, self.finished = options, [], False
             self.define_metric = lambda name, step_metric: None
             runs.append(self)
 
-        def log(self, values) -> None:
+        def log(self, values: dict[str, Any]) -> None:
             self.logged.append(values)
 
         def finish(self) -> None:

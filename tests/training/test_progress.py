@@ -4,7 +4,7 @@ import contextlib
 import io
 import math
 import re
-from typing import Never
+from typing import Any, Never
 
 import pytest
 
@@ -15,7 +15,7 @@ class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
 
-    def __call__(self):
+    def __call__(self) -> float:
         return self.now
 
 
@@ -25,16 +25,16 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def clock():
+def clock() -> Clock:
     return Clock()
 
 
-def make(clock, **options):
+def make(clock: Clock, **options: Any) -> Progress:
     defaults = dict(total_steps=100, batch_size=8, flops_per_image=2e9, stream=io.StringIO(), clock=clock)
     return Progress("faces", **(defaults | options))
 
 
-def test_rate_leaves_out_compilation_and_pauses(clock) -> None:
+def test_rate_leaves_out_compilation_and_pauses(clock: Clock) -> None:
     progress = make(clock, peak_flops=100e9)
     clock.now += 50  # compilation
     progress.update(1)
@@ -52,7 +52,7 @@ def test_rate_leaves_out_compilation_and_pauses(clock) -> None:
     assert progress.seconds_left == pytest.approx(89 * 0.5)
 
 
-def test_a_pause_that_fails_still_counts_as_a_pause(clock) -> Never:
+def test_a_pause_that_fails_still_counts_as_a_pause(clock: Clock) -> Never:
     progress = make(clock)
     progress.update(1)
     with contextlib.suppress(RuntimeError), progress.paused():
@@ -63,7 +63,7 @@ def test_a_pause_that_fails_still_counts_as_a_pause(clock) -> Never:
     assert progress.images_per_second == pytest.approx(8)
 
 
-def test_resumed_phase_counts_only_its_own_steps(clock) -> None:
+def test_resumed_phase_counts_only_its_own_steps(clock: Clock) -> None:
     progress = make(clock, initial_step=40)
     progress.update(50)
     clock.now += 5
@@ -72,7 +72,7 @@ def test_resumed_phase_counts_only_its_own_steps(clock) -> None:
     assert progress.seconds_left == pytest.approx(20)
 
 
-def test_rate_follows_a_change_of_speed(clock) -> None:
+def test_rate_follows_a_change_of_speed(clock: Clock) -> None:
     progress = make(clock, total_steps=10_000)
     for step in range(1, 2001):
         clock.now += 0.1 if step < 1000 else 1.0
@@ -80,7 +80,7 @@ def test_rate_follows_a_change_of_speed(clock) -> None:
     assert progress.images_per_second == pytest.approx(8)
 
 
-def test_dollars_run_through_compilation_and_pauses(clock) -> None:
+def test_dollars_run_through_compilation_and_pauses(clock: Clock) -> None:
     progress = make(clock, dollars_per_hour=36.0, dollars_before=5.0)
     clock.now += 50
     progress.update(1)
@@ -94,7 +94,7 @@ def test_dollars_run_through_compilation_and_pauses(clock) -> None:
     assert "$6.00 → $25.60" in line  # 98 steps of 20 s still to go
 
 
-def test_scalars_hold_only_what_is_known(clock) -> None:
+def test_scalars_hold_only_what_is_known(clock: Clock) -> None:
     progress = make(clock, flops_per_image=0.0)
     assert progress.scalars() == {}
     progress.update(1)
@@ -103,7 +103,7 @@ def test_scalars_hold_only_what_is_known(clock) -> None:
     assert progress.scalars() == {"images_per_second": 8.0}
 
 
-def test_without_a_terminal_a_line_every_ten_seconds(clock) -> None:
+def test_without_a_terminal_a_line_every_ten_seconds(clock: Clock) -> None:
     progress = make(clock, total_steps=5000)
     for step in range(1, 3501):
         clock.now += 0.01
@@ -119,7 +119,7 @@ def test_without_a_terminal_a_line_every_ten_seconds(clock) -> None:
     assert "\r" not in progress._stream.getvalue()
 
 
-def test_terminal_gets_one_bar(clock) -> None:
+def test_terminal_gets_one_bar(clock: Clock) -> None:
     terminal = Terminal()
     progress = make(clock, stream=terminal, peak_flops=1e12)
     for step in range(1, 101):
@@ -138,7 +138,7 @@ def test_terminal_gets_one_bar(clock) -> None:
     assert "$" not in output
 
 
-def test_nan_is_shown_and_does_not_stick(clock) -> None:
+def test_nan_is_shown_and_does_not_stick(clock: Clock) -> None:
     progress = make(clock)
     progress.update(1, {"loss": 0.5})
     assert "loss 0.5000" in progress._status()
@@ -148,7 +148,7 @@ def test_nan_is_shown_and_does_not_stick(clock) -> None:
     assert "loss 0.5000" in progress._status()
 
 
-def test_other_processes_count_and_stay_silent(clock) -> None:
+def test_other_processes_count_and_stay_silent(clock: Clock) -> None:
     for stream in (io.StringIO(), Terminal()):
         progress = make(clock, enabled=False, stream=stream)
         for step in (1, 2):
@@ -161,7 +161,7 @@ def test_other_processes_count_and_stay_silent(clock) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(59, "00:59"), (3600, "1:00:00"), (2 * 86400 + 61, "2 d 0:01:01")])
-def test_eta_is_readable(clock, seconds, text) -> None:
+def test_eta_is_readable(clock: Clock, seconds: float, text: str) -> None:
     progress = make(clock, total_steps=3)
     progress.update(1)
     clock.now += seconds

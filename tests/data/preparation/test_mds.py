@@ -4,7 +4,9 @@ import itertools
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import zstandard
 
 from micro_dit.data.preparation import mds
 from micro_dit.data.preparation.mds import Layout, convert_mds, list_mds
-from micro_dit.data.shards import SplitReader, check_shards, read_manifest
+from micro_dit.data.shards import Manifest, Record, SplitReader, check_shards, read_manifest
 from micro_dit.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "mds"
@@ -71,19 +73,19 @@ def write_mds(folder: Path, files: list[list[dict[str, bytes]]], compression: st
     return folder
 
 
-def convert(folder: Path, out: Path, **arguments):
+def convert(folder: Path, out: Path, **arguments: Any) -> Manifest | None:
     names = {"vae": "stabilityai/stable-diffusion-xl-base-1.0", "text_encoder": "apple/DFN5B-CLIP-ViT-H-14-378"}
     return convert_mds(str(folder), str(out), **names | {"report": lambda line: None} | arguments)
 
 
-def read_all(out: Path):
+def read_all(out: Path) -> list[Record]:
     manifest = read_manifest(out)
     check_shards(manifest, out, checksums=True)
     reader = SplitReader(out, manifest, "train")
     return [reader[index] for index in range(len(reader))]
 
 
-def assert_sample(record, seed: int) -> None:
+def assert_sample(record: Record, seed: int) -> None:
     """Compares a record with what `make_sample` made, bit by bit."""
     assert record.captions == (f"photo caption №{seed}",)
     assert (record.arrays["caption_embedding"] == pattern(seed, (77, 1024))[None]).all()
@@ -96,7 +98,7 @@ def rejects_of(out: Path) -> dict[str, str]:
     return {reject["id"]: reject["reason"] for reject in map(json.loads, lines)}
 
 
-def test_golden(tmp_path) -> None:
+def test_golden(tmp_path: Path) -> None:
     """Three files, listed both in their folders' indexes and in the merged one, become five records."""
     manifest = convert(GOLDEN, tmp_path / "out")
     records = read_all(tmp_path / "out")
@@ -114,7 +116,7 @@ def test_golden(tmp_path) -> None:
     np.testing.assert_allclose(manifest.statistics["256"]["std"], stored.std((0, 2, 3)), rtol=1e-9)
 
 
-def test_the_files_of_these_tests_are_those_of_the_package(tmp_path) -> None:
+def test_the_files_of_these_tests_are_those_of_the_package(tmp_path: Path) -> None:
     """What `encode_file` makes is byte for byte what the real writer made."""
     entries = json.loads((GOLDEN / "index.json").read_text())["shards"]
     seeds = iter(range(5))
@@ -126,7 +128,7 @@ def test_the_files_of_these_tests_are_those_of_the_package(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("compression", [None, "zstd", "zstd:7"])
-def test_written_by_the_package_itself(tmp_path, compression) -> None:
+def test_written_by_the_package_itself(tmp_path: Path, compression: str | None) -> None:
     streaming = pytest.importorskip("streaming", reason="mosaicml-streaming is not installed; see test_golden")
     rng = np.random.default_rng(0)
     samples = []
@@ -148,7 +150,7 @@ def test_written_by_the_package_itself(tmp_path, compression) -> None:
             assert record.arrays[f"latent_sample_{side}"].transpose(2, 0, 1).tobytes() == sample[f"latents_{side}"]
 
 
-def test_uncompressed_is_the_same_and_comes_first(tmp_path) -> None:
+def test_uncompressed_is_the_same_and_comes_first(tmp_path: Path) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0), make_sample(1)], [make_sample(2)]], "zstd")
     raw = folder / "shard.00001.mds"
     raw.write_bytes(zstandard.decompress(raw.with_suffix(".mds.zstd").read_bytes(), 1 << 20))
@@ -161,13 +163,13 @@ def test_uncompressed_is_the_same_and_comes_first(tmp_path) -> None:
             assert_sample(record, seed)
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(UserError, match="pip install zstandard"):
         convert(GOLDEN, tmp_path / "out")
 
 
-def test_one_resolution_of_two_or_of_one(tmp_path) -> None:
+def test_one_resolution_of_two_or_of_one(tmp_path: Path) -> None:
     assert convert(GOLDEN, tmp_path / "a", resolutions=[512]).resolutions == (512,)
     sample = make_sample(0)
     del sample["latents_512"]
@@ -177,14 +179,14 @@ def test_one_resolution_of_two_or_of_one(tmp_path) -> None:
         convert(folder, tmp_path / "c", resolutions=[256, 512])
 
 
-def test_sixteen_channels_and_t5(tmp_path) -> None:
+def test_sixteen_channels_and_t5(tmp_path: Path) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0, channels=16, caption=(120, 4096))]])
     manifest = convert(folder, tmp_path / "out")
     assert manifest.vae.channels == 16
     assert (manifest.text_encoder.tokens, manifest.text_encoder.channels) == (120, 4096)
 
 
-def test_bad_samples_are_counted_and_named(tmp_path) -> None:
+def test_bad_samples_are_counted_and_named(tmp_path: Path) -> None:
     samples = [make_sample(seed) for seed in range(6)]
     samples[1]["latents_256"] = samples[1]["latents_256"][:-2]
     samples[2]["caption"] = b"caf\xe9"
@@ -208,7 +210,7 @@ def test_bad_samples_are_counted_and_named(tmp_path) -> None:
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("kept", [0.0, 0.00002, 0.5, 0.9999])
-def test_a_truncated_file(tmp_path, compression, kept) -> None:
+def test_a_truncated_file(tmp_path: Path, compression: str | None, kept: int) -> None:
     rng = np.random.default_rng(1)  # incompressible, so that half of the file is half of the samples
     samples = [
         make_sample(seed) | {"latents_512": rng.standard_normal(4 * 64 * 64).astype("<f2").tobytes()}
@@ -228,7 +230,7 @@ def test_a_truncated_file(tmp_path, compression, kept) -> None:
         assert record.arrays["latent_sample_512"].transpose(2, 0, 1).tobytes() == sample["latents_512"]
 
 
-def test_damage_in_the_middle(tmp_path) -> None:
+def test_damage_in_the_middle(tmp_path: Path) -> None:
     """Offsets that point anywhere, and sizes that do not add up, cost their own samples alone."""
     folder = write_mds(tmp_path / "mds", [[make_sample(seed) for seed in range(5)]])
     path = folder / "shard.00000.mds"
@@ -241,7 +243,7 @@ def test_damage_in_the_middle(tmp_path) -> None:
     assert list(rejects_of(tmp_path / "out")) == [f"shard.00000.mds:{index}" for index in (1, 2, 4)]
 
 
-def test_another_number_of_samples_than_listed(tmp_path) -> None:
+def test_another_number_of_samples_than_listed(tmp_path: Path) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0), make_sample(1)], [make_sample(2)]])
     index = json.loads((folder / "index.json").read_text())
     index["shards"][0]["samples"] = 3
@@ -255,7 +257,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "plan.json"}
 
 
-def test_interrupted_and_continued(tmp_path, monkeypatch) -> None:
+def test_interrupted_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever it ends, what is done stays, and the result is the same, byte for byte."""
     monkeypatch.setattr(mds, "BYTES_IN_A_PART", 500_000)  # two of these files
     folder = write_mds(tmp_path / "mds", [[make_sample(seed)] for seed in range(5)])
@@ -264,7 +266,7 @@ def test_interrupted_and_continued(tmp_path, monkeypatch) -> None:
 
     real, made = mds.read_records, []
 
-    def interrupted(part, layout):
+    def interrupted(part: Any, layout: Any) -> Iterator[Any]:
         for number, record in enumerate(real(part, layout)):
             if number == 1 and part.name not in made:
                 made.append(part.name)
@@ -285,7 +287,7 @@ def test_interrupted_and_continued(tmp_path, monkeypatch) -> None:
         convert(folder, tmp_path / "out", resolutions=[256])
 
 
-def test_several_processes(tmp_path, monkeypatch) -> None:
+def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mds, "BYTES_IN_A_PART", 1)
     folder = write_mds(tmp_path / "mds", [[make_sample(seed)] for seed in range(3)])
     assert convert(folder, tmp_path / "out", process_index=1, process_count=2) is None
@@ -297,7 +299,7 @@ def test_several_processes(tmp_path, monkeypatch) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
-def test_the_fingerprint_of_a_folder(tmp_path) -> None:
+def test_the_fingerprint_of_a_folder(tmp_path: Path) -> None:
     shipped = Path(mds.__file__).parents[2] / "assets" / "openmoji_vae"
     config = json.loads((shipped / "config.json").read_text())
     with pytest.raises(UserError, match="give the image encoder that made them"):
@@ -328,19 +330,19 @@ def test_the_fingerprint_of_a_folder(tmp_path) -> None:
         (lambda folder: (folder / "shard.00000.mds.zstd").write_bytes(b""), "all files are damaged"),
     ],
 )
-def test_folders_that_cannot_be_converted(tmp_path, change, message) -> None:
+def test_folders_that_cannot_be_converted(tmp_path: Path, change: Any, message: str) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0)]], "zstd")
     change(folder)
     with pytest.raises(UserError, match=message):
         convert(folder, tmp_path / "out")
 
 
-def edit(folder: Path, **values) -> None:
+def edit(folder: Path, **values: Any) -> None:
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | values))
 
 
-def edit_shard(folder: Path, **values) -> None:
+def edit_shard(folder: Path, **values: Any) -> None:
     edit(folder, shards=[json.loads((folder / "index.json").read_text())["shards"][0] | values])
 
 
@@ -352,12 +354,12 @@ def edit_shard(folder: Path, **values) -> None:
         (make_sample(0, channels=16) | {"latents_256": pattern(0, (4, 32, 32)).tobytes()}, "no float16 latents"),
     ],
 )
-def test_arrays_of_other_kinds(tmp_path, sample, message) -> None:
+def test_arrays_of_other_kinds(tmp_path: Path, sample: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         convert(write_mds(tmp_path / "mds", [[sample]]), tmp_path / "out")
 
 
-def test_columns_of_fixed_size(tmp_path) -> None:
+def test_columns_of_fixed_size(tmp_path: Path) -> None:
     """A column such as 'width' (int32) has no size in the sample."""
     folder = write_mds(tmp_path / "mds", [[make_sample(0)]])
     sample = make_sample(0)
@@ -377,7 +379,7 @@ def test_columns_of_fixed_size(tmp_path) -> None:
     assert_sample(read_all(tmp_path / "out")[0], 0)
 
 
-def test_layout_of_the_majority(tmp_path) -> None:
+def test_layout_of_the_majority(tmp_path: Path) -> None:
     """The first sample may be the broken one."""
     samples = [make_sample(seed) for seed in range(3)]
     samples[0]["latents_512"] = b""

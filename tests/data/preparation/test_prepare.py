@@ -3,6 +3,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """make_shards() with stub encoders; `source` is a ListSource, or a name as in the command."""
 
     def run(
-        source: ListSource | str, out: Path | None = None, image: object = None, text: object = None, **changed
+        source: ListSource | str, out: Path | None = None, image: object = None, text: object = None, **changed: Any
     ) -> Manifest | None:
         with monkeypatch.context() as patch:
             for name, stub in stub_encoders.install(image, text).items():
@@ -182,7 +183,7 @@ def test_altered_inputs_are_counted_and_named(run: Run, tmp_path: Path) -> None:
 def test_samples_have_the_posteriors_moments_and_depend_on_the_id_alone(run: Run, tmp_path: Path) -> None:
     items = [example(str(number), image=plain(64, 64)) for number in range(20)]
 
-    def samples(name: str, items: list[Example], **changed) -> np.ndarray:
+    def samples(name: str, items: list[Example], **changed: Any) -> np.ndarray:
         run(ListSource(train=[items]), tmp_path / name, resolutions=(64,), posterior="sample", **changed)
         return load_split(tmp_path / name, "train", 64)["latent_mean"]
 
@@ -260,7 +261,7 @@ def test_only_what_is_missing_is_made_again(run: Run, tmp_path: Path) -> None:
     class Torn(list):
         name = "part 1"
 
-        def __iter__(self):
+        def __iter__(self) -> Any:
             raise UserError("the network is down")
 
     torn = ListSource(train=source._parts["train"])

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.helpers.source_files import (
 )
 
 
-def write_annotations(folder, name: str, captions: list[tuple[int, str]], images: list[int]) -> None:
+def write_annotations(folder: Path, name: str, captions: list[tuple[int, str]], images: list[int]) -> None:
     """Writes annotations/captions_NAME.json as the COCO download has it."""
     content = {
         "info": {"description": "COCO 2014 Dataset", "year": 2014},
@@ -30,7 +31,7 @@ def write_annotations(folder, name: str, captions: list[tuple[int, str]], images
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_five_captions_an_image_in_the_order_of_names(tmp_path, packed) -> None:
+def test_five_captions_an_image_in_the_order_of_names(tmp_path: Path, packed: bool) -> None:
     write_annotations(tmp_path, "val2014", [(42, "Two dogs. "), (7, "A bus."), (42, "Dogs.")], [42, 7, 9, 8])
     colors = {42: "red", 7: "blue", 9: "red"}
     images = {f"val2014/COCO_val2014_{id:012d}.jpg": picture(color) for id, color in colors.items()}
@@ -48,7 +49,7 @@ def test_five_captions_an_image_in_the_order_of_names(tmp_path, packed) -> None:
     assert rejects_of(items) == {"COCO_val2014_000000000008": MISSING_FILE, "COCO_val2014_000000000009": NO_CAPTION}
 
 
-def test_train_is_there_when_its_annotations_are(tmp_path) -> None:
+def test_train_is_there_when_its_annotations_are(tmp_path: Path) -> None:
     for name in ("train2014", "val2014"):
         write_annotations(tmp_path, name, [(1, name)], [1])
         write_files(tmp_path, {f"{name}/COCO_{name}_{1:012d}.jpg": picture("red")})
@@ -56,7 +57,7 @@ def test_train_is_there_when_its_annotations_are(tmp_path) -> None:
     assert list(captions_of(read_source(f"coco:{tmp_path}")).values()) == [("train2014",)]
 
 
-def test_errors_are_one_sentence(tmp_path) -> None:
+def test_errors_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder of COCO at"):
         open_source(f"coco:{tmp_path}/missing", px=1)
     with pytest.raises(UserError, match=r"no annotations/captions_val2014\.json"):

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -24,7 +25,7 @@ def prompts(**texts: str) -> bytes:
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     red, blue = picture("red", "PNG"), picture("blue", "PNG")
     first = {"b.png": red, "a.png": blue, "extra.png": red, "part-000001.json": prompts(a="a castle", b="b", gone="x")}
     write_zip(tmp_path / "images" / "part-000001.zip", first)
@@ -40,7 +41,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_prompts_of_the_archives(folder) -> None:
+def test_prompts_of_the_archives(folder: Path) -> None:
     items = read_source(f"diffusiondb:{folder}")
     assert captions_of(items) == {
         "part-000001/a.png": ("a castle",),
@@ -51,14 +52,14 @@ def test_prompts_of_the_archives(folder) -> None:
     assert examples_of(items)[0].image == picture("blue", "PNG")
 
 
-def test_prompts_of_the_metadata(folder) -> None:
+def test_prompts_of_the_metadata(folder: Path) -> None:
     items = read_source(f"diffusiondb:{folder},metadata={folder / 'metadata.parquet'}")
     assert captions_of(items) == {"part-000001/a.png": ("table a",), "part-000002/c.png": ("table c",)}
     reasons = {"extra.png": NO_CAPTION, "b.png": NO_CAPTION, "gone.png": MISSING_FILE}
     assert rejects_of(items) == {f"part-000001/{name}": reason for name, reason in reasons.items()}
 
 
-def test_damaged_archives_and_members_are_rejects(folder) -> None:
+def test_damaged_archives_and_members_are_rejects(folder: Path) -> None:
     images = folder / "images"
     (images / "part-000003.zip").write_bytes((images / "part-000001.zip").read_bytes()[:-30])  # no table of contents
     write_zip(images / "part-000004.zip", {"d.png": picture("red", "PNG"), "part-000004.json": b"{"})
@@ -73,7 +74,7 @@ def test_damaged_archives_and_members_are_rejects(folder) -> None:
     assert rejects["part-000005/e.png"] == UNREADABLE_FILE
 
 
-def test_errors_are_one_sentence(folder, tmp_path) -> None:
+def test_errors_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no part-000001\.zip"):
         open_source(f"diffusiondb:{tmp_path / 'empty'}", px=1)

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -7,7 +8,7 @@ from micro_dit.errors import UserError
 from tests.helpers.source_files import captions_of, examples_of, picture, read_source, rejects_of, write_files
 
 
-def test_images_with_the_text_beside_them(tmp_path) -> None:
+def test_images_with_the_text_beside_them(tmp_path: Path) -> None:
     files = {
         "b.jpg": picture("red"), "b.txt": b"  A red card.\nSecond line.\n",
         "a/x.PNG": picture("blue", "PNG"), "a/x.txt": "\ufeffblå".encode(),
@@ -31,7 +32,7 @@ def test_images_with_the_text_beside_them(tmp_path) -> None:
     assert not rejects_of(items)
 
 
-def test_what_is_missing_or_broken_is_named(tmp_path) -> None:
+def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     files = {"alone.jpg": picture("red"), "latin.jpg": picture("red"), "latin.txt": b"caf\xe9", "text.txt": b"no image"}
     write_files(tmp_path, files)
     (tmp_path / "locked.jpg").symlink_to("locked.jpg")  # a link to itself cannot be read
@@ -44,7 +45,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path) -> None:
     assert rejects_of(items) == reasons
 
 
-def test_errors_are_one_sentence(tmp_path) -> None:
+def test_errors_are_one_sentence(tmp_path: Path) -> None:
     write_files(tmp_path, {"only.txt": b"x"})
     for spec, message in {
         f"folder:{tmp_path}/missing": "no folder of images at",

@@ -1,4 +1,5 @@
 import importlib.util
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,7 @@ from tests.helpers.source_files import captions_of, examples_of, picture, read_s
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set that `save_to_disk` wrote, with images stored, in files and missing, and captions of all kinds."""
     import datasets
 
@@ -38,7 +39,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_a_saved_data_set_gives_bytes_as_they_were_stored(saved) -> None:
+def test_a_saved_data_set_gives_bytes_as_they_were_stored(saved: Path) -> None:
     items = read_source(f"hf:{saved}/plain")
     assert captions_of(items) == {"000000000": ("red",), "000000001": ("green",)}
     assert [example.image for example in examples_of(items)] == [picture("red"), picture("green", "PNG")]
@@ -48,19 +49,19 @@ def test_a_saved_data_set_gives_bytes_as_they_were_stored(saved) -> None:
     assert rejects_of(items) == {"000000001": MISSING_FILE, "000000002": MISSING_FILE, "000000003": NO_CAPTION}
 
 
-def test_splits_columns_and_lists_of_captions(saved) -> None:
+def test_splits_columns_and_lists_of_captions(saved: Path) -> None:
     assert captions_of(read_source(f"hf:{saved}/splits,split=test", "test")) == {"000000000": ("green",)}
     items = read_source(f"hf:{saved}/splits,caption=other")
     assert captions_of(items) == {"000000000": ("one", "two"), "000000001": ("three",)}
 
 
-def test_slices_keep_the_numbers_of_their_rows(saved, monkeypatch) -> None:
+def test_slices_keep_the_numbers_of_their_rows(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("micro_dit.data.sources.slices.__defaults__", (2,))
     items = read_source(f"hf:{saved}/plain")
     assert [item.id for item in items] == [f"{number:09d}" for number in range(4)]
 
 
-def test_errors_are_one_sentence(saved, monkeypatch) -> None:
+def test_errors_are_one_sentence(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for spec, message in {
         f"hf:{saved}/plain,caption=title": "no column 'title', only image, text, other, file",
         f"hf:{saved}/splits,split=dev": "no split 'dev', only train, test",

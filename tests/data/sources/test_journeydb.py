@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -24,7 +25,7 @@ def annotation(path: str, prompt: str, caption: str | None = None) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
-def write_annotations(folder, name: str = "train_anno_realease_repath.jsonl") -> None:
+def write_annotations(folder: Path, name: str = "train_anno_realease_repath.jsonl") -> None:
     lines = [
         annotation("./001/c.jpg", "city, 8k --ar 3:2", "A city at night."),
         annotation("./000/b.jpg", "boat", "A boat."),
@@ -45,7 +46,7 @@ LAYOUTS = [("tgz", "w:gz", "./000/"), ("tar", "w", ""), ("tar.gz", "w:gz", "x/00
 
 
 @pytest.mark.parametrize(("ending", "mode", "prefix"), LAYOUTS)
-def test_archives_are_read_from_front_to_back(tmp_path, ending, mode, prefix) -> None:
+def test_archives_are_read_from_front_to_back(tmp_path: Path, ending: str, mode: str, prefix: str) -> None:
     train = tmp_path / "data" / "train"
     write_annotations(train)
     write_tar(train / "imgs" / f"000.{ending}", {f"{prefix}{name}": data for name, data in IMAGES.items()}, mode)
@@ -60,7 +61,7 @@ def test_archives_are_read_from_front_to_back(tmp_path, ending, mode, prefix) ->
     assert examples_of(items)[-1].image == picture("blue")
 
 
-def test_unpacked_folders_and_the_validation_split(tmp_path) -> None:
+def test_unpacked_folders_and_the_validation_split(tmp_path: Path) -> None:
     write_annotations(tmp_path, "valid_anno_repath.jsonl")
     write_files(tmp_path, {f"000/{name}": data for name, data in IMAGES.items()} | {"001/c.jpg": picture("blue")})
     items = read_source(f"journeydb:{tmp_path}", "validation", exact=False)
@@ -69,7 +70,7 @@ def test_unpacked_folders_and_the_validation_split(tmp_path) -> None:
     assert [len(part) for part in open_source(f"journeydb:{tmp_path}", px=1).parts("validation")] == [4, 1]
 
 
-def test_a_truncated_archive_yields_what_is_whole(tmp_path) -> None:
+def test_a_truncated_archive_yields_what_is_whole(tmp_path: Path) -> None:
     write_annotations(tmp_path)
     noise = {f"000/{name}": IMAGES[name] + bytes(range(256)) * 40 for name in ("b.jpg", "a.jpg")}
     for ending, mode in (("tgz", "w:gz"), ("tar", "w")):
@@ -88,7 +89,7 @@ def test_a_truncated_archive_yields_what_is_whole(tmp_path) -> None:
         path.unlink()
 
 
-def test_a_repeated_image_is_named(tmp_path) -> None:
+def test_a_repeated_image_is_named(tmp_path: Path) -> None:
     write_annotations(tmp_path)
     write_tar(tmp_path / "000.tgz", [("000/b.jpg", picture("red")), ("000/b.jpg", picture("blue"))], "w:gz")
     items = read_source(f"journeydb:{tmp_path}", exact=False)
@@ -96,7 +97,7 @@ def test_a_repeated_image_is_named(tmp_path) -> None:
     assert rejects_of(items)["000/b.jpg"] == REPEATED
 
 
-def test_errors_are_one_sentence(tmp_path) -> None:
+def test_errors_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no train_anno\*\.jsonl"):
         open_source(f"journeydb:{tmp_path}", px=1)
     write_annotations(tmp_path)

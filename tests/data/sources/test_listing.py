@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -12,7 +14,7 @@ ROWS = [("img/b.jpg", 'A "red", card'), ("a.png", "line one\nline two"), ("img/b
 ROWS.append(("img", "a folder, not a file"))
 
 
-def write_listing(path, columns=("path", "caption")) -> None:
+def write_listing(path: Path, columns: dict[str, Any] = ("path", "caption")) -> None:
     """Writes ROWS in the format that the ending of the path names, with a column that nobody asked for."""
     named = [dict(zip(columns, row, strict=True), width=3) for row in ROWS]
     match path.suffix:
@@ -30,13 +32,13 @@ def write_listing(path, columns=("path", "caption")) -> None:
 
 
 @pytest.fixture
-def images(tmp_path):
+def images(tmp_path: Path) -> Path:
     write_files(tmp_path / "data", {"img/b.jpg": picture("red"), "a.png": picture("blue", "PNG")})
     return tmp_path / "data"
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
-def test_tables_of_every_kind(images, suffix) -> None:
+def test_tables_of_every_kind(images: Path, suffix: str) -> None:
     write_listing(images / f"rows{suffix}")
     items = read_source(f"listing:{images}/rows{suffix}")
     assert captions_of(items) == {"img/b.jpg": ('A "red", card', "red"), "a.png": ("line one\nline two",)}
@@ -47,7 +49,7 @@ def test_tables_of_every_kind(images, suffix) -> None:
     assert named == items
 
 
-def test_lists_of_captions(images) -> None:
+def test_lists_of_captions(images: Path) -> None:
     rows = [{"path": "a.png", "caption": ["one", "two", "one"]}, {"path": "img/b.jpg", "caption": []}]
     (images / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     parquet.write_table(pyarrow.Table.from_pylist(rows), images / "rows.parquet")
@@ -57,14 +59,14 @@ def test_lists_of_captions(images) -> None:
         assert rejects_of(items) == {"img/b.jpg": NO_CAPTION}
 
 
-def test_paths_outside_and_absolute_paths(images, tmp_path) -> None:
+def test_paths_outside_and_absolute_paths(images: Path, tmp_path: Path) -> None:
     (tmp_path / "outside.jpg").write_bytes(picture("green"))
     (images / "rows.csv").write_text(f"path,caption\n../outside.jpg,one\n{tmp_path}/outside.jpg,two\n")
     items = read_source(f"listing:{images}/rows.csv")
     assert captions_of(items) == {"../outside.jpg": ("one",), f"{tmp_path}/outside.jpg": ("two",)}
 
 
-def test_what_is_missing_or_not_utf8_loses_nothing_else(images) -> None:
+def test_what_is_missing_or_not_utf8_loses_nothing_else(images: Path) -> None:
     lines = b"path,caption\na.png,caf\xe9\nimg/b.jpg,fine\n,no path\nimg/b.jpg\na\x00.png,x\n"
     (images / "rows.csv").write_bytes(lines)
     json_lines = b'{"path":"a.png","caption":"caf\xe9"}\n{"path":"img/b.jpg","caption":"fine"}\n{"caption":"no path"}\n'
@@ -80,7 +82,7 @@ def test_what_is_missing_or_not_utf8_loses_nothing_else(images) -> None:
         assert rejects_of(items) == rejects
 
 
-def test_errors_are_one_sentence(images) -> None:
+def test_errors_are_one_sentence(images: Path) -> None:
     contents = {
         "columns.csv": (b"file,caption\na.png,x\n", r"columns\.csv has no column path, only file, caption"),
         "empty.csv": (b"path,caption\n", "has no rows"),

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -25,7 +26,7 @@ EXPECTED = {
 
 
 @pytest.fixture
-def tars(tmp_path):
+def tars(tmp_path: Path) -> Path:
     """Two tars of images and masks; there is no caption for image 3."""
     masks = json.dumps({"image": {"image_id": 1}, "annotations": [{"segmentation": {"counts": "x"}}]}).encode()
     for tar, numbers in {"sa_000000": (1, 2, 3), "sa_000001": (5,)}.items():
@@ -36,14 +37,14 @@ def tars(tmp_path):
     return tmp_path / "sa1b"
 
 
-def check(tars, captions, options: str = "") -> None:
+def check(tars: Path, captions: Path, options: str = "") -> None:
     items = read_source(f"sa1b:{tars},captions={captions}{options}")
     assert captions_of(items) == EXPECTED
     assert rejects_of(items) == {"sa_000000/sa_3": NO_CAPTION}
     assert examples_of(items)[0].image == picture("red")
 
 
-def test_parquet_with_the_key_of_pixart(tars, tmp_path) -> None:
+def test_parquet_with_the_key_of_pixart(tars: Path, tmp_path: Path) -> None:
     for half, numbers in enumerate(((2, 1), (5,))):
         table = {
             "image_path": [f"images/sa_{number}.jpg" for number in numbers],
@@ -58,7 +59,7 @@ def test_parquet_with_the_key_of_pixart(tars, tmp_path) -> None:
         open_source(f"sa1b:{tars},captions={tmp_path / 'captions'},key=id", px=1).parts("train")
 
 
-def test_json_and_text_in_every_shape(tars, tmp_path) -> None:
+def test_json_and_text_in_every_shape(tars: Path, tmp_path: Path) -> None:
     rows = [{"image_id": number, "llava": caption} for number, caption in CAPTIONS.items()]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     check(tars, tmp_path / "a.json", ",caption=llava,key=image_id")
@@ -77,7 +78,7 @@ def test_json_and_text_in_every_shape(tars, tmp_path) -> None:
     check(tars, tmp_path / "f.parquet")
 
 
-def test_several_captions_of_an_image_and_captions_that_are_not_utf8(tars, tmp_path) -> None:
+def test_several_captions_of_an_image_and_captions_that_are_not_utf8(tars: Path, tmp_path: Path) -> None:
     lines = b'{"id": 1, "caption": ["first", "second"]}\n{"id": 1, "caption": "third"}\n{"id": 2, "caption": "\xe9"}\n'
     (tmp_path / "captions.jsonl").write_bytes(lines)
     items = read_source(f"sa1b:{tars},captions={tmp_path / 'captions.jsonl'}")
@@ -85,7 +86,7 @@ def test_several_captions_of_an_image_and_captions_that_are_not_utf8(tars, tmp_p
     assert rejects_of(items)["sa_000000/sa_2"] == NOT_UTF8
 
 
-def test_the_index_is_made_once_and_again_when_the_captions_change(tars, tmp_path) -> None:
+def test_the_index_is_made_once_and_again_when_the_captions_change(tars: Path, tmp_path: Path) -> None:
     captions, index = tmp_path / "captions.json", tmp_path / "elsewhere.sqlite"
     spec = f"sa1b:{tars},captions={captions},index={index}"
     captions.write_text('{"1": "old"}')
@@ -100,7 +101,7 @@ def test_the_index_is_made_once_and_again_when_the_captions_change(tars, tmp_pat
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
-def test_errors_are_one_sentence(tars, tmp_path) -> None:
+def test_errors_are_one_sentence(tars: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "half.jsonl").write_text('{"id": 1, "caption": "x"}\n{"id": 2, "cap')
     for spec, message in {

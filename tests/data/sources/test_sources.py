@@ -1,4 +1,6 @@
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,13 +11,13 @@ from micro_dit.errors import UserError
 class Numbers:
     """A sequence of items that counts what is pickled of it."""
 
-    def __init__(self, numbers) -> None:
+    def __init__(self, numbers: Any) -> None:
         self.numbers = numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Any:
         if isinstance(index, slice):
             return Numbers(self.numbers[index])
         return Example(str(self.numbers[index]), b"", ("x",))
@@ -58,7 +60,7 @@ def test_arguments_are_a_path_and_options() -> None:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_source_refuses_a_path_that_is_not_there(name, tmp_path) -> None:
+def test_every_source_refuses_a_path_that_is_not_there(name: str, tmp_path: Path) -> None:
     def read() -> None:
         source = open_source(f"{name}:{tmp_path}/missing", px=8)
         source.parts(source.splits[0])

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -27,14 +28,14 @@ def entry(image: str, caption: str, references: list[str], split: str = "train")
     }  # fmt: skip
 
 
-def write_annotations(folder, name: str = "train") -> None:
+def write_annotations(folder: Path, name: str = "train") -> None:
     data = [entry("b7", text, REFERENCES, name) for text in REFERENCES] + [entry("a3", "a shop", ["a shop"], name)]
     content = {"dataset_type": name, "dataset_name": "textcaps", "dataset_version": "0.1", "data": data}
     write_files(folder, {f"TextCaps_0.1_{name}.json": json.dumps(content).encode()})
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_captions_are_grouped_by_image(tmp_path, packed) -> None:
+def test_captions_are_grouped_by_image(tmp_path: Path, packed: bool) -> None:
     images = {"train_images/b7.jpg": picture("red"), "train_images/a3.jpg": picture("blue")}
     write_annotations(tmp_path)
     if packed:
@@ -46,7 +47,7 @@ def test_captions_are_grouped_by_image(tmp_path, packed) -> None:
     assert examples_of(items)[1].image == picture("red")
 
 
-def test_a_missing_image_and_the_validation_split(tmp_path) -> None:
+def test_a_missing_image_and_the_validation_split(tmp_path: Path) -> None:
     write_files(tmp_path, {"train_images/b7.jpg": picture("red")})
     write_annotations(tmp_path, "val")
     assert open_source(f"textcaps:{tmp_path}", px=1).splits == ("validation",)
@@ -55,7 +56,7 @@ def test_a_missing_image_and_the_validation_split(tmp_path) -> None:
     assert rejects_of(items) == {"a3": MISSING_FILE}
 
 
-def test_errors_are_one_sentence(tmp_path) -> None:
+def test_errors_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds neither TextCaps_0\.1_train\.json nor"):
         open_source(f"textcaps:{tmp_path}", px=1)
     write_annotations(tmp_path)

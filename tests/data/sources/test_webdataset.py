@@ -1,5 +1,6 @@
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ def sample(key: str, caption: str, color: str = "red") -> dict[str, bytes]:
     return {f"{key}.jpg": picture(color), f"{key}.txt": caption.encode(), f"{key}.json": json.dumps(record).encode()}
 
 
-def test_cc12m_tars_are_parts_in_order(tmp_path) -> None:
+def test_cc12m_tars_are_parts_in_order(tmp_path: Path) -> None:
     for number in (1, 0):
         members = sample(f"{number}00000007", "A cat") | sample(f"{number}00000003", "Zwei Hündchen\n", "blue")
         write_tar(tmp_path / f"cc12m-train-000{number}.tar", members)
@@ -32,7 +33,7 @@ def test_cc12m_tars_are_parts_in_order(tmp_path) -> None:
     assert items[1].image == picture("blue")
 
 
-def test_a_pattern_over_folders_gives_unique_names(tmp_path) -> None:
+def test_a_pattern_over_folders_gives_unique_names(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         write_tar(tmp_path / folder / "00000.tar", sample("000000000", folder))
     write_tar(tmp_path / "c" / "other.tar", sample("1", "c"))
@@ -40,7 +41,7 @@ def test_a_pattern_over_folders_gives_unique_names(tmp_path) -> None:
     assert captions_of(items) == {"a/00000/000000000": ("a",), "b/00000/000000000": ("b",)}
 
 
-def test_images_and_captions_of_every_kind(tmp_path) -> None:
+def test_images_and_captions_of_every_kind(tmp_path: Path) -> None:
     members = {
         "./upper.JPG": picture("red"),
         "./upper.txt": b"capitals",
@@ -66,7 +67,7 @@ def test_images_and_captions_of_every_kind(tmp_path) -> None:
     assert rejects_of(items) == {"0/two": NO_IMAGE}  # 'two' has 'dots.txt' only in name
 
 
-def test_what_is_missing_or_broken_is_named(tmp_path) -> None:
+def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
     members = [
         ("nothing.jpg", picture("red")),
         ("null.jpg", picture("red")),
@@ -102,7 +103,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path) -> None:
     }
 
 
-def test_a_truncated_tar_yields_what_is_whole_and_one_reject(tmp_path) -> None:
+def test_a_truncated_tar_yields_what_is_whole_and_one_reject(tmp_path: Path) -> None:
     whole = tmp_path / "whole.tar"
     members = {}
     for number in range(4):
@@ -129,7 +130,7 @@ def test_a_truncated_tar_yields_what_is_whole_and_one_reject(tmp_path) -> None:
             assert len(items) == 1
 
 
-def test_a_tar_that_is_damaged_in_the_middle_or_no_tar_at_all_is_a_reject(tmp_path) -> None:
+def test_a_tar_that_is_damaged_in_the_middle_or_no_tar_at_all_is_a_reject(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", sample("a", "one") | sample("b", "two"))
     with tarfile.open(tmp_path / "0.tar") as tar:
         offset = tar.getmember("b.jpg").offset
@@ -143,19 +144,19 @@ def test_a_tar_that_is_damaged_in_the_middle_or_no_tar_at_all_is_a_reject(tmp_pa
     assert rejects_of(items) == {"0": DAMAGED, "1": DAMAGED, "2": DAMAGED}
 
 
-def test_an_index_follows_its_file(tmp_path) -> None:
+def test_an_index_follows_its_file(tmp_path: Path) -> None:
     write_tar(tmp_path / "0.tar", sample("a", "one"))
     assert len(read_source(f"webdataset:{tmp_path}")) == 1
     write_tar(tmp_path / "0.tar", sample("a", "one") | sample("b", "two"))
     assert len(read_source(f"webdataset:{tmp_path}")) == 2
 
 
-def test_opening_reads_no_archive(tmp_path) -> None:
+def test_opening_reads_no_archive(tmp_path: Path) -> None:
     (tmp_path / "0.tar").mkdir()  # cannot be opened as a file
     assert [part.name for part in open_source(f"webdataset:{tmp_path}", px=1).parts("train")] == ["0"]
 
 
-def test_errors_are_one_sentence(tmp_path) -> None:
+def test_errors_are_one_sentence(tmp_path: Path) -> None:
     for spec, message in {
         f"webdataset:{tmp_path}": "no .tar files at",
         f"webdataset:{tmp_path}/missing": "no .tar files at",

@@ -22,7 +22,6 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from micro_dit.budget import manifest_of
 from micro_dit.cli import REMOVED_FIELDS, load_config, removed_field, run_command
 from micro_dit.errors import UserError
 from micro_dit.evaluate import Stopped, evaluate
@@ -30,12 +29,12 @@ from micro_dit.evaluation.evaluators import check_names
 from micro_dit.evaluation.isoflop import plot, table
 from micro_dit.models.dit import abstract_params
 from micro_dit.models.flops import training_flops
+from micro_dit.planning.networks import phase_networks
 from micro_dit.train import train
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.phases import make_phases
 from micro_dit.training.recipe import with_mask_ratio
 from micro_dit.training.save_schedule import Interrupt
-from micro_dit.training.step import network_of
 
 RESULT = "result.json"
 METRICS = ("heldout_loss", "domain")
@@ -187,9 +186,7 @@ def _within(config: Any, budget: float) -> tuple[Any, dict[str, int]]:
     """The config with fewer or more steps, so that it costs the budget; and flops, steps, images and parameters."""
     asked = with_mask_ratio(config)
     phases = make_phases(asked.phases)
-    manifests = [manifest_of(asked, phase.shards or asked.data.shards) for phase in phases]
-    networks = [network_of(p, asked.model, m.vae, m.text_encoder) for p, m in zip(phases, manifests, strict=True)]
-    tokens = manifests[0].text_encoder.tokens
+    networks, tokens = phase_networks(phases, asked.model, asked.data)
     costs = [
         phase.batch_size * training_flops(network, phase.mask_ratio, tokens, phase.mask_position)
         for phase, network in zip(phases, networks, strict=True)

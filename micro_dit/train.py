@@ -75,7 +75,7 @@ def train(config: Any, workdir: str | Path) -> Path:
         "caption_cleaning": manifest.caption_cleaning, "attribution": manifest.attribution,
         "files": [m.fingerprint for m in manifests],
     }  # fmt: skip
-    overview = sharding.table(mesh, abstract_params(networks[0]))
+    overview = sharding.sharding_table(mesh, abstract_params(networks[0]))
     start = load_start(config.init_from) if config.init_from and not has_checkpoints(workdir) else None
     if start:
         start.check(networks[0], manifest, recipe.sigma_data, config.data.vae, config.data.text_encoder)

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from micro_dit.budget import PAPER, paper_rows
 from micro_dit.errors import UserError
 from micro_dit.models.config import make_config
+from micro_dit.planning.paper_costs import PAPER, paper_rows
 from micro_dit.training.phases import Phase
 
 ROOT = pathlib.Path(__file__).parent.parent

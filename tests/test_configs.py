@@ -15,7 +15,7 @@ from micro_dit.data.shards import Manifest
 from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 from micro_dit.models.dit import abstract_params
 from micro_dit.planning.chips import CHIPS
-from micro_dit.planning.cost import plan
+from micro_dit.planning.cost import estimate_cost
 from micro_dit.training.phases import make_phases
 from micro_dit.training.recipe import make_recipe, with_mask_ratio
 from micro_dit.training.state import TrainState
@@ -127,7 +127,7 @@ def test_the_comparisons_cost_what_they_say(variant: str) -> None:
         config = with_mask_ratio(tiny.load_config_file(tiny.CONFIGS / f"{name}.py", variant))
         manifest, phases = manifest_of(config), make_phases(config.phases)
         networks = [network_of(phase, config.model, manifest.vae, manifest.text_encoder) for phase in phases]
-        costs = plan(networks, phases, CHIPS["h100"], caption_tokens=manifest.text_encoder.tokens).costs
+        costs = estimate_cost(networks, phases, CHIPS["h100"], caption_tokens=manifest.text_encoder.tokens).phases
         flops[name] = sum(cost.flops for cost in costs)
         names.add(config.name)
         masked = [phase.mask_ratio for phase in phases[::2]]

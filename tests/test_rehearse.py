@@ -20,6 +20,7 @@ from micro_dit.models.config import make_config
 from micro_dit.models.dit import abstract_params
 from micro_dit.models.flops import training_flops
 from micro_dit.parallel.mesh import make_mesh
+from micro_dit.planning import rehearsal
 from micro_dit.planning.aot import Compiled, Topology
 from micro_dit.planning.chips import CHIPS
 from micro_dit.planning.collectives import Traffic
@@ -108,9 +109,9 @@ def test_collectives_and_times(rehearsed: tuple[Any, dict[str, Any]]) -> None:
 
 
 def test_the_table_says_how_many_collectives_are_hidden() -> None:
-    assert rehearse._of_kind(Traffic(4, 8e6, 6e6)) == "4 × 2"
-    assert rehearse._of_kind(Traffic(4, 8e6, 6e6, hidden=3)) == "4 × 2, 3 hidden"
-    assert rehearse._of_kind(None) == "–"
+    assert rehearsal._of_kind(Traffic(4, 8e6, 6e6)) == "4 × 2"
+    assert rehearsal._of_kind(Traffic(4, 8e6, 6e6, hidden=3)) == "4 × 2, 3 hidden"
+    assert rehearsal._of_kind(None) == "–"
 
 
 def test_what_fits_exits_with_0_and_prints_a_table(tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]) -> None:
@@ -152,14 +153,14 @@ def test_search_for_a_microbatch(
         return Compiled(0.0, temporaries=int(fixed + per_image * tried[-1]))
 
     times: list[int] = []
-    monkeypatch.setattr(rehearse, "abstract_train_step", lowered)
-    monkeypatch.setattr(rehearse, "compile_ahead", compiled)
+    monkeypatch.setattr(rehearsal, "abstract_train_step", lowered)
+    monkeypatch.setattr(rehearsal, "compile_ahead", compiled)
     config = tiny.get_config("nowhere")
     phase = make_phases([tiny.MASKED | dict(batch_size=512)])[0]
     mesh = make_mesh(devices=jax.devices()[:1])
-    found = rehearse._fit(
-        make_config("Nano", input_size=8), phase, make_recipe(config), mesh, 4, Topology("v5e", (1, 1)),
-        CHIPS["v5e"], "O0", None, lambda text: None,
+    found = rehearsal._fit(
+        make_config("Nano", input_size=8), phase, make_recipe(config), 4,
+        rehearsal.Target(Topology("v5e", (1, 1)), CHIPS["v5e"], mesh, "O0"),
     )  # fmt: skip
     assert found[1] == 512
     assert suggestion in found[2]
@@ -182,7 +183,7 @@ def test_search_for_a_microbatch(
 def test_the_largest_microbatch_that_fits(peak_of: Any) -> None:
     sizes, limit, tried = [8 * 2**i for i in range(8)], 16e9, []
     peaks = {0: 4e9, 2048: max(peak_of(2048), 1.1 * limit)}
-    found = rehearse.largest_that_fits(sizes, peaks, limit, lambda n: tried.append(n) or peak_of(n))
+    found = rehearsal.largest_that_fits(sizes, peaks, limit, lambda n: tried.append(n) or peak_of(n))
     assert found == max((n for n in sizes if peak_of(n) <= limit), default=0)
     assert len(tried) == len(set(tried)) <= 4
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from micro_dit.errors import UserError
+from micro_dit.files import text_table
 from micro_dit.parallel.mesh import BATCH_AXES, replicated
 
 FSDP = ("fsdp", "expert")
@@ -121,8 +122,8 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def table(mesh: Mesh, shapes: Mapping[str, Any]) -> str:
-    """The rules and the bytes of parameters that each places, in all and per device."""
+def sharding_table(mesh: Mesh, shapes: Mapping[str, Any]) -> str:
+    """Returns a table of the rules, with the bytes of the parameters that each places, in all and per device."""
     placed = param_shardings(mesh, shapes)
     grid = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     rows = [("parameters", "split over", "arrays", "MB", "MB per device")]
@@ -131,10 +132,7 @@ def table(mesh: Mesh, shapes: Mapping[str, Any]) -> str:
         if of_rule:
             rows.append((pattern, _axes(spec), str(len(of_rule)), *_megabytes(mesh, of_rule, placed)))
     rows.append(("all", "", str(len(shapes)), *_megabytes(mesh, shapes, placed)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[f"{text:{'<' if i < 2 else '>'}{widths[i]}}" for i, text in enumerate(row)] for row in rows]
-    lines = map("  ".join, aligned)
-    return "\n".join([f"mesh of {mesh.size} devices: {grid}", *lines])
+    return f"mesh of {mesh.size} devices: {grid}\n{text_table(rows, left=2, rule=False)}"
 
 
 def _megabytes(mesh: Mesh, shapes: Mapping[str, Any], placed: Mapping[str, NamedSharding]) -> tuple[str, str]:

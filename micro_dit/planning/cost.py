@@ -1,9 +1,10 @@
-"""What a training run costs on given chips: FLOPs, hours and dollars, phase by phase."""
+"""Estimates the cost of a training run on given chips: FLOPs, hours and dollars, phase by phase."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from micro_dit.errors import UserError
+from micro_dit.files import text_table
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.flops import training_flops
 from micro_dit.planning.chips import Chip
@@ -12,7 +13,7 @@ from micro_dit.training.phases import Phase
 
 @dataclasses.dataclass(frozen=True)
 class PhaseCost:
-    """What a phase comes to. `flops` is training FLOPs of all images; `dollars` is None where no price is known."""
+    """The cost of a phase. `flops` is training FLOPs of all images; `dollars` is None where no price is known."""
 
     phase: Phase
     network: DiTConfig
@@ -30,10 +31,10 @@ class PhaseCost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The costs of a run, phase by phase, on some number of chips."""
+class RunCost:
+    """The cost of a run, phase by phase, on a number of chips."""
 
-    costs: tuple[PhaseCost, ...]
+    phases: tuple[PhaseCost, ...]
     chip: Chip
     devices: int
     mfu: float
@@ -41,23 +42,23 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        return sum(cost.flops for cost in self.costs)
+        return sum(cost.flops for cost in self.phases)
 
     @property
     def hours(self) -> float:
-        return sum(cost.hours for cost in self.costs)
+        return sum(cost.hours for cost in self.phases)
 
     @property
     def dollars(self) -> float | None:
         return None if self.price is None else self.hours * self.devices * self.price
 
     def table(self) -> str:
-        """The plan as lines of text, ready to print."""
+        """Returns the cost as lines of text."""
         head = f"{self.devices} × {self.chip.name} at {self.mfu:.1%} of {self.chip.peak_flops / 1e12:g} TFLOP/s"
         if self.price is not None:
             head += f", ${self.price:g} a chip-hour"
         rows = [["phase", "latent", "mask", "steps", "batch", "FLOPs", "images/s", "hours", "chip-hours", "dollars"]]
-        for cost in self.costs:
+        for cost in self.phases:
             phase = cost.phase
             row = [phase.name, f"{cost.network.input_size}²", f"{phase.mask_ratio:.0%}", f"{phase.steps:,}"]
             row += [f"{phase.batch_size:,}", f"{cost.flops:.2e}", f"{cost.images_per_second:,.0f}"]
@@ -65,24 +66,10 @@ class Plan:
             rows.append(row)
         hours = [f"{self.hours:,.1f}", f"{self.hours * self.devices:,.1f}"]
         rows.append(["all", "", "", "", "", f"{self.flops:.2e}", "", *hours, _dollars(self.dollars)])
-        return "\n".join([head, "", lines_of(rows)])
+        return "\n".join([head, "", text_table(rows, total=True)])
 
 
-def lines_of(rows: Sequence[Sequence[str]], total: bool = True) -> str:
-    """Rows as lines of text in columns, ruled under the first and, with `total`, over the last."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    rule = "─" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]] if total else [lines[0], rule, *lines[1:]])
-
-
-def plan(
+def estimate_cost(
     networks: Sequence[DiTConfig],
     phases: Sequence[Phase],
     chip: Chip,
@@ -91,20 +78,21 @@ def plan(
     price: float | None = None,
     caption_tokens: int = 77,
     one_hot_dispatch: bool = False,
-) -> Plan:
-    """Hours and dollars of a run.
+) -> RunCost:
+    """Estimates hours and dollars of a run.
 
     Args:
-        networks: of each phase.
-        phases: what is trained, in order.
-        chip: one of CHIPS.
-        devices: number of chips.
-        mfu: model FLOPs utilization, the share of the peak that is reached, in (0, 1].
-        price: dollars per chip-hour; the chip's list price if None.
-        caption_tokens, one_hot_dispatch: see `forward_flops`.
+        networks: The network of each phase.
+        phases: The phases, in order.
+        chip: The chip to train on.
+        devices: Number of chips.
+        mfu: Model FLOPs utilization, the fraction of the peak that is reached, in (0, 1].
+        price: Dollars per chip-hour; the chip's list price if None.
+        caption_tokens: As for `forward_flops`.
+        one_hot_dispatch: As for `forward_flops`.
 
     Raises:
-        UserError: if a phase cannot be trained with its network, or `mfu` or `devices` make no sense.
+        UserError: A phase cannot be trained with its network, or `mfu` or `devices` is out of range.
     """
     if not 0 < mfu <= 1 or devices < 1:
         raise UserError(f"mfu {mfu} on {devices} devices: give a share of the peak in (0, 1] and at least one device.")
@@ -115,7 +103,7 @@ def plan(
         flops = float(per_image) * phase.steps * phase.batch_size
         hours = flops / (devices * mfu * chip.peak_flops) / 3600
         costs.append(PhaseCost(phase, network, flops, hours, None if price is None else hours * devices * price))
-    return Plan(tuple(costs), chip, devices, mfu, price)
+    return RunCost(tuple(costs), chip, devices, mfu, price)
 
 
 def _dollars(amount: float | None) -> str:

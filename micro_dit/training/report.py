@@ -9,7 +9,7 @@ from typing import Any
 
 from micro_dit.models.config import DiTConfig
 from micro_dit.planning.chips import Chip
-from micro_dit.planning.cost import plan
+from micro_dit.planning.cost import estimate_cost
 from micro_dit.training.phases import Phase
 
 
@@ -35,7 +35,7 @@ def plan_table(
     dollars_per_device_hour: float, caption_tokens: int,
 ) -> str:  # fmt: skip
     """Phases, steps, FLOPs, predicted time and dollars."""
-    return plan(
+    return estimate_cost(
         networks, phases, chip, devices, mfu=mfu, price=dollars_per_device_hour, caption_tokens=caption_tokens
     ).table()
 

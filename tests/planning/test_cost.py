@@ -1,4 +1,4 @@
-"""A plan's hours and dollars against the paper's table of costs."""
+"""Estimated hours and dollars against the paper's table of costs."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from micro_dit.errors import UserError
 from micro_dit.models.config import make_config
 from micro_dit.planning.chips import CHIPS
-from micro_dit.planning.cost import plan
+from micro_dit.planning.cost import estimate_cost
 from micro_dit.training.phases import Phase
 
 PHASES = [
@@ -18,7 +18,7 @@ PHASES = [
 NETWORKS = [make_config("MicroDiT_XL_2", input_size=phase.resolution // 8) for phase in PHASES]
 
 
-def test_plan_agrees_with_the_paper() -> None:
+def test_the_estimate_agrees_with_the_paper() -> None:
     """Table of the paper: its FLOPs are 3 × forward and include the release's one-hot products."""
     flops = (1.47e20, 4.53e19, 1.18e20, 3.48e19)
     days = (1.11, 0.38, 0.88, 0.26)
@@ -26,18 +26,18 @@ def test_plan_agrees_with_the_paper() -> None:
     images_per_second = (667, 234, 168, 57)
     mfu = (0.194, 0.174, 0.196, 0.196)
     for i, (network, phase) in enumerate(zip(NETWORKS, PHASES, strict=True)):
-        result = plan([network], [phase], CHIPS["h100"], devices=8, mfu=mfu[i], one_hot_dispatch=True)
+        result = estimate_cost([network], [phase], CHIPS["h100"], devices=8, mfu=mfu[i], one_hot_dispatch=True)
         assert result.flops == pytest.approx(flops[i], rel=0.01)
         assert result.hours / 24 == pytest.approx(days[i], rel=0.03)
         assert result.dollars == pytest.approx(dollars[i], rel=0.03)
-        assert result.costs[0].images_per_second / 8 == pytest.approx(images_per_second[i], rel=0.03)
-    total = plan(NETWORKS, PHASES, CHIPS["h100"], one_hot_dispatch=True).flops
+        assert result.phases[0].images_per_second / 8 == pytest.approx(images_per_second[i], rel=0.03)
+    total = estimate_cost(NETWORKS, PHASES, CHIPS["h100"], one_hot_dispatch=True).flops
     assert total == pytest.approx(3.45e20, rel=0.01)
 
 
-def test_plan_adds_up_and_prints() -> None:
-    result = plan(NETWORKS, PHASES, CHIPS["v5e"], devices=16, mfu=0.4, price=2.0)
-    assert result.hours == pytest.approx(sum(cost.hours for cost in result.costs))
+def test_the_estimate_adds_up_and_prints() -> None:
+    result = estimate_cost(NETWORKS, PHASES, CHIPS["v5e"], devices=16, mfu=0.4, price=2.0)
+    assert result.hours == pytest.approx(sum(cost.hours for cost in result.phases))
     assert result.dollars == pytest.approx(result.hours * 16 * 2.0)
     table = result.table()
     assert all(phase.name in table for phase in PHASES)
@@ -46,13 +46,13 @@ def test_plan_adds_up_and_prints() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"mfu": 0.0}, {"mfu": 40.0}, {"devices": 0}])
-def test_senseless_plan_is_refused(wrong: dict[str, Any]) -> None:
+def test_a_senseless_estimate_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="mfu"):
-        plan(NETWORKS, PHASES, CHIPS["h100"], **wrong)
+        estimate_cost(NETWORKS, PHASES, CHIPS["h100"], **wrong)
 
 
 def test_unknown_price_stays_unknown() -> None:
     free = dataclasses.replace(CHIPS["h100"], price=None)
-    result = plan(NETWORKS, PHASES, free)
+    result = estimate_cost(NETWORKS, PHASES, free)
     assert result.dollars is None
     assert "–" in result.table()

@@ -1,0 +1,35 @@
+"""Determines the networks of a run, also while its shards do not exist."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from micro_dit.data.mixture import parse_mix, read_mix
+from micro_dit.data.shards import MANIFEST, shards_folder
+from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo, known_image_encoder, known_text_encoder
+from micro_dit.models.config import DiTConfig
+from micro_dit.training.phases import Phase
+from micro_dit.training.step import network_of
+
+
+def phase_networks(phases: Sequence[Phase], model: Any, data: Any) -> tuple[list[DiTConfig], int]:
+    """Returns the network of each phase and the number of caption tokens.
+
+    Args:
+        phases: The phases of the run.
+        model: Size and overridden fields of the network, as `config.model`.
+        data: Names of shards and encoders, as `config.data`.
+
+    Raises:
+        UserError: A network is impossible, or the shards do not exist and their encoders are unknown.
+    """
+    encoders = [_encoders(phase.shards or data.shards, data) for phase in phases]
+    networks = [network_of(phase, model, vae, text) for phase, (vae, text) in zip(phases, encoders, strict=True)]
+    return networks, encoders[0][1].tokens
+
+
+def _encoders(shards: str, data: Any) -> tuple[ImageEncoderInfo, TextEncoderInfo]:
+    """Returns the encoders of the shards, or, while the shards do not exist, what their names imply."""
+    if shards and all((shards_folder(folder) / MANIFEST).exists() for folder, _ in parse_mix(shards)):
+        manifest = read_mix(shards).manifest()
+        return manifest.vae, manifest.text_encoder
+    return known_image_encoder(data.vae), known_text_encoder(data.text_encoder, data.caption_tokens)

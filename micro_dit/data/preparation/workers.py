@@ -1,14 +1,17 @@
 """Work that runs ahead of whoever needs its results: decoding in worker processes, and stages in threads."""
 
+import contextlib
 import os
+import pickle
 import queue
 import signal
 import threading
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -64,36 +67,46 @@ def prepare_example(
 
 
 class Decoders:
-    """Worker processes that map a function over items, in order, and survive one that dies of an item.
+    """Maps a function over items in worker processes, in order, and survives a worker that dies of an item.
 
-    Use as a context manager. The processes import what the function needs, and the main module once more, so that both
-    had better be light; they end with this process, however it ends.
+    Use as a context manager, which ends and reaps every worker process that it has started. The processes import what
+    the function needs and the main module again, so both should be light; they end with this process, also if it is
+    killed.
     """
 
     def __init__(self, workers: int):
         """Starts nothing yet.
 
         Args:
-            workers: number of processes; 0 decodes in threads of this one, which suits a few hundred images.
+            workers: Number of processes; 0 decodes in threads of this one, which suits a few hundred images.
         """
         self.workers = workers
-        self._pool: Executor | None = None
-        self._alone: Executor | None = None  # a single worker, for items that may have killed another
+        self._threads = ThreadPoolExecutor(workers or THREADS, "decode")  # one for each worker process
+        self._workers: list[_Worker] = []
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
-        self._pool = self._start(self.workers)
-        try:
-            self._pool.submit(os.getpid).result()
-        except BrokenProcessPool as error:
-            raise UserError("No process to decode images can be started: run with --workers=0, without any.") from error
+        if not self.workers:
+            silence_pillow()
+            return self
+        for _ in range(self.workers):
+            self._workers.append(_Worker())
+            self._idle.put(self._workers[-1])
+        if self._call(os.getpid) is None:
+            self.close()
+            raise UserError("No process to decode images can be started: run with --workers=0, without any.")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for pool in (self._pool, self._alone):
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+        self.close()
+
+    def close(self) -> None:
+        """Drops the items that wait, lets those at work finish, and ends all threads and processes."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
 
     def map(
         self, function: Callable[..., R], items: Iterable[tuple[T, tuple[Any, ...] | None]], ahead: int
@@ -101,30 +114,27 @@ class Decoders:
         """Calls a function for each item, and keeps the order.
 
         Args:
-            function: must be importable by its name.
-            items: a label and the arguments; None in their place calls nothing.
-            ahead: how many items are held at once, at most.
+            function: Must be importable by its name.
+            items: A label and the arguments; None in their place calls nothing.
+            ahead: Number of items held at once, at most.
 
         Yields:
-            The label and the result; None without arguments, or if a worker process died of them, alone as in company.
+            The label and the result; None without arguments, or if two worker processes died of them.
 
         Raises:
-            Exception: whatever `function` or `items` raises.
+            Exception: Whatever `function` or `items` raises.
         """
-        pending: deque[tuple[T, tuple[Any, ...] | None, Future[R] | None]] = deque()
+        pending: deque[tuple[T, Future[R | None] | None]] = deque()
+        call: Callable[..., R | None] = partial(self._call, function) if self.workers else function
 
         def result() -> tuple[T, R | None]:
-            label, arguments, future = pending.popleft()
-            if arguments is None or future is None:
-                return label, None
-            try:
-                return label, future.result()
-            except BrokenProcessPool:  # of one of those that were at work: which one shows when each is alone
-                return label, self._try_alone(function, arguments)
+            label, future = pending.popleft()
+            return label, None if future is None else future.result()
 
         try:
             for label, arguments in items:
-                pending.append((label, arguments, None if arguments is None else self._submit(function, arguments)))
+                future = None if arguments is None else self._threads.submit(call, *arguments)
+                pending.append((label, future))
                 if len(pending) >= ahead:
                     yield result()
         except Exception:
@@ -134,30 +144,80 @@ class Decoders:
         while pending:
             yield result()
 
-    def _submit(self, function: Callable[..., R], arguments: tuple[Any, ...]) -> "Future[R]":
-        assert self._pool is not None, "enter the context first"
+    def _call(self, function: Callable[..., R], *arguments: Any) -> R | None:
+        """Calls a function in an idle worker; once more if that dies, since the item may not be to blame."""
+        worker = self._idle.get()
         try:
-            return self._pool.submit(function, *arguments)
-        except BrokenProcessPool:
-            self._pool.shutdown(wait=False)
-            self._pool = self._start(self.workers)
-            return self._pool.submit(function, *arguments)
-
-    def _try_alone(self, function: Callable[..., R], arguments: tuple[Any, ...]) -> R | None:
-        self._alone = self._alone or self._start(1)
-        try:
-            return self._alone.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            self._alone.shutdown(wait=False)
-            self._alone = None
+            for _ in range(2):
+                with contextlib.suppress(WorkerDied):
+                    return worker.call(function, arguments)
             return None
+        finally:
+            self._idle.put(worker)
 
-    def _start(self, workers: int) -> Executor:
-        if not self.workers:
-            silence_pillow()
-            return ThreadPoolExecutor(THREADS, "decode")
-        # Spawned, not forked: JAX has threads by now.
-        return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
+
+class WorkerDied(Exception):
+    """A worker process ended before it answered."""
+
+
+class _Worker:
+    """A worker process with a pipe of its own, replaced by a new process when it dies.
+
+    `concurrent.futures.ProcessPoolExecutor` does not serve here. A worker that dies takes the whole pool and all items
+    at work with it, and on Python 3.11 a pool that breaks while `submit` starts a process leaves that process behind.
+    """
+
+    def __init__(self) -> None:
+        """Starts the process."""
+        self._start()
+
+    def _start(self) -> None:
+        spawn = get_context("spawn")  # not forked: JAX has threads by now
+        self._connection, theirs = spawn.Pipe()
+        # Started with its own end of the pipe only: either side reads the end of the file when the other dies.
+        self._process = spawn.Process(target=_serve, args=(theirs, start_worker), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def call(self, function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
+        """Calls a function in the process.
+
+        Raises:
+            WorkerDied: The process has ended; a new one is there for the next call.
+            Exception: Whatever `function` raises.
+        """
+        request = pickle.dumps((function, arguments), pickle.HIGHEST_PROTOCOL)  # may raise, with the worker unharmed
+        try:
+            self._connection.send_bytes(request)
+            returned, result = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.close()
+            self._start()
+            raise WorkerDied from error
+        if not returned:
+            raise result
+        return result
+
+    def close(self) -> None:
+        """Ends the process and waits for its end."""
+        self._connection.close()
+        self._process.kill()  # a worker owns nothing that it would have to put away
+        self._process.join()
+
+
+def _serve(requests: connection.Connection, initialize: Callable[[], None]) -> None:
+    """Runs in a worker process: answers each request with (True, result) or (False, error)."""
+    initialize()
+    with contextlib.suppress(EOFError):
+        while True:
+            function, arguments = requests.recv()
+            answer: tuple[bool, Any]
+            try:
+                answer = True, function(*arguments)
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                answer = False, error
+            requests.send(answer)
 
 
 def start_worker() -> None:
@@ -173,7 +233,7 @@ def silence_pillow() -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process with its parent: the workers of one that was killed would wait for work forever."""
+    """Ends this process with its parent, also in the middle of an item."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])

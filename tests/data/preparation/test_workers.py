@@ -86,6 +86,12 @@ def test_a_dying_worker_takes_nothing_with_it_but_the_item_to_blame() -> None:
     assert multiprocessing.active_children() == []
 
 
+def test_a_worker_that_is_still_starting_is_ended_too() -> None:
+    with Decoders(3) as decoders:
+        assert list(decoders.map(square_or_die, [(3, (3,))], ahead=1)) == [(3, None)]
+    assert multiprocessing.active_children() == []
+
+
 def test_workers_import_nothing_heavy() -> None:
     with Decoders(1) as decoders:
         ((_, modules),) = decoders.map(imported_modules, [("", ())], ahead=1)
@@ -102,6 +108,7 @@ def test_workers_that_do_not_start_are_an_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(workers, "start_worker", os.abort)
     with pytest.raises(UserError, match="--workers=0"), Decoders(1):
         pass
+    assert multiprocessing.active_children() == []
 
 
 def test_an_example_is_prepared_or_dropped() -> None:

@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 from micro_dit.cli import REMOVED_FIELDS, load_config, removed_field, run_command
 from micro_dit.errors import UserError
 from micro_dit.evaluate import Stopped, evaluate
-from micro_dit.evaluation.evaluators import check_names
 from micro_dit.evaluation.isoflop import plot, table
+from micro_dit.evaluation.registry import check_names
 from micro_dit.models.dit import abstract_params
 from micro_dit.models.flops import training_flops
 from micro_dit.planning.networks import phase_networks

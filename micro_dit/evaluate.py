@@ -23,12 +23,11 @@ from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split
 from micro_dit.encoders.image import load_image_encoder
 from micro_dit.errors import UserError
-from micro_dit.evaluation import geneval
+from micro_dit.evaluation import geneval, registry
 from micro_dit.evaluation.coco import IMAGES as COCO_IMAGES
 from micro_dit.evaluation.coco import read_coco_prompts
 from micro_dit.evaluation.domain import check_prompts, real_images
 from micro_dit.evaluation.drawing import Drawing
-from micro_dit.evaluation.evaluators import OF_IMAGES, Evaluators, check_names
 from micro_dit.evaluation.image_sets import (
     FromFiles,
     Settings,
@@ -39,6 +38,7 @@ from micro_dit.evaluation.image_sets import (
     plan_files,
 )
 from micro_dit.evaluation.measures import Measure, Measures
+from micro_dit.evaluation.registry import MetricInputs, check_names, load_metrics
 from micro_dit.evaluation.report_page import write_report
 from micro_dit.evaluation.validation_loss import make_heldout_loss
 from micro_dit.interop.model_folder import is_model_folder, read_config
@@ -49,7 +49,7 @@ from micro_dit.training.phases import Phase, make_phases
 from micro_dit.training.progress import Progress
 from micro_dit.training.save_schedule import Interrupt
 
-METRICS = ("heldout_loss", *OF_IMAGES, "geneval")
+METRICS = ("heldout_loss", *registry.METRICS, "geneval")
 
 
 class Stopped(Exception):
@@ -141,7 +141,7 @@ def evaluate(
         batch_size: images at once on each device. No image depends on it.
         dtype: of the network's matrix products.
         shards: by default those of the run.
-        reference, clip_reference, clip, inception: see `Evaluators`.
+        reference, clip_reference, clip, inception: see `MetricInputs`.
         geneval_prompts, geneval_results: files of GenEval.
         stops: is asked after each batch.
         say: is told what is going on.
@@ -163,7 +163,7 @@ def evaluate(
     steps = about.steps if steps is None else steps
     guidance = tuple(guidance) or (about.guidance,)
     folder = Path(out) if out else workdir / "evaluation" / ("model" if about.step is None else str(about.step))
-    images_of = [name for name in metrics if name in OF_IMAGES]
+    images_of = [name for name in metrics if name in registry.METRICS]
     warned = lambda text: say(f"warning: {text}")  # noqa: E731
     mesh = make_mesh(None, jax.local_devices())
 
@@ -180,11 +180,11 @@ def evaluate(
     real = real_images(data.shards, data.resolution) if data and "domain" in images_of and main_process else None
     if real is not None:
         check_prompts(chosen.texts, real["text"])
-    evaluators = distributed.main_first(lambda: Evaluators(
-        images_of if main_process else (), side=side, reference=reference, clip_reference=clip_reference,
+    measure_images = distributed.main_first(lambda: load_metrics(images_of if main_process else (), MetricInputs(
+        side=side, reference=reference, clip_reference=clip_reference,
         only=chosen.files, clip=clip, inception=inception, image_encoder=model.image_encoder, real=real,
         cache=folder.parent / "references", sharding=batch_sharding(mesh), say=say, warn=warned,
-    ))  # fmt: skip
+    )))  # fmt: skip
     tasks = _geneval(metrics, geneval_prompts, geneval_results)
     if geneval_results:
         measures.add(*geneval.summarize(geneval_results))
@@ -205,7 +205,7 @@ def evaluate(
             _draw(files, texts, scale, drawing, seed, batch_size * mesh.size, stops, say)
             if main_process:
                 told = dataclasses.asdict(settings) | {"folder": settings.folder, "count": count}
-                for measure in evaluators(FromFiles(files, prompts=texts)):
+                for measure in measure_images(FromFiles(files, prompts=texts)):
                     measures.add(dataclasses.replace(measure, images=told))
         if tasks:
             place = folder / settings.folder.replace("images", "geneval")

@@ -10,8 +10,8 @@ import numpy as np
 from micro_dit.data.pipeline import load_split
 from micro_dit.errors import UserError
 from micro_dit.evaluation.domain import real_images
-from micro_dit.evaluation.evaluators import Evaluators
 from micro_dit.evaluation.image_sets import InMemory, numbered
+from micro_dit.evaluation.registry import MetricInputs, load_metrics
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import Params
 
@@ -41,13 +41,13 @@ def make_training_evaluation(
     Args:
         network: that is trained.
         every: after how many steps it will be called; if that is 0, never: there is none.
-        metrics: some of evaluators.OF_IMAGES.
+        metrics: some of registry.METRICS.
         num_images: how many are drawn; image i has seed i, and the captions of the split in turn.
         shards, split: whose captions are drawn.
         resolution: side of the images in pixels.
         vae: name of the image encoder.
         guidance, steps, sigma_data, dtype, sharding: as of generator.Generator.
-        reference, clip, inception: as of evaluators.Evaluators.
+        reference, clip, inception: as of `registry.MetricInputs`.
         warn: is told what should be known of the numbers, the first time.
 
     Returns:
@@ -72,10 +72,10 @@ def make_training_evaluation(
         told.add(text)
 
     main = jax.process_index() == 0
-    evaluators = Evaluators(
-        metrics if main else (), side=resolution, reference=reference, clip=clip, inception=inception, warn=once,
+    measure_images = load_metrics(metrics if main else (), MetricInputs(
+        side=resolution, reference=reference, clip=clip, inception=inception, warn=once,
         real=real_images(shards, resolution) if main and "domain" in metrics else None, image_encoder=image_encoder,
-    )  # fmt: skip
+    ))  # fmt: skip
     data = load_split(shards, split, resolution, num_images)
     captions = data["caption"][np.arange(num_images) % len(data["text"])]
     generator = Generator(
@@ -84,7 +84,7 @@ def make_training_evaluation(
 
     def evaluation(params: Params) -> dict[str, float]:
         images = generator(params, captions, range(num_images))
-        measures = evaluators(InMemory(images, numbered(data["text"], num_images))) if main else []
+        measures = measure_images(InMemory(images, numbered(data["text"], num_images))) if main else []
         return {f"evaluation/{measure.name}": measure.value for measure in measures}
 
     return evaluation

@@ -11,8 +11,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from micro_dit.errors import UserError
 from micro_dit.evaluation.clip_score import Clip, clip_score, cmmd, load_embeddings, mmd, save_embeddings
-from micro_dit.evaluation.evaluators import Evaluators
 from micro_dit.evaluation.image_sets import InMemory
+from micro_dit.evaluation.registry import MetricInputs, load_metrics
 
 PROMPTS = [
     "a photo of the cat",
@@ -95,14 +95,12 @@ def test_references_of_cmmd(folder: Path, clip: Clip, tmp_path: Path) -> None:
         Image.fromarray(image).save(tmp_path / "real" / f"{number}.png")
     said: list[str] = []
     for _ in range(2):
-        evaluators = Evaluators(
-            ["cmmd", "clip_score"], side=32, reference=str(tmp_path / "real"), clip=str(folder), cache=tmp_path,
-            say=said.append,
-        )  # fmt: skip
-        same, _ = evaluators(InMemory(images(6), PROMPTS + PROMPTS[:2]))
+        inputs = MetricInputs(32, str(tmp_path / "real"), clip=str(folder), cache=tmp_path, say=said.append)
+        measure = load_metrics(["cmmd", "clip_score"], inputs)
+        same, _ = measure(InMemory(images(6), PROMPTS + PROMPTS[:2]))
     assert len(said) == 1
     assert abs(same.value) < 1e-3
-    other, score = evaluators(InMemory(images(6, seed=1) // 3, PROMPTS + PROMPTS[:2]))
+    other, score = measure(InMemory(images(6, seed=1) // 3, PROMPTS + PROMPTS[:2]))
     assert other.value > same.value + 1e-3
     assert (other.name, score.name) == ("cmmd", "clip_score")
     assert other.pipeline["reference"].startswith("6 images of")

@@ -11,7 +11,6 @@ from PIL import Image
 
 from micro_dit.errors import UserError
 from micro_dit.evaluation import inception
-from micro_dit.evaluation.evaluators import Evaluators
 from micro_dit.evaluation.fid import (
     FidNetwork,
     Statistics,
@@ -22,6 +21,7 @@ from micro_dit.evaluation.fid import (
     statistics,
 )
 from micro_dit.evaluation.image_sets import InMemory
+from micro_dit.evaluation.registry import Fid, MetricInputs, load_metrics
 from micro_dit.interop.tensor_files import write_torch
 from tests.helpers.pictures import encoded
 from tests.helpers.random_inception import images as two_images
@@ -243,9 +243,9 @@ def test_references_that_make_no_sense(tmp_path: Path, weights: str) -> None:
         (str(tmp_path), "holds no images"),
     ):
         with pytest.raises(UserError, match=message):
-            Evaluators(["fid"], side=64, reference=reference, inception=weights)
+            load_metrics(["fid"], MetricInputs(64, reference, inception=weights))
     with pytest.raises(UserError, match="there is no metric 'fidd'; choose some of fid, cmmd, clip_score, domain"):
-        Evaluators(["fidd"], side=64)
+        load_metrics(["fidd"], MetricInputs(64))
 
 
 def test_statistics_of_a_folder_are_kept(
@@ -254,12 +254,14 @@ def test_statistics_of_a_folder_are_kept(
     (tmp_path / "real").mkdir()
     for number, image in enumerate(drawings(5, 3)):
         Image.fromarray(image).resize((96, 80)).save(tmp_path / "real" / f"{number}.png")
-    monkeypatch.setattr("micro_dit.evaluation.fid.FidNetwork", lambda *arguments: network)
+    monkeypatch.setattr("micro_dit.evaluation.registry.FidNetwork", lambda *arguments: network)
     said = []
     for _ in range(2):
-        settings = dict(reference=str(tmp_path / "real"), inception=weights, cache=tmp_path / "kept")
-        evaluators = Evaluators(["fid"], side=64, say=said.append, **settings)
-        assert evaluators._statistics.n == 5
-        assert "center crop" in evaluators._statistics.pipeline["crop"]
+        inputs = MetricInputs(
+            64, str(tmp_path / "real"), inception=weights, cache=tmp_path / "kept", say=said.append
+        )
+        reference = Fid(inputs).reference
+        assert reference.n == 5
+        assert "center crop" in reference.pipeline["crop"]
     assert len(said) == 1  # computed once
     assert len(list((tmp_path / "kept").iterdir())) == 1

@@ -23,6 +23,7 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command of the arguments and returns the exit status."""
     parser = argparse.ArgumentParser(usage="until_done.py [--restarts=N] python -m micro_dit.main --workdir=… …")
     parser.add_argument("--restarts", type=int, default=3, help="failures in a row, without a new checkpoint, to bear")
     parser.add_argument("command", nargs=argparse.REMAINDER)

@@ -61,6 +61,7 @@ def work_units(
 
 
 def training_command(python: str, arguments: Sequence[str]) -> list[str]:
+    """Returns the command that trains, restarted until it is done."""
     return [python, "launch/until_done.py", python, "-m", "micro_dit.main", *arguments]
 
 
@@ -87,6 +88,7 @@ def environment(name: str) -> str:
 
 
 def requirements() -> dict[str, int]:
+    """Returns the accelerators of a work unit by their resource name."""
     resource, _, count = ACCELERATOR.value.partition("=")
     if not count.isdigit():
         sys.exit(f"error: --accelerator={ACCELERATOR.value} should be RESOURCE=COUNT, such as a100=8.")
@@ -94,6 +96,7 @@ def requirements() -> dict[str, int]:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Launches, or with --xm_dry_run prints, the work units of the flags."""
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; config fields are set by --override=FIELD=VALUE.")
     workdir = f"/gcs/{environment('BUCKET')}/{WORKDIR.value}" if EXECUTOR.value == "vertex" else WORKDIR.value

@@ -1,6 +1,6 @@
 """Estimates what a training run costs: FLOPs of the recipe, and time and dollars for a chip and MFU.
 
-    python -m micro_dit.budget --config=configs/mask75.py:xl --chip=h100 --price_per_hour=3.75 --mfu=0.45 --paper
+python -m micro_dit.budget --config=configs/mask75.py:xl --chip=h100 --price_per_hour=3.75 --mfu=0.45 --paper
 """
 
 import json

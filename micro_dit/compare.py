@@ -1,7 +1,7 @@
-"""Compares recipes at the same training FLOPs: which makes the most of a budget?
+r"""Compares recipes at the same training FLOPs: which makes the most of a budget?
 
-    python -m micro_dit.compare --configs=configs/mask75.py:small,configs/naive75.py:small --budget_flops=2e12,4e12 \\
-        --seeds=0,1,2 --out=runs/compare
+    python -m micro_dit.compare --configs=configs/mask75.py:small,configs/naive75.py:small --seeds=0,1,2 \
+        --budget_flops=2e12,4e12 --out=runs/compare
 
 Each recipe's phases are shortened or lengthened alike until they cost the budget, as `budget` counts it. Each run has a
 work directory of its own in the folder, and is trained, measured and told of in results.md, results.json and
@@ -312,6 +312,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main() -> None:
+    """Compares the recipes of the flags."""
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -337,6 +338,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_list(
         "configs", None, "FILE[:VARIANT][+FIELD=VALUE…], with commas between; e.g. configs/mask75.py:small+name=mine.",
         required=True,

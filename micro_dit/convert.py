@@ -1,7 +1,7 @@
-"""Weights of the public PyTorch release to a model folder, and back to PyTorch, bit for bit.
+"""Converts weights of the public PyTorch release to a model folder, and back to PyTorch, bit for bit.
 
-    python -m micro_dit.convert --from_torch=dit_4_channel_37M_real_and_synthetic_data.pt --out=models/microdit
-    python -m micro_dit.convert --to_torch=microdit.pt --workdir=models/microdit
+python -m micro_dit.convert --from_torch=dit_4_channel_37M_real_and_synthetic_data.pt --out=models/microdit
+python -m micro_dit.convert --to_torch=microdit.pt --workdir=models/microdit
 """
 
 import shutil
@@ -142,6 +142,7 @@ def _check_space(out: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def main() -> None:
+    """Converts in the direction that the flags ask for."""
     if (FLAGS.from_torch is None) == (FLAGS.to_torch is None):
         raise UserError("give either --from_torch=FILE and --out=FOLDER, or --to_torch=FILE and --workdir=FOLDER.")
     if FLAGS.to_torch is not None:
@@ -171,6 +172,7 @@ ENCODERS = ("vae", "text_encoder", "caption_tokens", "caption_cleaning", "sigma_
 
 
 def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("from_torch", None, "Weights of the release, .pt or .safetensors, to make a model folder of.")
     flags.DEFINE_string("out", None, "The model folder to make.")
     flags.DEFINE_string("model", None, "A config.json with the network's fields; by default they are recognized.")

@@ -90,6 +90,7 @@ class Topology:
 
     @property
     def size(self) -> int:
+        """Number of devices."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:

@@ -54,6 +54,7 @@ class Traffic:
         return Traffic(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
     def times(self, turns: int) -> "Traffic":
+        """Returns the traffic of `turns` repetitions."""
         return Traffic(*(turns * amount for amount in dataclasses.astuple(self)))
 
 

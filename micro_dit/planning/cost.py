@@ -23,10 +23,12 @@ class PhaseCost:
 
     @property
     def images(self) -> int:
+        """Training images, each counted as often as it is seen."""
         return self.phase.steps * self.phase.batch_size
 
     @property
     def images_per_second(self) -> float:
+        """Images per second on all chips."""
         return self.images / (3600 * self.hours)
 
 
@@ -42,14 +44,17 @@ class RunCost:
 
     @property
     def flops(self) -> float:
+        """Training FLOPs of all phases."""
         return sum(cost.flops for cost in self.phases)
 
     @property
     def hours(self) -> float:
+        """Hours of all phases."""
         return sum(cost.hours for cost in self.phases)
 
     @property
     def dollars(self) -> float | None:
+        """Dollars of all phases; None where no price is known."""
         return None if self.price is None else self.hours * self.devices * self.price
 
     def table(self) -> str:

@@ -28,7 +28,7 @@ MATRIX_UNITS = {"v5e": MatrixUnit(128, 64), "v5p": MatrixUnit(128, 64), "v6e": M
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class MatrixProduct:
     """(batch, rows, contracted) × (batch, contracted, columns), `times` over."""
 
     batch: int
@@ -39,6 +39,7 @@ class Product:
 
     @property
     def flops(self) -> int:
+        """FLOPs without padding."""
         return 2 * self.times * self.batch * self.rows * self.contracted * self.columns
 
     def padded_flops(self, unit: MatrixUnit) -> int:
@@ -64,7 +65,7 @@ def padding(traced: Any, chip: str) -> float | None:
     return 1 - real / sum(product.padded_flops(MATRIX_UNITS[chip]) for product in products) if real else 0.0
 
 
-def matrix_products(traced: Any) -> list[Product]:
+def matrix_products(traced: Any) -> list[MatrixProduct]:
     """Of a program as it was traced, before any compiler; convolutions are left out."""
     found = []
     for operation, times in operations(traced):
@@ -73,7 +74,7 @@ def matrix_products(traced: Any) -> list[Product]:
             left, right = (variable.aval.shape for variable in operation.invars)
             inner, outer = (math.prod(left[axis] for axis in axes) for axes in (contracted, batch))
             rows, columns = (math.prod(shape) // (inner * outer) if inner * outer else 0 for shape in (left, right))
-            found.append(Product(outer, rows, inner, columns, times))
+            found.append(MatrixProduct(outer, rows, inner, columns, times))
     return found
 
 

@@ -8,7 +8,7 @@ from micro_dit.models.config import make_config
 from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.flops import forward_flops
 from micro_dit.planning.aot import TPUS
-from micro_dit.planning.mxu_padding import MATRIX_UNITS, Product, matrix_products, padding
+from micro_dit.planning.mxu_padding import MATRIX_UNITS, MatrixProduct, matrix_products, padding
 from tests.helpers import tiny
 
 
@@ -19,19 +19,19 @@ def shape(*sizes: int) -> jax.ShapeDtypeStruct:
 @pytest.mark.parametrize(
     ("product", "chip", "times"),
     [
-        (Product(1, 256, 1024, 512), "v5e", 1),
-        (Product(1, 4096, 960, 1024), "v5e", 1024 / 960),
-        (Product(1, 4096, 1024, 960), "v5e", 1),  # the 960 stream
-        (Product(1, 4096, 640, 1024), "v6e", 768 / 640),
-        (Product(64, 1024, 64, 1024), "v5e", 2),  # attention's scores with heads of 64
-        (Product(64, 1024, 64, 1024), "v6e", 4),
-        (Product(64, 1024, 1024, 64), "v5e", 2),  # and the values' weighted sum: loading the next tile takes the rest
-        (Product(64, 1024, 1024, 64), "v6e", 4),
-        (Product(1, 4096, 1024, 8), "v5e", 9),
-        (Product(1, 1024, 4, 6144), "v5e", 32),  # the gradient of a modulation's weight from four images
+        (MatrixProduct(1, 256, 1024, 512), "v5e", 1),
+        (MatrixProduct(1, 4096, 960, 1024), "v5e", 1024 / 960),
+        (MatrixProduct(1, 4096, 1024, 960), "v5e", 1),  # the 960 stream
+        (MatrixProduct(1, 4096, 640, 1024), "v6e", 768 / 640),
+        (MatrixProduct(64, 1024, 64, 1024), "v5e", 2),  # attention's scores with heads of 64
+        (MatrixProduct(64, 1024, 64, 1024), "v6e", 4),
+        (MatrixProduct(64, 1024, 1024, 64), "v5e", 2),  # the values' weighted sum: loading the next tile costs the rest
+        (MatrixProduct(64, 1024, 1024, 64), "v6e", 4),
+        (MatrixProduct(1, 4096, 1024, 8), "v5e", 9),
+        (MatrixProduct(1, 1024, 4, 6144), "v5e", 32),  # the gradient of a modulation's weight from four images
     ],
 )
-def test_padded_by_hand(product: Product, chip: str, times: float) -> None:
+def test_padded_by_hand(product: MatrixProduct, chip: str, times: float) -> None:
     assert product.padded_flops(MATRIX_UNITS[chip]) == pytest.approx(times * product.flops)
 
 
@@ -50,7 +50,7 @@ def test_loops_and_programs_within_programs_are_counted() -> None:
         return jax.jit(jax.checkpoint(lambda x: x @ w))(x), None
 
     traced = jax.make_jaxpr(lambda x, w: jax.lax.scan(layer, x, w))(shape(4, 8, 16), shape(5, 16, 16))
-    assert matrix_products(traced) == [Product(1, 32, 16, 16, times=5)]
+    assert matrix_products(traced) == [MatrixProduct(1, 32, 16, 16, times=5)]
 
 
 def test_batched_products() -> None:

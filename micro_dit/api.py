@@ -1,6 +1,6 @@
 """A trained model in three lines:
 
->>> from micro_dit.api import load
+>>> from micro_dit import load
 >>> model = load("runs/mask75")
 >>> images = model.generate(["red heart", "grinning cat"], seed=0)
 """
@@ -21,8 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from micro_dit.data.captions import clean_captions
-from micro_dit.diffusion.generate import Denoising, Inputs, check_steps, draw_noise, to_uint8, turns
-from micro_dit.diffusion.samplers import SAMPLERS, noise_levels, partial_noise_levels
+from micro_dit.diffusion.generate import Generator, Sampling, batches, draw_noise, to_uint8
 from micro_dit.encoders.info import UNVERIFIED
 from micro_dit.errors import UserError
 from micro_dit.interop.model_folder import VAE, config_from, is_model_folder, load_model_folder, read_config
@@ -72,6 +71,61 @@ class About:
         """Where the parameters come from, in words."""
         raw = ", raw parameters" if self.params == "raw" else ""
         return self.name if self.step is None else f"step {self.step} of {self.name}{raw}"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings:
+    """Everything besides model and prompts that images depend on.
+
+    Attributes:
+        num: Images per prompt, with the seeds `seed`, `seed` + 1 ….
+        seed: Seed of a prompt's first image.
+        steps: Number of sampler steps; by default the model's.
+        guidance: Guidance scale, by default the model's; 1 turns guidance off.
+        sampler: 'heun' (two calls of the network per step), 'euler' (which is DDIM) or 'dpmpp_2m' (one call per step).
+        guidance_interval: (low, high) noise levels between which guidance is applied; None applies it at all levels.
+        negative_prompt: Prompt that guidance leads away from, instead of the empty one.
+        autoguidance: Weaker model that guidance leads away from: an earlier checkpoint, or a smaller network.
+        image: Image to start from instead of noise, of the model's size.
+        strength: How much of the image is sampled anew, from 0 (nothing) to 1; by default 0.6, with a mask 1.
+        mask: Mask of the image's size; only where it is white (or True) the image is sampled anew.
+
+    Raises:
+        UserError: A setting makes no sense.
+    """
+
+    num: int = 1
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str = "heun"
+    guidance_interval: tuple[float, float] | None = None
+    negative_prompt: str = ""
+    autoguidance: "Model | None" = None
+    image: Image.Image | None = None
+    strength: float | None = None
+    mask: Image.Image | np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise UserError(f"the number of images is {self.num}: use at least 1.")
+        if not 0 <= self.seed <= 2**32 - self.num:
+            raise UserError(f"the seed is {self.seed}: use a whole number from 0 to {2**32 - self.num}.")
+        if self.image is None and (self.mask is not None or self.strength is not None):
+            raise UserError("a mask or a strength needs an image to start from.")
+        if self.autoguidance and self.negative_prompt.strip():
+            raise UserError("autoguidance leads away from another model, not from a negative prompt: leave one out.")
+
+    def sampling(self, about: About) -> Sampling:
+        """Returns the settings of the sampler, with a model's defaults."""
+        strength = 0.6 if self.image is not None and self.mask is None else 1.0
+        return Sampling(
+            steps=about.steps if self.steps is None else self.steps,
+            guidance=about.guidance if self.guidance is None else self.guidance,
+            sampler=self.sampler,
+            interval=self.guidance_interval,
+            strength=strength if self.strength is None else self.strength,
+        )
 
 
 def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE, params: str | None = None) -> "Model":
@@ -134,7 +188,7 @@ class Model:
         self.config, self.about, self.batch_size = config, about, batch_size
         self.params = {name: jnp.asarray(value) for name, value in params.items()}
         self.warn: Callable[[str], object] = warnings.warn
-        self._denoising = Denoising(config, sigma_data=about.sigma_data)
+        self._generator = Generator(config, sigma_data=about.sigma_data)
         self._encoders: dict[str, Any] = {}
         self._embeddings: dict[str, np.ndarray] = {}
 
@@ -147,101 +201,101 @@ class Model:
             return model.config, dataclasses.replace(model.about, **of_these_params)
 
         if kind(self) == kind(other):
-            self._denoising, self._encoders, self._embeddings = other._denoising, other._encoders, other._embeddings
+            self._generator, self._encoders, self._embeddings = other._generator, other._encoders, other._embeddings
 
     # ---- Images ------------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: str | Sequence[str], **settings: Any) -> list[Image.Image]:
-        """Pictures for prompts; the settings are those of `latents`."""
-        return self.decode(self.latents(prompts, **settings))
+    def generate(self, prompts: str | Sequence[str], *args: Any, **kwargs: Any) -> list[Image.Image]:
+        """Generates images for prompts; takes the arguments of `latents`."""
+        return self.decode(self.latents(prompts, *args, **kwargs))
 
     def latents(
         self,
         prompts: str | Sequence[str],
+        settings: GenerationSettings | None = None,
         *,
-        num: int = 1,
-        seed: int = 0,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str = "heun",
-        guidance_interval: tuple[float, float] | None = None,
-        negative_prompt: str = "",
-        autoguidance: "Model | None" = None,
-        image: Image.Image | None = None,
-        strength: float | None = None,
-        mask: Image.Image | np.ndarray | None = None,
         progress: bool = False,
         watch: Callable[[float, np.ndarray, np.ndarray], object] | None = None,
+        **changes: Any,
     ) -> np.ndarray:
-        """Latents (n, H, W, C) float32 for prompts; `decode` makes pictures of them.
+        """Samples latents (n, H, W, C) float32 for prompts; `decode` turns them into images.
 
         Args:
-            prompts: what to draw; an empty one draws anything.
-            num: images for each, with the seeds `seed`, `seed` + 1 ….
-            seed: of a prompt's first image.
-            steps: of the sampler; by default the model's.
-            guidance: scale of guidance, by default the model's; 1 is none.
-            sampler: 'heun' (two calls of the network a step), 'euler' (which is DDIM) or 'dpmpp_2m' (one call a step).
-            guidance_interval: (low, high) noise levels; there is guidance only between them.
-            negative_prompt: what guidance leads away from, instead of from what is drawn without a prompt.
-            autoguidance: a weaker model to lead away from: an earlier checkpoint, or a smaller network.
-            image: to start from instead of noise, of the model's size.
-            strength: how much of the image is drawn anew, from 0 (nothing) to 1; by default 0.6, with a mask 1.
-            mask: of the image's size; only where it is white (or True) the image is drawn anew.
-            progress: shows a bar that counts calls of the network.
-            watch: is told after each call of the network how much is done, from 0 to 1, which images it was for, as
-                indices (B,), and their latents (B, H, W, C) as it guesses them.
+            prompts: One prompt or several; an empty one is unconditional.
+            settings: Settings; by default those of the model.
+            progress: Whether to show a bar that counts calls of the network.
+            watch: Called after each call of the network with the fraction done, from 0 to 1, the indices (B,) of the
+                images it was for, and their denoised latents (B, H, W, C).
+            **changes: Fields of GenerationSettings, in place of those of `settings`.
 
         Raises:
-            UserError: a setting makes no sense, or an encoder does not belong to the model.
+            UserError: A setting makes no sense, or an encoder does not belong to the model.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        steps = self.about.steps if steps is None else steps
-        guidance = self.about.guidance if guidance is None else guidance
-        self._check(prompts, num, seed, steps, sampler, guidance_interval, negative_prompt, autoguidance)
-        start, known, sigmas = self._beginning(image, mask, strength, steps)
-        shape = (self.config.input_size, self.config.input_size, self.config.in_channels)
-        n = len(prompts) * num
-        if sigmas is None:
-            return np.broadcast_to(start, (n, *shape)).copy()
+        if not prompts:
+            raise UserError("there are no prompts: use at least 1.")
+        settings = dataclasses.replace(settings or GenerationSettings(), **changes)
+        sampling, weak = settings.sampling(self.about), settings.autoguidance
+        if weak:
+            self._check_weak(weak)
+        start = np.zeros((), np.float32) if settings.image is None else self.encode(settings.image)
+        known = None if settings.mask is None else (start, self._latent_mask(settings.mask))
+        n = len(prompts) * settings.num
+        if sampling.strength == 0:
+            return np.tile(start, (n, 1, 1, 1))
 
-        captions = np.repeat(self.embed(prompts), num, axis=0)
-        negative = self.embed([negative_prompt])[0]
-        noise = draw_noise(self.config, [seed + i for i in range(num)])
-        noise = np.tile(noise, (len(prompts), 1, 1, 1)) + start / np.float32(sigmas[0])
-        total = -(-n // self.batch_size) * len(SAMPLERS[sampler].columns(sigmas)[0])
-        done = itertools.count(1)
-        latents = []
+        captions = np.repeat(self.embed(prompts), settings.num, axis=0)
+        negative = self.embed([settings.negative_prompt])[0]
+        noise = draw_noise(self.config, [settings.seed + i for i in range(settings.num)])
+        noise = np.tile(noise, (len(prompts), 1, 1, 1)) + start / np.float32(sampling.sigmas[0])
+        total, latents = -(-n // self.batch_size) * sampling.calls, []
         with tqdm(total=total, unit="call", disable=not progress) as bar:
+            done = itertools.count(1)
 
-            def after_call(rows: np.ndarray, guess: np.ndarray) -> None:
+            def after_call(rows: np.ndarray, denoised: np.ndarray) -> None:
                 bar.update()
                 if watch:
-                    watch(next(done) / total, rows, guess)
+                    watch(next(done) / total, rows, denoised)
 
-            for rows in turns(n, self.batch_size):
-                weak = autoguidance.params if autoguidance else None
-                latents.append(self._denoising(
-                    Inputs(self.params, captions[rows], negative, weak, known), noise[rows], sigmas,
-                    sampler=sampler, guidance=guidance, interval=guidance_interval,
-                    weak_config=autoguidance.config if autoguidance else None,
+            for rows in batches(n, self.batch_size):
+                latents.append(self._generator.latents(
+                    self.params, captions[rows], noise[rows], sampling, negative=negative, known=known,
+                    weak=(weak.config, weak.params) if weak else None,
                     after_call=functools.partial(after_call, rows) if progress or watch else None,
                 ))  # fmt: skip
-        drawn = np.concatenate(latents)[:n]
-        return drawn if known is None else np.where(known[1], drawn, known[0])
+        sampled = np.concatenate(latents)[:n]
+        return sampled if known is None else np.where(known[1], sampled, known[0])
+
+    def png_metadata(self, settings: GenerationSettings, image: str = "", mask: str = "") -> dict[str, str]:
+        """Returns what an image's file records besides prompt and seed, without empty entries.
+
+        Args:
+            settings: Settings that the image was generated with.
+            image, mask: Names of the files of the settings' image and mask.
+        """
+        about, sampling, interval = self.about, settings.sampling(self.about), settings.guidance_interval
+        recorded = {
+            "sampler": f"{sampling.sampler}, {sampling.steps} steps", "guidance": str(float(sampling.guidance)),
+            "checkpoint": about.where, "config": about.config_hash, "attribution": about.source,
+            "guidance_interval": ",".join(f"{level:g}" for level in interval) if interval else "",
+            "negative_prompt": settings.negative_prompt,
+            "autoguidance": settings.autoguidance.about.where if settings.autoguidance else "",
+            "image": image, "mask": mask, "strength": "" if settings.strength is None else str(settings.strength),
+        }  # fmt: skip
+        return {name: value for name, value in recorded.items() if value}
 
     def decode(self, latents: np.ndarray) -> list[Image.Image]:
-        """Pictures of latents (n, H, W, C)."""
+        """Decodes latents (n, H, W, C) to images."""
         pictures: list[np.ndarray] = []
-        for rows in turns(len(latents), self.batch_size):
+        for rows in batches(len(latents), self.batch_size):
             pictures.extend(to_uint8(self.image_encoder.decode(latents[rows])))
         return [Image.fromarray(picture) for picture in pictures[: len(latents)]]
 
     def encode(self, image: Image.Image) -> np.ndarray:
-        """Latents (H, W, C) of a picture, the mean of the encoder's posterior.
+        """Encodes an image to latents (H, W, C), the mean of the encoder's posterior.
 
         Raises:
-            UserError: the picture is not of the model's size.
+            UserError: The image is not of the model's size.
         """
         side = self.config.input_size * self.image_encoder.downsample
         if image.size != (side, side):
@@ -319,44 +373,16 @@ class Model:
 
     # ---- Settings ----------------------------------------------------------------------------------------------------
 
-    def _check(
-        self, prompts: list[str], num: int, seed: int, steps: int, sampler: str,
-        interval: tuple[float, float] | None, negative_prompt: str, weak: "Model | None",
-    ) -> None:  # fmt: skip
-        check_steps(steps, sampler)
-        if not prompts or num < 1:
-            raise UserError(f"{len(prompts)} prompts and {num} images of each: use at least 1.")
-        if not 0 <= seed <= 2**32 - num:
-            raise UserError(f"seed {seed}: use a whole number from 0 to {2**32 - num}.")
-        if interval is not None and not 0 <= interval[0] < interval[1]:
-            raise UserError(f"the guidance interval {interval[0]:g} to {interval[1]:g} is empty; use 0 <= low < high.")
-        if weak is None:
-            return
-        if negative_prompt.strip():
-            raise UserError("autoguidance leads away from another model, not from a negative prompt: leave one out.")
-        for field in ("input_size", "in_channels", "caption_channels"):
-            ours, theirs = getattr(self.config, field), getattr(weak.config, field)
-            if ours != theirs:
-                raise UserError(f"autoguidance by {weak.about.name}: its {field} is {theirs}, the model's is {ours}.")
-        for field in ("sigma_data", "text_encoder", "caption_tokens", "caption_cleaning", "vae"):
-            ours, theirs = getattr(self.about, field), getattr(weak.about, field)
-            if ours != theirs:
-                raise UserError(f"autoguidance by {weak.about.name}: its {field} is {theirs}, the model's is {ours}.")
-
-    def _beginning(
-        self, image: Image.Image | None, mask: Image.Image | np.ndarray | None, strength: float | None, steps: int
-    ) -> tuple[Any, tuple[np.ndarray, np.ndarray] | None, np.ndarray | None]:
-        """Latents under the noise; with a mask, the known latents and where to redraw; the noise levels, if any."""
-        if image is None:
-            if mask is not None or strength is not None:
-                raise UserError("a mask or a strength needs an image to start from.")
-            return np.float32(0), None, noise_levels(steps)
-        strength = (0.6 if mask is None else 1.0) if strength is None else strength
-        if not 0 <= strength <= 1:
-            raise UserError(f"strength {strength:g}: use a number from 0 (the image as it is) to 1.")
-        latents = self.encode(image)
-        sigmas = partial_noise_levels(steps, strength) if strength > 0 else None
-        return latents, None if mask is None else (latents, self._latent_mask(mask)), sigmas
+    def _check_weak(self, weak: "Model") -> None:
+        """Raises UserError if another model can't be the weak one of autoguidance."""
+        pairs = [(self.config, weak.config, name) for name in ("input_size", "in_channels", "caption_channels")]
+        names = ("sigma_data", "text_encoder", "caption_tokens", "caption_cleaning", "vae")
+        for ours, theirs, name in pairs + [(self.about, weak.about, name) for name in names]:  # type: ignore[operator]
+            if getattr(ours, name) != getattr(theirs, name):
+                raise UserError(
+                    f"autoguidance by {weak.about.name}: its {name} is {getattr(theirs, name)}, "
+                    f"the model's is {getattr(ours, name)}."
+                )
 
     def _latent_mask(self, mask: Image.Image | np.ndarray) -> np.ndarray:
         """(H, W, 1) bool: True where any pixel of a latent is to be redrawn."""

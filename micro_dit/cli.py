@@ -152,3 +152,21 @@ def _leaves(config: Any, prefix: str = "") -> list[str]:
     else:
         return [prefix]
     return [*([prefix] if prefix else []), *(leaf for name, value in nested for leaf in _leaves(value, name))]
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Reads a text file with a prompt per line, without blank lines.
+
+    Raises:
+        UserError: The file can't be read, or has no prompt in it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"the prompts file {path} can't be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompts file {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"the prompts file {path} is empty: write a prompt on each line.")
+    return prompts

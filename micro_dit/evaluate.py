@@ -17,17 +17,17 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from micro_dit.api import Model, load
-from micro_dit.cli import define_distributed_flags, distributed_options, run_command
+from micro_dit.cli import define_distributed_flags, distributed_options, read_prompts, run_command
 from micro_dit.data.captions import clean_captions
 from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split
+from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.encoders.image import load_image_encoder
 from micro_dit.errors import UserError
 from micro_dit.evaluation import geneval, registry
 from micro_dit.evaluation.coco import IMAGES as COCO_IMAGES
 from micro_dit.evaluation.coco import read_coco_prompts
 from micro_dit.evaluation.domain import check_prompts, real_images
-from micro_dit.evaluation.drawing import Drawing
 from micro_dit.evaluation.image_sets import (
     FromFiles,
     Settings,
@@ -44,7 +44,6 @@ from micro_dit.evaluation.validation_loss import make_heldout_loss
 from micro_dit.interop.model_folder import is_model_folder, read_config
 from micro_dit.parallel import distributed
 from micro_dit.parallel.mesh import batch_sharding, make_mesh, replicated
-from micro_dit.sample import read_prompts
 from micro_dit.training.phases import Phase, make_phases
 from micro_dit.training.progress import Progress
 from micro_dit.training.save_schedule import Interrupt
@@ -196,13 +195,14 @@ def evaluate(
 
     # 3. Draw, a set for each scale of guidance, and measure.
     weights = hash_of_weights(model.params)
-    drawing = functools.cache(lambda: _drawing(model, mesh, steps, dtype))
+    generate = functools.cache(lambda: _generator(model, mesh, dtype))
     for scale in guidance:
+        sampling = Sampling(steps, scale)
         settings = Settings(weights, params, scale, steps, seed, dtype, chosen.name, hash_of(chosen.texts))
         if images_of:
             files = plan_files(folder / settings.folder, settings, count)
             texts = numbered(chosen.texts, count)
-            _draw(files, texts, scale, drawing, seed, batch_size * mesh.size, stops, say)
+            _draw(files, texts, sampling, generate, seed, batch_size * mesh.size, stops, say)
             if main_process:
                 told = dataclasses.asdict(settings) | {"folder": settings.folder, "count": count}
                 for measure in measure_images(FromFiles(files, prompts=texts)):
@@ -210,7 +210,7 @@ def evaluate(
         if tasks:
             place = folder / settings.folder.replace("images", "geneval")
             files, texts = geneval.plan_files(place, tasks)
-            _draw(files, texts, scale, drawing, seed, batch_size * mesh.size, stops, say)
+            _draw(files, texts, sampling, generate, seed, batch_size * mesh.size, stops, say)
             say(f"GenEval's images are in {place}: score them by {geneval.SCORER}, then give --geneval_results.")
 
     # 4. Tell.
@@ -311,22 +311,25 @@ def _heldout_losses(
     return measures
 
 
-def _drawing(model: Model, mesh: jax.sharding.Mesh, steps: int, dtype: str) -> Callable[..., np.ndarray]:
-    about = model.about
+def _generator(model: Model, mesh: jax.sharding.Mesh, dtype: str) -> Callable[..., np.ndarray]:
+    """Returns the function (prompts, seeds, sampling) → images that splits a batch over the devices."""
+    about, rows = model.about, batch_sharding(mesh)
     encoder = model.image_encoder  # which checks that it is the model's
     if mesh.size > 1:
-        encoder = load_image_encoder(about.vae_folder or about.vae, sharding=batch_sharding(mesh))
+        encoder = load_image_encoder(about.vae_folder or about.vae, sharding=rows)
+    params = jax.device_put(model.params, replicated(mesh))
+    generator = Generator(model.config, sigma_data=about.sigma_data, dtype=dtype, sharding=rows)
 
-    def embed(prompts: Sequence[str]) -> np.ndarray:
-        return model.text_encoder.encode(clean_captions(list(prompts), about.caption_cleaning))
+    def generate(prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
+        captions = model.text_encoder.encode(clean_captions(list(prompts), about.caption_cleaning))
+        return generator.images(params, captions, seeds, sampling, encoder.decode, batch_size=len(prompts))
 
-    return Drawing(
-        model.config, model.params, encoder, embed, steps=steps, sigma_data=about.sigma_data, mesh=mesh, dtype=dtype
-    )
+    return generate
 
 
 def _draw(
-    files: Sequence[Path], texts: Sequence[str], scale: float, drawing: Callable[[], Callable[..., np.ndarray]],
+    files: Sequence[Path], texts: Sequence[str], sampling: Sampling,
+    generate: Callable[[], Callable[..., np.ndarray]],
     seed: int, batch_size: int, stops: Callable[[], bool], say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Draws what is missing, and waits until all processes have.
@@ -336,10 +339,10 @@ def _draw(
     """
     n, there = len(files), sum(file.exists() for file in files)
     if there:
-        say(f"guidance {scale:g}: {there:,} of {n:,} images are there already")
+        say(f"guidance {sampling.guidance:g}: {there:,} of {n:,} images are there already")
     processes = jax.process_count()
     if there < n:
-        progress = Progress(f"guidance {scale:g}", n, there, 1, enabled=jax.process_index() == 0)
+        progress = Progress(f"guidance {sampling.guidance:g}", n, there, 1, enabled=jax.process_index() == 0)
         done = there
 
         def after_batch(drawn: int) -> bool:
@@ -349,12 +352,12 @@ def _draw(
             return stops()
 
         draw_missing(
-            files, texts, range(seed, seed + n), lambda p, s: drawing()(p, s, scale), batch_size=batch_size,
+            files, texts, range(seed, seed + n), lambda p, s: generate()(p, s, sampling), batch_size=batch_size,
             share=(jax.process_index(), processes), after_batch=after_batch,
         )  # fmt: skip
         progress.close()
     if processes > 1:
-        multihost_utils.sync_global_devices(f"images {scale}")
+        multihost_utils.sync_global_devices(f"images {sampling.guidance}")
         time.sleep(0 if jax.process_index() else 1)  # a shared disk may show the others' files late
     missing = sum(not file.exists() for file in files)
     if missing:

@@ -28,6 +28,7 @@ from micro_dit.interop.model_folder import (
 
 if TYPE_CHECKING:
     from micro_dit.api import About, Model
+    from micro_dit.diffusion.generate import Sampling
     from micro_dit.interop.model_card import Recipe
 
 CARD, PICTURE, PROGRAMS = "README.md", "samples.png", "stablehlo"
@@ -72,7 +73,7 @@ def export(
             setting makes no sense.
     """
     from micro_dit.api import load
-    from micro_dit.diffusion.generate import check_steps
+    from micro_dit.diffusion.generate import Sampling
     from micro_dit.interop.model_card import model_card
 
     workdir, out = Path(workdir), Path(out).resolve()
@@ -81,7 +82,7 @@ def export(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there and not empty: give a new folder.")
     model = load(workdir, step, params=params)
-    check_steps(model.about.steps if steps is None else steps, sampler)
+    sampling = Sampling(model.about.steps if steps is None else steps, model.about.guidance, sampler)
     about, vae_files = _with_encoders(model.about, vae, text_encoder)
     model.about = about
     recipe = _recipe(workdir, about.step, params) if not is_model_folder(workdir) else None
@@ -103,7 +104,7 @@ def export(
         if picture is not None:
             shutil.copyfile(picture, partial / PICTURE)
         if stablehlo:
-            _write_programs(partial, model, dtype, sampler, about.steps if steps is None else steps, bool(vae_files))
+            _write_programs(partial, model, dtype, sampling, bool(vae_files))
         count = sum(value.size for value in model.params.values())
         card = model_card(
             out.name, parameters=count, pixels=pixels, dtype=dtype, license=license, about=told,
@@ -188,9 +189,7 @@ def _picture(workdir: Path, step: int | None, params: str | None) -> Path | None
     return picture if picture.is_file() else None
 
 
-def _write_programs(
-    folder: Path, model: "Model", dtype: str, sampler: str, steps: int, with_decoder: bool
-) -> None:  # fmt: skip
+def _write_programs(folder: Path, model: "Model", dtype: str, sampling: "Sampling", with_decoder: bool) -> None:
     from safetensors.numpy import load_file
 
     from micro_dit.interop.stablehlo import write_programs
@@ -198,7 +197,7 @@ def _write_programs(
     decoder = (load_file(folder / VAE / VAE_WEIGHTS), model.image_encoder.config) if with_decoder else None
     write_programs(
         folder / PROGRAMS, model.config, dtype, caption_tokens=model.about.caption_tokens,
-        sigma_data=model.about.sigma_data, guidance=model.about.guidance, sampler=sampler, steps=steps,
+        sigma_data=model.about.sigma_data, sampling=sampling,
         weights=f"../{WEIGHTS_FILE}", decoder=decoder, decoder_weights=f"../{VAE}/{VAE_WEIGHTS}",
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -180,6 +181,12 @@ def save_gif(
 
 def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
+
+
+def file_name(number: int, prompt: str, seed: int) -> str:
+    """Returns the name of the file for one of several images."""
+    words = re.sub(r"\W+", "_", prompt).strip("_")[:40]
+    return f"{number:03}_{words or 'unconditional'}_seed_{seed}.png"
 
 
 @contextlib.contextmanager

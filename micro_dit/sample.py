@@ -3,25 +3,24 @@
 See docs/sampling.md. The work is done by micro_dit/api.py.
 """
 
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
 
-from micro_dit.cli import run_command
+from micro_dit.cli import read_prompts, run_command
 from micro_dit.diffusion.samplers import SAMPLERS
 from micro_dit.errors import UserError
 
 if TYPE_CHECKING:
-    from micro_dit.api import About
+    from PIL.Image import Image
 
 
 def main() -> None:
-    from micro_dit.api import load
-    from micro_dit.images import caption_grid, save_png
+    from micro_dit.api import GenerationSettings, load
+    from micro_dit.images import caption_grid, file_name, save_png
 
     prompts = [*FLAGS.prompt, *(read_prompts(FLAGS.prompts_file) if FLAGS.prompts_file else [])]
     if not prompts:
@@ -32,65 +31,36 @@ def main() -> None:
     interval = parse_interval(FLAGS.guidance_interval)
     model = load(FLAGS.workdir, FLAGS.step, FLAGS.batch_size, FLAGS.params)
     model.warn = lambda text: print(f"warning: {text}", file=sys.stderr)
-    steps = model.about.steps if FLAGS.steps is None else FLAGS.steps
-    guidance = model.about.guidance if FLAGS.guidance is None else FLAGS.guidance
     weak = None
     if FLAGS.autoguidance:
         by_step = FLAGS.autoguidance.isdecimal()
         weak = load(FLAGS.workdir, int(FLAGS.autoguidance)) if by_step else load(FLAGS.autoguidance)
-    images = model.generate(
-        prompts, num=FLAGS.num, seed=FLAGS.seed, steps=steps, guidance=guidance, sampler=FLAGS.sampler,
-        guidance_interval=interval, negative_prompt=FLAGS.negative_prompt, autoguidance=weak, progress=True,
-        **read_start(FLAGS.image, FLAGS.mask, FLAGS.strength),
+    settings = GenerationSettings(
+        FLAGS.num, FLAGS.seed, FLAGS.steps, FLAGS.guidance, FLAGS.sampler, interval, FLAGS.negative_prompt, weak,
+        read_image(FLAGS.image), FLAGS.strength, read_image(FLAGS.mask),
     )  # fmt: skip
+    images = model.generate(prompts, settings, progress=True)
 
-    settings = png_metadata(
-        model.about, sampler=FLAGS.sampler, steps=steps, guidance=guidance, guidance_interval=FLAGS.guidance_interval,
-        negative_prompt=FLAGS.negative_prompt, autoguidance=weak.about.where if weak else "",
-        image=FLAGS.image, mask=FLAGS.mask, strength="" if FLAGS.strength is None else str(FLAGS.strength),
-    )  # fmt: skip
+    metadata = model.png_metadata(settings, FLAGS.image, FLAGS.mask)
     drawn = [(prompt, FLAGS.seed + i) for prompt in prompts for i in range(FLAGS.num)]
     for number, (image, (prompt, seed)) in enumerate(zip(images, drawn, strict=True)):
         path = out if len(images) == 1 else out.with_suffix("") / file_name(number, prompt, seed)
-        save_png(image, path, {"prompt": prompt, "seed": str(seed)} | settings)
+        save_png(image, path, {"prompt": prompt, "seed": str(seed)} | metadata)
     also = ""
     if len(images) > 1:
         grid = caption_grid(np.stack([np.asarray(image) for image in images]), [prompt or "–" for prompt, _ in drawn])
         seeds = {"seed": f"{FLAGS.seed} to {FLAGS.seed + FLAGS.num - 1}" if FLAGS.num > 1 else str(FLAGS.seed)}
-        save_png(grid, out, {"prompt": " | ".join(prompts)} | seeds | settings)
+        save_png(grid, out, {"prompt": " | ".join(prompts)} | seeds | metadata)
         also = f", and each alone in {out.with_suffix('')}/"
     print(f"{len(images)} image{'s' * (len(images) > 1)} from {model.about.where}: {out}{also}")
 
 
-def png_metadata(about: "About", *, sampler: str, steps: int, guidance: float, **others: str) -> dict[str, str]:
-    """What a picture's file tells besides prompt and seed; nothing of the others that are empty."""
-    told = {
-        "sampler": f"{sampler}, {steps} steps", "guidance": str(float(guidance)), "checkpoint": about.where,
-        "config": about.config_hash, "attribution": about.source,
-    }  # fmt: skip
-    return {name: value for name, value in (told | others).items() if value}
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a text file, without blank ones.
+def parse_interval(text: str) -> tuple[float, float] | None:
+    """Parses 'low,high' as two noise levels; returns None for an empty text.
 
     Raises:
-        UserError: the file can't be read, or has no prompt in it.
+        UserError: The text is something else.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"the prompts file {path} can't be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompts file {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"the prompts file {path} is empty: write a prompt on each line.")
-    return prompts
-
-
-def parse_interval(text: str) -> tuple[float, float] | None:
-    """Two noise levels from 'low,high'; None from nothing."""
     if not text:
         return None
     try:
@@ -100,13 +70,12 @@ def parse_interval(text: str) -> tuple[float, float] | None:
     return low, high
 
 
-def read_start(image: str, mask: str, strength: float | None) -> dict[str, Any]:
-    """What `Model.generate` takes to start from a picture."""
-    return {"image": read_image(image), "mask": read_image(mask), "strength": strength}
+def read_image(path: str) -> "Image | None":
+    """Reads an image file; returns None without a path.
 
-
-def read_image(path: str) -> Any:
-    """A picture from a file; None without one."""
+    Raises:
+        UserError: The file can't be read.
+    """
     from PIL import Image, UnidentifiedImageError
 
     if not path:
@@ -116,12 +85,6 @@ def read_image(path: str) -> Any:
             return image.convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise UserError(f"the image {path} can't be read ({error}).") from error
-
-
-def file_name(number: int, prompt: str, seed: int) -> str:
-    """The file of one of several images."""
-    words = re.sub(r"\W+", "_", prompt).strip("_")[:40]
-    return f"{number:03}_{words or 'unconditional'}_seed_{seed}.png"
 
 
 FLAGS = flags.FLAGS

@@ -19,6 +19,7 @@ import numpy as np
 from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split, make_train_iterator
 from micro_dit.data.shards import Manifest
+from micro_dit.diffusion.generate import Sampling
 from micro_dit.errors import UserError
 from micro_dit.evaluation.during_training import make_training_evaluation
 from micro_dit.evaluation.previews import Previews
@@ -127,7 +128,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     sampling = config.sampling
     previews = main_first(lambda: Previews(
         workdir, sampling.prompts, manifest, vae=config.data.vae, text_encoder=config.data.text_encoder,
-        guidance=sampling.guidance, steps=sampling.steps, sigma_data=recipe.sigma_data, dtype=recipe.dtype,
+        sampling=Sampling(sampling.steps, sampling.guidance), sigma_data=recipe.sigma_data, dtype=recipe.dtype,
         sharding=meshes.replicated(mesh),
     ))  # fmt: skip
     price = device_price * mesh.size
@@ -307,6 +308,6 @@ class _Run:
         data, sampling, recipe = self.config.data, self.config.sampling, self.recipe
         return make_training_evaluation(
             network, shards=phase.shards or data.shards, split=data.heldout or "train", resolution=phase.resolution,
-            vae=data.vae, guidance=sampling.guidance, steps=sampling.steps, sigma_data=recipe.sigma_data, warn=self.say,
-            dtype=jnp.dtype(recipe.dtype), sharding=meshes.replicated(self.mesh), **self.config.evaluation,
+            vae=data.vae, sampling=Sampling(sampling.steps, sampling.guidance), sigma_data=recipe.sigma_data,
+            dtype=recipe.dtype, sharding=meshes.replicated(self.mesh), warn=self.say, **self.config.evaluation,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from absl import flags
 from PIL import Image
 
 from micro_dit import evaluate as command
+from micro_dit.diffusion.generate import Sampling
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
 from micro_dit.evaluate import Stopped, evaluate
@@ -201,8 +202,8 @@ def test_while_training(run: Path, finished_run: Path) -> None:
     shards = json.loads((run / "config.json").read_text())["config"]["data"]["shards"]
     model = load(run)
     settings: dict[str, Any] = dict(
-        every=1, num_images=6, shards=shards, split="validation", resolution=64, vae="noise", guidance=2.0, steps=2,
-        sigma_data=0.9, dtype=jnp.float32,
+        every=1, num_images=6, shards=shards, split="validation", resolution=64, vae="noise",
+        sampling=Sampling(2, 2.0), sigma_data=0.9, dtype=jnp.float32,
     )  # fmt: skip
     told: list[str] = []
     evaluation = make_training_evaluation(model.config, metrics=("domain",), warn=told.append, **settings)

@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from micro_dit.api import Model, load
+from micro_dit.diffusion.generate import Sampling
+from micro_dit.diffusion.samplers import SAMPLERS, noise_levels
 from micro_dit.encoders import text
 from micro_dit.encoders.autoencoder import AutoencoderConfig, AutoencoderKL
 from micro_dit.encoders.image import load_image_encoder, save_autoencoder
@@ -100,7 +102,7 @@ def test_the_folder_draws_what_the_run_draws(model: Model, folder: Path) -> None
     vae = ("config.json", "diffusion_pytorch_model.safetensors", "README.md")
     assert {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} == {
         "config.json", "model.safetensors", "README.md", "samples.png", *(f"vae/{name}" for name in vae),
-        *(f"stablehlo/{name}" for name in ("sampler_step.bin", "decoder.bin", "signature.json")),
+        *(f"stablehlo/{name}" for name in ("denoiser.bin", "decoder.bin", "signature.json")),
     }  # fmt: skip
 
 
@@ -210,8 +212,13 @@ def test_the_command_says_what_is_wrong_in_one_line(folder: Path, tmp_path: Path
 # ---- The programs ----------------------------------------------------------------------------------------------------
 
 
-def test_the_programs_draw_the_same_without_this_package(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_programs_draw_the_same_without_this_package(folder: Path, tmp_path: Path, sampler: str) -> None:
     model, prompts = load(folder), ["one", "two", ""]
+    if sampler != "heun":
+        folder = Path(shutil.copytree(folder, tmp_path / sampler))
+        signature = json.loads((folder / "stablehlo" / "signature.json").read_text())
+        (folder / "stablehlo" / "signature.json").write_text(json.dumps(signature | {"sampler": sampler}))
     np.save(tmp_path / "captions.npy", model.embed(prompts))
     (script,) = re.findall(r'```python\n("""python draw\.py.*?)```', (ROOT / "docs/export.md").read_text(), re.DOTALL)
     script += "\nassert not [name for name in sys.modules if name.partition('.')[0] in ('micro_dit', 'flax')]\n"
@@ -220,7 +227,8 @@ def test_the_programs_draw_the_same_without_this_package(folder: Path, tmp_path:
         [sys.executable, "draw.py", str(folder), "captions.npy"], cwd=tmp_path, check=True, env=dict(os.environ)
     )
     drawn = np.load(tmp_path / "latents.npy")
-    same_seed = [model.latents(prompts, seed=seed)[seed] for seed in range(3)]  # the script counts the seeds up
+    # The script counts the seeds up.
+    same_seed = [model.latents(prompts, seed=seed, sampler=sampler)[seed] for seed in range(3)]
     assert_close(drawn, np.stack(same_seed))
     assert np.abs(drawn[0] - drawn[1]).max() > 0.1
     for number, picture in enumerate(model.decode(drawn)):
@@ -231,7 +239,7 @@ def test_the_programs_draw_the_same_without_this_package(folder: Path, tmp_path:
 def test_the_programs_are_portable_and_tell_their_inputs(folder: Path) -> None:
     signature = json.loads((folder / "stablehlo" / "signature.json").read_text())
     for name, weights in (
-        ("sampler_step", "model.safetensors"),
+        ("denoiser", "model.safetensors"),
         ("decoder", "vae/diffusion_pytorch_model.safetensors"),
     ):
         told = signature[name]
@@ -250,22 +258,21 @@ def test_the_programs_are_portable_and_tell_their_inputs(folder: Path) -> None:
         assert (folder / "stablehlo" / told["params"]).resolve() == (folder / weights).resolve()
         names = [re.fullmatch(r"params\['(.*)'\]", i["name"]) for i in told["inputs"]]
         assert [match[1] for match in names if match] == sorted(load_file(folder / weights))
-    others = [i["name"] for i in signature["sampler_step"]["inputs"] if not i["name"].startswith("params")]
-    carry, row = [f"carry[{i}]" for i in range(3)], [f"row[{i}]" for i in range(3)]
-    assert others == ["captions", "negative", "guidance", *carry, *row]
-    assert (signature["start"], len(signature["table"])) == (["x", "x", "zeros"], 5)
-    assert signature["table"][0][0] == 80.0
+    others = [i["name"] for i in signature["denoiser"]["inputs"] if not i["name"].startswith("params")]
+    assert others == ["captions", "negative", "guidance", "x", "sigma"]
+    assert signature["version"] == 2
+    np.testing.assert_array_equal(signature["noise_levels"], noise_levels(3))
 
 
-def test_the_program_of_another_sampler_takes_narrow_weights(model: Model, tmp_path: Path) -> None:
+def test_a_program_takes_narrow_weights_and_another_sampler(model: Model, tmp_path: Path) -> None:
     write_programs(
-        tmp_path / "programs", model.config, "bfloat16", caption_tokens=4, sigma_data=0.9, guidance=2.5,
-        sampler="dpmpp_2m", steps=3, weights="../model.safetensors",
+        tmp_path / "programs", model.config, "bfloat16", caption_tokens=4, sigma_data=0.9,
+        sampling=Sampling(3, 2.5, "dpmpp_2m"), weights="../model.safetensors",
     )  # fmt: skip
-    assert {file.name for file in (tmp_path / "programs").iterdir()} == {"sampler_step.bin", "signature.json"}
+    assert {file.name for file in (tmp_path / "programs").iterdir()} == {"denoiser.bin", "signature.json"}
     signature = json.loads((tmp_path / "programs" / "signature.json").read_text())
-    inputs = signature["sampler_step"]["inputs"]
+    inputs = signature["denoiser"]["inputs"]
     assert {i["dtype"] for i in inputs if i["name"].startswith("params")} == {"bfloat16"}
     assert {i["dtype"] for i in inputs if not i["name"].startswith("params")} == {"float32"}
-    assert [o["shape"] for o in signature["sampler_step"]["outputs"]] == [["B", 8, 8, 4]] * 2
-    assert (signature["start"], len(signature["table"]), "decoder" in signature) == (["x", "zeros"], 3, False)
+    assert [o["shape"] for o in signature["denoiser"]["outputs"]] == [["B", 8, 8, 4]]
+    assert (signature["sampler"], len(signature["noise_levels"]), "decoder" in signature) == ("dpmpp_2m", 4, False)

@@ -18,7 +18,7 @@ from PIL import Image
 from micro_dit.api import load
 from micro_dit.encoders.info import UNVERIFIED
 from micro_dit.playground import __main__ as playground
-from micro_dit.playground.session import Studio
+from micro_dit.playground.session import Session
 from micro_dit.training.checkpoint import Checkpoints
 from micro_dit.training.state import TrainState
 from tests.helpers import tiny
@@ -92,15 +92,15 @@ def test_the_page_draws_it(workdir: Path, drawn: np.ndarray, tmp_path: Path) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    studio = Studio([workdir], tmp_path / "pictures")
-    page = playground.build_page(studio)
+    session = Session([workdir], tmp_path / "pictures")
+    page = playground.build_page(session)
     url = playground.serve(page, "127.0.0.1", port, str(tmp_path))
     try:
         client = Client(url, verbose=False, analytics_enabled=False)
-        settings = (PROMPT, "", SEED, STEPS, GUIDANCE, "heun", 1, next(iter(studio.choices)), "none")
+        settings = (PROMPT, "", SEED, STEPS, GUIDANCE, "heun", 1, next(iter(session.choices)), "none")
         _, messages, gallery = client.predict(*settings, api_name="/draw")
     finally:
         page.close()
-        studio.close()
+        session.close()
     assert messages == ""
     np.testing.assert_array_equal(pixels(gallery[0]["image"]), drawn)

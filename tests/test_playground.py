@@ -16,18 +16,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from micro_dit.api import load
-from micro_dit.diffusion.samplers import SAMPLERS, noise_levels
+from micro_dit.api import GenerationSettings, load
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
 from micro_dit.playground import __main__ as playground
-from micro_dit.playground.session import MAX_IMAGES, MAX_LETTERS, MAX_STEPS, Settings, Studio, find_checkpoints
+from micro_dit.playground.session import MAX_IMAGES, MAX_LETTERS, MAX_STEPS, Request, Session, find_checkpoints
 from tests.helpers.tiny import Blocks, Words
 
 NEWEST, RAW, MASKED = "step 84, unmasked, average", "step 84, unmasked, raw", "step 48, masked"
 SHORT: dict[str, Any] = dict(
     prompt="one", negative_prompt="", seed=3, steps=2, guidance=2.0, sampler="heun", num=1, checkpoint=NEWEST
 )
+
+
+def request(**changes: Any) -> Request:
+    values = SHORT | changes
+    prompt, checkpoint, beside = (values.pop(name, "") for name in ("prompt", "checkpoint", "beside"))
+    return Request(prompt, GenerationSettings(**values), checkpoint, beside)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +44,8 @@ def stubs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def studio(finished_run: Path, stubs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    made = Studio([finished_run], tmp_path_factory.mktemp("pictures"))
+def session(finished_run: Path, stubs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    made = Session([finished_run], tmp_path_factory.mktemp("pictures"))
     yield made
     made.close()
 
@@ -52,14 +57,14 @@ def pixels(picture: Image.Image | Path) -> np.ndarray:
     return np.asarray(picture)
 
 
-# ---- The studio ------------------------------------------------------------------------------------------------------
+# ---- The session -----------------------------------------------------------------------------------------------------
 
 
 def test_the_checkpoints_of_a_run_can_be_chosen_averaged_and_raw(
-    finished_run: Path, studio: Studio, tmp_path: Path
+    finished_run: Path, session: Session, tmp_path: Path
 ) -> None:
-    assert list(studio.choices)[:2] == [NEWEST, RAW]
-    assert list(studio.choices)[-1] == MASKED
+    assert list(session.choices)[:2] == [NEWEST, RAW]
+    assert list(session.choices)[-1] == MASKED
     two = find_checkpoints([finished_run, finished_run])
     assert f"{finished_run.name}, {RAW}" in two
     with pytest.raises(UserError, match="is no work directory"):
@@ -69,8 +74,8 @@ def test_the_checkpoints_of_a_run_can_be_chosen_averaged_and_raw(
         find_checkpoints([tmp_path])
 
 
-def test_a_drawing_forms_and_ends_as_the_picture_of_the_api(studio: Studio, finished_run: Path) -> None:
-    *forming, last = studio.draw(Settings(**SHORT | dict(num=5, beside=RAW)))
+def test_a_drawing_forms_and_ends_as_the_picture_of_the_api(session: Session, finished_run: Path) -> None:
+    *forming, last = session.draw(request(num=5, beside=RAW))
     assert [frame.done for frame in forming] == sorted(frame.done for frame in forming)
     seen = [frame.pictures[NEWEST][0] for frame in forming]
     assert any(picture is not None and picture.path is None for picture in seen)
@@ -82,16 +87,16 @@ def test_a_drawing_forms_and_ends_as_the_picture_of_the_api(studio: Studio, fini
             assert picture is not None
             assert picture.path is not None
             np.testing.assert_array_equal(pixels(picture.path), pixels(expected))
-            assert picture.settings == Settings(**SHORT | dict(seed=3 + i, checkpoint=label))
+            assert picture.request == request(seed=3 + i, checkpoint=label)
     both = [pixels(last.pictures[label][0].image) for label in (NEWEST, RAW)]
     assert (both[0] != both[1]).any()
 
 
-def test_a_file_tells_what_the_command_would_tell(studio: Studio) -> None:
-    *_, last = studio.draw(Settings(**SHORT | dict(checkpoint=RAW, negative_prompt="two")))
+def test_a_file_tells_what_the_command_would_tell(session: Session) -> None:
+    *_, last = session.draw(request(checkpoint=RAW, negative_prompt="two"))
     with Image.open(last.pictures[RAW][0].path) as opened:
         told = dict(opened.text)
-    model = studio.model(RAW)
+    model = session.model(RAW)
     assert told == {
         "prompt": "one", "seed": "3", "sampler": "heun, 2 steps", "guidance": "2.0", "negative_prompt": "two",
         "checkpoint": f"step 84 of {model.about.name}, raw parameters", "config": model.about.config_hash,
@@ -99,32 +104,16 @@ def test_a_file_tells_what_the_command_would_tell(studio: Studio) -> None:
     }  # fmt: skip
 
 
-def test_checkpoints_of_a_run_share_encoders_and_programs_and_few_stay_in_memory(studio: Studio) -> None:
-    first, second = studio.model(NEWEST), studio.model(RAW)
-    assert first._denoising is second._denoising
+def test_checkpoints_of_a_run_share_encoders_and_programs_and_few_stay_in_memory(session: Session) -> None:
+    first, second = session.model(NEWEST), session.model(RAW)
+    assert first._generator is second._generator
     assert first._encoders is second._encoders
-    studio.model(MASKED)
-    assert list(studio._models) == [RAW, MASKED]
+    session.model(MASKED)
+    assert list(session._models) == [RAW, MASKED]
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers_tell_what_the_denoiser_returned(name: str) -> None:
-    sampler, x = SAMPLERS[name], np.random.default_rng(0).standard_normal((1, 2, 2, 1)).astype(np.float32)
-    carry = sampler.start(80 * x)
-    returned = []
-
-    def D(x: Any, sigma: Any) -> Any:
-        returned.append(np.tanh(x) / (1 + sigma))
-        return returned[-1]
-
-    for row in zip(*sampler.columns(noise_levels(4)), strict=True):
-        after = sampler.call(D, carry, row)
-        np.testing.assert_allclose(sampler.denoised(carry, row, after), returned[-1], atol=1e-4)
-        carry = after
-
-
-def test_drawings_follow_one_another(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, at_once, most = studio.model(NEWEST), [], []
+def test_drawings_follow_one_another(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, at_once, most = session.model(NEWEST), [], []
     plain = type(model).generate
 
     def generate(self: Any, *arguments: Any, **settings: Any) -> Any:
@@ -136,7 +125,7 @@ def test_drawings_follow_one_another(studio: Studio, monkeypatch: pytest.MonkeyP
         return drawn
 
     monkeypatch.setattr(type(model), "generate", generate)
-    threads = [threading.Thread(target=lambda: list(studio.draw(Settings(**SHORT)))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: list(session.draw(request()))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -144,13 +133,13 @@ def test_drawings_follow_one_another(studio: Studio, monkeypatch: pytest.MonkeyP
     assert most == [1, 1, 1]
 
 
-def test_a_drawing_that_nobody_looks_at_stops(studio: Studio) -> None:
-    before = set(studio._folder.iterdir())
-    frames = studio.draw(Settings(**SHORT | dict(steps=MAX_STEPS)))
+def test_a_drawing_that_nobody_looks_at_stops(session: Session) -> None:
+    before = set(session._folder.iterdir())
+    frames = session.draw(request(steps=MAX_STEPS))
     next(frames)
     frames.close()
-    list(studio.draw(Settings(**SHORT)))  # comes after it
-    assert len(set(studio._folder.iterdir()) - before) == 1
+    list(session.draw(request()))  # comes after it
+    assert len(set(session._folder.iterdir()) - before) == 1
 
 
 @pytest.mark.parametrize(
@@ -171,24 +160,24 @@ def test_a_drawing_that_nobody_looks_at_stops(studio: Studio) -> None:
         (dict(beside="../secret"), "no checkpoint '../secret'"),
     ],
 )
-def test_settings_are_bounded_whoever_asks(studio: Studio, change: dict[str, Any], message: str) -> None:
+def test_settings_are_bounded_whoever_asks(session: Session, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        list(studio.draw(Settings(**SHORT | change)))
+        list(session.draw(request(**change)))
 
 
 # ---- HTML ------------------------------------------------------------------------------------------------------------
 
 
-def test_texts_are_escaped(studio: Studio) -> None:
+def test_texts_are_escaped(session: Session) -> None:
     prompt = '<script>alert("x")</script>'
-    *_, last = studio.draw(Settings(**SHORT | dict(prompt=prompt, negative_prompt=prompt)))
+    *_, last = session.draw(request(prompt=prompt, negative_prompt=prompt))
     for page in (playground.easel(last), playground.notice(prompt), playground.easel_of(last.pictures[NEWEST][0])):
         assert "<script" not in page
         assert "&lt;script&gt;alert(&quot;x&quot;)" in page
 
 
-def test_the_picture_in_the_page_is_the_file(studio: Studio) -> None:
-    *_, last = studio.draw(Settings(**SHORT))
+def test_the_picture_in_the_page_is_the_file(session: Session) -> None:
+    *_, last = session.draw(request())
     path = last.pictures[NEWEST][0].path
     (saved,) = re.findall(r'<a href="data:image/png;base64,([^"]+)" download="([^"]+)"', playground.easel(last))
     assert base64.b64decode(saved[0]) == path.read_bytes()
@@ -196,10 +185,10 @@ def test_the_picture_in_the_page_is_the_file(studio: Studio) -> None:
 
 
 def test_settings_come_back_as_they_were() -> None:
-    for settings in (Settings(**SHORT), Settings(**SHORT | dict(beside=RAW, guidance=2.5))):
-        assert playground.read_settings(*playground.controls_of(settings)) == settings
+    for made in (request(), request(beside=RAW, guidance=2.5)):
+        assert playground.read_request(*playground.controls_of(made)) == made
     with pytest.raises(UserError, match="must be numbers"):
-        playground.read_settings("one", "", None, 2, 2.0, "heun", 1, NEWEST, "none")
+        playground.read_request("one", "", None, 2, 2.0, "heun", 1, NEWEST, "none")
 
 
 # ---- The page --------------------------------------------------------------------------------------------------------
@@ -223,12 +212,12 @@ def connections() -> Iterator[list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def url(studio: Studio, connections: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(session: Session, connections: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     gradio = pytest.importorskip("gradio", reason="the page needs the extra `playground`")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page, folder = playground.build_page(studio), str(tmp_path_factory.mktemp("gradio"))
+    page, folder = playground.build_page(session), str(tmp_path_factory.mktemp("gradio"))
     yield playground.serve(page, "127.0.0.1", port, folder)
     with gradio.Blocks() as another, pytest.raises(UserError, match=f"port {port} of 127.0.0.1 can't be had"):
         playground.serve(another, "127.0.0.1", port, folder)
@@ -237,10 +226,12 @@ def url(studio: Studio, connections: list[Any], tmp_path_factory: pytest.TempPat
 
 
 def controls(**changes: Any) -> list[Any]:
-    return list(playground.controls_of(Settings(**SHORT | changes)))
+    values = SHORT | {"beside": playground.NOBODY_BESIDE} | changes
+    names = ("prompt", "negative_prompt", "seed", "steps", "guidance", "sampler", "num", "checkpoint", "beside")
+    return [values[name] for name in names]
 
 
-def test_the_button_draws_and_crafted_requests_are_refused(url: str, studio: Studio, finished_run: Path) -> None:
+def test_the_button_draws_and_crafted_requests_are_refused(url: str, session: Session, finished_run: Path) -> None:
     from gradio_client import Client
     from gradio_client.exceptions import AppError
 
@@ -256,14 +247,14 @@ def test_the_button_draws_and_crafted_requests_are_refused(url: str, studio: Stu
     _, _, gallery = client.predict(*controls(seed=4), api_name="/draw")
     assert [entry["caption"] for entry in gallery] == ["one · 4", "one two three four <b> · 3"]
 
-    before = set(studio._folder.iterdir())
+    before = set(session._folder.iterdir())
     _, messages, _ = client.predict(*controls(prompt="x" * 2000), api_name="/draw")
     assert "notice error" in messages
     assert "2000 letters" in messages
     for crafted in (dict(num=100), dict(steps=10**6), dict(checkpoint="/etc/passwd"), dict(sampler="x")):
         with pytest.raises(AppError):
             client.predict(*controls(**crafted), api_name="/draw")
-    assert set(studio._folder.iterdir()) == before
+    assert set(session._folder.iterdir()) == before
     with urlopen(url + "config") as config:
         assert b"googleapis" not in config.read()
 

@@ -16,9 +16,10 @@ from micro_dit import sample
 from micro_dit.api import Model, load
 from micro_dit.diffusion import edm
 from micro_dit.diffusion import generate as generators
-from micro_dit.diffusion.generate import Denoising, Generator, Inputs, draw_noise, to_uint8
+from micro_dit.diffusion.generate import Generator, Sampling, draw_noise, to_uint8
 from micro_dit.diffusion.guidance import guide
-from micro_dit.diffusion.samplers import SAMPLERS, heun, noise_levels
+from micro_dit.diffusion.samplers import SAMPLERS, noise_levels
+from micro_dit.diffusion.samplers import sample as sample_latents
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
 from micro_dit.interop.model_folder import save_model_folder
@@ -48,73 +49,92 @@ def params() -> dict[str, jax.Array]:
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    return Generator(CONFIG, Blocks(), guidance=2.0, steps=3, sigma_data=0.9)
+    return Generator(CONFIG, sigma_data=0.9)
+
+
+def images_of(
+    generator: Generator, params: dict[str, jax.Array], captions: np.ndarray, seeds: list[int], batch_size: int = 32
+) -> np.ndarray:
+    return generator.images(params, captions, seeds, Sampling(3, 2.0), Blocks().decode, batch_size).astype(int)
 
 
 def test_an_image_depends_on_its_caption_and_seed_and_not_on_the_batch(
-    generator: Generator, params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
+    generator: Generator, params: dict[str, jax.Array]
 ) -> None:
-    images = generator(params, CAPTIONS, [5, 6, 7, 8])
+    images = generator.images(params, CAPTIONS, [5, 6, 7, 8], Sampling(3, 2.0), Blocks().decode)
     assert images.shape == (4, 16, 16, 3)
     assert images.dtype == np.uint8
-    backwards = generator(params, CAPTIONS[::-1], [8, 7, 6, 5])[::-1]
-    assert np.abs(images.astype(int) - backwards).max() <= 1
-    monkeypatch.setattr(generators, "MAX_BATCH", 3)  # in turns of two
-    assert np.abs(images.astype(int) - generator(params, CAPTIONS, [5, 6, 7, 8])).max() <= 1
-    changed = generator(params, CAPTIONS[[0, 0, 2, 3]], [5, 6, 9, 8])
-    differs = np.abs(images.astype(int) - changed).max(axis=(1, 2, 3)) > 1
+    backwards = images_of(generator, params, CAPTIONS[::-1], [8, 7, 6, 5])[::-1]
+    assert np.abs(images - backwards).max() <= 1
+    in_batches_of_two = images_of(generator, params, CAPTIONS, [5, 6, 7, 8], batch_size=3)
+    assert np.abs(images - in_batches_of_two).max() <= 1
+    changed = images_of(generator, params, CAPTIONS[[0, 0, 2, 3]], [5, 6, 9, 8])
+    differs = np.abs(images - changed).max(axis=(1, 2, 3)) > 1
     assert differs.tolist() == [False, True, True, False]
 
 
-def test_call_by_call_is_the_whole_sampler(generator: Generator, params: dict[str, jax.Array]) -> None:
-    noise = draw_noise(CONFIG, [5, 6])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_engine_is_the_sampler_over_the_guided_denoiser(
+    generator: Generator, params: dict[str, jax.Array], name: str
+) -> None:
+    noise, D_x = draw_noise(CONFIG, [5, 6]), []
     F = guide(generators.bind(CONFIG, params), 2.0)
-    whole = heun(lambda x, sigma: edm.denoise(F, x, sigma, CAPTIONS[:2], 0.9), noise, noise_levels(3))
-    inputs = Inputs(params, CAPTIONS[:2], 0 * CAPTIONS[0])
-    calls = generator._denoising(inputs, noise, noise_levels(3), guidance=2.0)
-    tiny.assert_close(calls, whole)
+
+    @jax.jit
+    def denoise(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        return edm.denoise(F, x, sigma, CAPTIONS[:2], 0.9)
+
+    expected = sample_latents(lambda x, sigma: denoise(x, np.float32([sigma])), noise, noise_levels(3), name)
+    latents = generator.latents(params, CAPTIONS[:2], noise, Sampling(3, 2.0, name), after_call=D_x.append)
+    tiny.assert_close(latents, expected)
+    tiny.assert_close(D_x[0], denoise(80 * noise, np.float32([80])))
+    np.testing.assert_allclose(D_x[-1], latents, atol=1e-5)  # the last step goes to what was denoised
+    assert len(D_x) == Sampling(3, 2.0, name).calls
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_what_is_rehearsed_is_what_is_compiled(params: dict[str, jax.Array], guidance: float) -> None:
-    denoising, place = Denoising(CONFIG, sigma_data=0.9), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    call, programs = denoising._call, set()
+    generator, place = Generator(CONFIG, sigma_data=0.9), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    call, programs = generator._denoise, set()
 
     def noted(*arguments: Any, **static: Any) -> Any:
         programs.add(call.lower(*arguments, **static).as_text())
         return call(*arguments, **static)
 
-    denoising._call = noted
-    inputs = Inputs(jax.device_put(params, place), CAPTIONS, 0 * CAPTIONS[0])
-    denoising(inputs, draw_noise(CONFIG, [5, 6, 7, 8]), noise_levels(2), guidance=guidance)
+    generator._denoise = noted
+    noise = draw_noise(CONFIG, [5, 6, 7, 8])
+    generator.latents(jax.device_put(params, place), CAPTIONS, noise, Sampling(2, guidance))
     abstract = {n: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place) for n, p in params.items()}
-    function, arguments = denoising.abstract_call(abstract, 4, 4, place, guided=guidance != 1)
+    function, arguments = generator.abstract_denoise(abstract, 4, 4, place, guided=guidance != 1)
     assert programs == {jax.jit(function, out_shardings=place).lower(*arguments).as_text()}
 
 
-def test_steps_and_scales_compile_nothing_anew(params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_scales_and_samplers_compile_nothing_anew(
+    params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
     traced = []
     bind = generators.bind
     monkeypatch.setattr(generators, "bind", lambda *arguments: traced.append(1) or bind(*arguments))
-    denoising = Denoising(CONFIG, sigma_data=0.9)
-    inputs, noise = Inputs(params, CAPTIONS, 0 * CAPTIONS[0]), draw_noise(CONFIG, [5, 6, 7, 8])
-    images = [
-        denoising(inputs, noise, noise_levels(steps), guidance=guidance, sampler="euler")
-        for steps, guidance in ((2, 2.0), (3, 2.0), (3, 4.0))
-    ]
+    generator, noise = Generator(CONFIG, sigma_data=0.9), draw_noise(CONFIG, [5, 6, 7, 8])
+
+    def latents(*settings: Any) -> np.ndarray:
+        return generator.latents(params, CAPTIONS, noise, Sampling(*settings))
+
+    latents(2, 2.0, "euler")
+    latents(3, 2.0, "heun")
+    lower, higher = latents(3, 2.0, "euler"), latents(3, 4.0, "euler")
     assert len(traced) == 1
-    assert np.abs(images[1] - images[2]).max() > 1e-3
+    assert np.abs(lower - higher).max() > 1e-3
     # Guidance from 1 to 100 only: the lower levels are another program.
-    part = denoising(inputs, noise, noise_levels(3), guidance=4.0, interval=(1.0, 100.0), sampler="euler")
+    part = latents(3, 4.0, "euler", (1.0, 100.0))
     assert len(traced) == 2
-    assert np.abs(part - images[2]).max() > 1e-3
-    all_of_it = denoising(inputs, noise, noise_levels(3), guidance=4.0, interval=(0.0, 100.0), sampler="euler")
-    np.testing.assert_array_equal(all_of_it, images[2])
+    assert np.abs(part - higher).max() > 1e-3
+    np.testing.assert_array_equal(latents(3, 4.0, "euler", (0.0, 100.0)), higher)
 
 
 def test_no_steps_are_refused() -> None:
     with pytest.raises(UserError, match="0 sampling steps: use at least 1"):
-        Generator(CONFIG, Blocks(), guidance=1.0, steps=0, sigma_data=0.9)
+        Sampling(0)
 
 
 def test_bytes_are_rounded_and_clipped() -> None:

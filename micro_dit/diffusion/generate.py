@@ -1,126 +1,220 @@
-"""From captions and seeds to images: the network under guidance, a sampler, and the decoder.
+"""The sampling engine: captions and seeds → latents → images, on one device or many.
+
+The command, the Python API, previews, evaluation and the playground all sample with it, so that the same caption, seed
+and settings give the same pixels everywhere.
 
 B images at once · H W latent rows, columns · C latent channels · L caption tokens · Y caption channels.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from micro_dit.diffusion import edm
 from micro_dit.diffusion.guidance import autoguide, extrapolate, guide, scale_at
-from micro_dit.diffusion.samplers import SAMPLERS, Carry, keep_known, noise_levels
+from micro_dit.diffusion.samplers import SAMPLERS, Denoiser, keep_known, noise_levels, partial_noise_levels, sample
 from micro_dit.errors import UserError
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import Params, bind
 
-MAX_BATCH = 32  # images at once; more are done in turns
+MAX_BATCH = 32  # images sampled at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Settings of a sampler under guidance.
+
+    Attributes:
+        steps: Number of sampler steps.
+        guidance: Guidance scale; 1 turns guidance off.
+        sampler: One of SAMPLERS.
+        interval: (low, high) noise levels between which guidance is applied; None applies it at all levels.
+        strength: Fraction of the way from noise to image that is sampled; below 1, sampling starts from an image.
+
+    Raises:
+        UserError: A setting makes no sense.
+    """
+
+    steps: int
+    guidance: float = 1.0
+    sampler: str = "heun"
+    interval: tuple[float, float] | None = None
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"there is no sampler {self.sampler!r}; choose {', '.join(SAMPLERS)}.")
+        if self.steps < 1:
+            raise UserError(f"{self.steps} sampling steps: use at least 1.")
+        if self.sampler == "dpmpp_2m" and self.steps < 2:
+            raise UserError(
+                "dpmpp_2m looks back at the step before: use at least 2 sampling steps, or another sampler."
+            )
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
+            low, high = self.interval
+            raise UserError(f"the guidance interval {low:g} to {high:g} is empty; use 0 <= low < high.")
+        if not 0 <= self.strength <= 1:
+            raise UserError(f"strength {self.strength:g}: use a number from 0 (the image as it is) to 1.")
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """Noise levels, descending to 0; there are none but 0 if the strength is 0."""
+        if self.strength == 0:
+            return np.zeros(1)
+        return noise_levels(self.steps) if self.strength == 1 else partial_noise_levels(self.steps, self.strength)
+
+    @property
+    def calls(self) -> int:
+        """Number of calls of the denoiser."""
+        steps = len(self.sigmas) - 1
+        return 2 * steps - 1 if self.sampler == "heun" and steps else steps
 
 
 class Inputs(NamedTuple):
-    """What a call of the network takes besides x; what is None is not compiled in."""
+    """Inputs of the denoiser that stay the same in all steps.
 
-    params: Params
-    captions: Any  # (B, L, Y) float32
-    negative: Any  # (L, Y) float32, zeros if there is no negative prompt
-    weak: Params | None = None  # of autoguidance's weak network
-    known: tuple[Any, Any] | None = None  # for inpainting: latents (H, W, C), and where to redraw (H, W, 1) bool
-
-
-class Denoising:
-    """Goes down the noise levels call by call, with one compiled program a batch size, sampler and kind of guidance.
-
-    Numbers of steps, noise levels and scales of guidance are its inputs: changing them compiles nothing.
+    Attributes:
+        params: Parameters of the network.
+        captions: (B, L, Y) float32 caption embeddings.
+        negative: (L, Y) float32 embedding that guidance leads away from; zeros unless there is a negative prompt.
+        weak: Parameters of the weak network of autoguidance, if there is one.
     """
 
-    def __init__(self, config: DiTConfig, *, sigma_data: float, dtype: Any = jnp.float32, sharding: Any = None):
-        """Sets up the network; `sharding` is where latents live if parameters are spread over several devices."""
-        self.config, self.sigma_data, self.dtype = config, sigma_data, dtype
-        place = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        static = ("sampler", "branches", "weak_config")
-        self._call = jax.jit(self._trace_call, static_argnames=static, out_shardings=place)
-        self._place: Callable[[Any], Any] = jax.jit(lambda arrays: arrays, out_shardings=place)
+    params: Params
+    captions: Any
+    negative: Any
+    weak: Params | None = None
 
-    def __call__(
+
+Branches = Literal["conditional", "unconditional", "both"]
+
+
+class Generator:
+    """Samples latents and images with a network.
+
+    The guided denoiser is compiled once for a batch size and the branches of guidance. The number of steps, noise
+    levels, sampler and guidance scale are not compiled in.
+    """
+
+    def __init__(
+        self, config: DiTConfig, *, sigma_data: float, dtype: Any = jnp.float32, sharding: Sharding | None = None
+    ):
+        """Sets up the denoiser of a network.
+
+        Args:
+            config: Configuration of the network.
+            sigma_data: Standard deviation of the latents, as in training.
+            dtype: dtype of the matrix products.
+            sharding: Placement of the latents; one device by default. Replicated over a mesh, the latents follow
+                parameters that are sharded in any way. Split along the batch, each device samples its own rows with its
+                own copy of the parameters.
+        """
+        self.config, self.sigma_data, self.dtype = config, sigma_data, jnp.dtype(dtype)
+        latents = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        denoise: Callable[..., jax.Array] = self.denoise
+        everywhere = latents
+        if isinstance(latents, NamedSharding) and not latents.is_fully_replicated:
+            everywhere = NamedSharding(latents.mesh, PartitionSpec())
+            denoise = functools.partial(_denoise_rows, self.denoise, latents.mesh, latents.spec)
+        self._denoise = jax.jit(denoise, static_argnames=("branches", "weak_config"), out_shardings=latents)
+        self._place: Callable[[Any], Any] = jax.jit(lambda arrays: arrays, out_shardings=latents)
+        self._replicate: Callable[[Any], Any] = jax.jit(lambda array: array, out_shardings=everywhere)
+
+    def images(
         self,
-        inputs: Inputs,
+        params: Params,
+        captions: np.ndarray,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        decode: Callable[[np.ndarray], Any],
+        batch_size: int = MAX_BATCH,
+    ) -> np.ndarray:
+        """Samples images; each depends on its own caption and seed, not on the batch.
+
+        Args:
+            params: Parameters of the network, on the devices.
+            captions: (n, L, Y) float, caption embeddings.
+            seeds: n whole numbers.
+            sampling: Sampler settings.
+            decode: Decoder of the latents (B, H, W, C), which returns pixels in [-1, 1]; `ImageEncoder.decode`.
+            batch_size: Largest number of images sampled at once.
+
+        Returns:
+            (n, f·H, f·W, 3) uint8.
+        """
+        n = len(seeds)
+        noise, captions = draw_noise(self.config, seeds), np.asarray(captions, np.float32)
+        images = []
+        for rows in batches(n, math.ceil(n / math.ceil(n / batch_size))):
+            # Every process has all latents, and decodes them on its own devices.
+            images.append(to_uint8(decode(self.latents(params, captions[rows], noise[rows], sampling))))
+        return np.concatenate(images)[:n]
+
+    def latents(
+        self,
+        params: Params,
+        captions: np.ndarray,
         noise: np.ndarray,
-        sigmas: np.ndarray,
+        sampling: Sampling,
         *,
-        sampler: str = "heun",
-        guidance: float = 1.0,
-        interval: tuple[float, float] | None = None,
-        weak_config: DiTConfig | None = None,
+        negative: np.ndarray | None = None,
+        weak: tuple[DiTConfig, Params] | None = None,
+        known: tuple[np.ndarray, np.ndarray] | None = None,
         after_call: Callable[[np.ndarray], object] | None = None,
     ) -> np.ndarray:
-        """Latents (B, H, W, C) float32.
+        """Samples latents (B, H, W, C) float32.
 
         Args:
-            inputs: parameters on the devices, and the rest.
-            noise: (B, H, W, C), unit normal.
-            sigmas: (steps + 1,) noise levels that end with 0.
-            sampler: one of SAMPLERS.
-            guidance: scale of classifier-free guidance, or of autoguidance if there are weak parameters.
-            interval: (low, high) noise levels between which there is guidance; everywhere if None.
-            weak_config: of the weak network.
-            after_call: is told what each call of the network made of x, the denoised latents (B, H, W, C), when it is
-                done; without it, calls are not waited for.
+            params: Parameters of the network, on the devices.
+            captions: (B, L, Y) float32, caption embeddings.
+            noise: (B, H, W, C) float32, unit normal.
+            sampling: Sampler settings.
+            negative: (L, Y) float32, embedding of a negative prompt.
+            weak: Configuration and parameters of a weak network, for autoguidance by the guidance scale.
+            known: For inpainting: original latents, and a mask that is True where they are sampled anew.
+            after_call: Called after each call of the denoiser with the denoised latents D_x (B, H, W, C). Without it,
+                calls are dispatched without waiting for the previous one.
         """
-        method = SAMPLERS[sampler]
-        columns = method.columns(sigmas)
-        carry = self._place(method.start(jnp.asarray(noise, jnp.float32) * np.float32(sigmas[0])))
-        placed = self._place({"captions": inputs.captions, "negative": inputs.negative, "known": inputs.known})
-        inputs = inputs._replace(**placed)
-        for row in zip(*columns, strict=True):
-            scale = scale_at(float(row[0]), guidance, interval)
-            if scale == 1:
-                branches = "conditional"
-            else:
-                branches = "unconditional" if scale == 0 and inputs.weak is None else "both"
-            before = carry
-            carry = self._call(
-                inputs, np.float32(scale), carry, row, sampler=sampler, branches=branches, weak_config=weak_config
-            )
+        weak_config, weak_params = weak or (None, None)
+        negative = np.zeros_like(captions[0]) if negative is None else negative
+        inputs = Inputs(params, self._place(captions), self._replicate(negative), weak_params)
+
+        def D(x: jax.Array, sigma: float) -> jax.Array:
+            level = np.full(1, sigma, np.float32)
+            scale = scale_at(float(level[0]), sampling.guidance, sampling.interval)
+            branches = branches_of(scale, autoguidance=weak is not None)
+            return self._denoise(inputs, np.float32(scale), x, level, branches=branches, weak_config=weak_config)
+
+        def watched(x: jax.Array, sigma: float) -> jax.Array:
+            D_x = denoiser(x, sigma)
             if after_call:
-                after_call(np.asarray(method.denoised(before, row, carry)))
-        return np.asarray(carry[0])
+                after_call(np.asarray(D_x))
+            return D_x
 
-    def abstract_call(
-        self, params: Params, images: int, text_tokens: int, sharding: Any, sampler: str = "heun", guided: bool = True
-    ) -> tuple[Callable[..., Carry], tuple[Any, ...]]:
-        """What compiles a call without making an array: the call, and its abstract arguments.
+        denoiser: Denoiser = keep_known(D, *known) if known else D
+        return np.asarray(sample(watched, self._place(noise), sampling.sigmas, sampling.sampler))
+
+    def denoise(
+        self, inputs: Inputs, scale: Any, x: jax.Array, sigma: jax.Array, *, branches: Branches,
+        weak_config: DiTConfig | None = None,
+    ) -> jax.Array:  # fmt: skip
+        """Computes D(x; sigma) under guidance, (B, H, W, C) float32. Not compiled; can be traced.
 
         Args:
-            params: abstract parameters, with shardings.
-            images: B.
-            text_tokens: L.
-            sharding: of all else; what `__call__` makes of the sharding of `__init__`.
-            sampler, guided: which of the programs of `__call__`.
+            inputs: Parameters and embeddings.
+            scale: () float32, guidance scale.
+            x: (B, H, W, C) float32, noisy latents.
+            sigma: (1,) float32, noise level.
+            branches: Branches of guidance that are computed; 'both' means both networks with a weak network.
+            weak_config: Configuration of the weak network.
         """
-        side, channels, width = self.config.input_size, self.config.in_channels, self.config.caption_channels
-
-        def placed(*shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-
-        method = SAMPLERS[sampler]
-        carry = jax.eval_shape(method.start, placed(images, side, side, channels))
-        carry = tuple(placed(*x.shape) for x in carry)
-        row = tuple(jax.ShapeDtypeStruct((), column.dtype) for column in method.columns(noise_levels(2)))
-        inputs = Inputs(params, placed(images, text_tokens, width), placed(text_tokens, width))
-        branches, scale = "both" if guided else "conditional", jax.ShapeDtypeStruct((), jnp.float32)
-        call = functools.partial(self._trace_call, sampler=sampler, branches=branches, weak_config=None)
-        return call, (inputs, scale, carry, row)
-
-    def _trace_call(
-        self, inputs: Inputs, scale: Any, carry: Carry, row: Any, *, sampler: str, branches: str,
-        weak_config: DiTConfig | None,
-    ) -> Carry:  # fmt: skip
-        """The carry after one more call of the sampler."""
         F: edm.Network = bind(self.config, inputs.params, self.dtype)
         if branches == "both" and inputs.weak is not None:
             assert weak_config is not None
@@ -129,82 +223,61 @@ class Denoising:
             F = extrapolate(F, scale, inputs.negative)
         elif branches == "unconditional":
             F = guide(F, 0, inputs.negative)
+        return edm.denoise(F, x, sigma, inputs.captions, self.sigma_data)
 
-        def D(x: jax.Array, sigma: jax.Array) -> jax.Array:
-            return edm.denoise(F, x, sigma, inputs.captions, self.sigma_data)
-
-        denoiser = D if inputs.known is None else keep_known(D, *inputs.known)
-        return SAMPLERS[sampler].call(denoiser, carry, row)
-
-
-class Generator:
-    """Images for captions with settings that stay: what a training run draws with."""
-
-    def __init__(
-        self,
-        config: DiTConfig,
-        image_encoder: Any,
-        *,
-        guidance: float,
-        steps: int,
-        sigma_data: float,
-        dtype: Any = jnp.float32,
-        sharding: Any = None,
-    ):
-        """Sets up a generator; `image_encoder` is an encoders.image.ImageEncoder, the rest as in training.
-
-        `sharding` is where latents live if the parameters are spread over several devices: on all of them.
-        """
-        check_steps(steps)
-        self.config, self.image_encoder, self.guidance = config, image_encoder, guidance
-        self._sigmas = noise_levels(steps)
-        self._denoising = Denoising(config, sigma_data=sigma_data, dtype=dtype, sharding=sharding)
-
-    def __call__(self, params: Params, captions: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
-        """Images for caption embeddings; each depends on its own caption and seed, whatever the batch.
+    def abstract_denoise(
+        self, params: Params, images: int, text_tokens: int, sharding: Sharding, guided: bool = True
+    ) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
+        """Returns the denoiser and its abstract arguments, to compile it without any array.
 
         Args:
-            params: the network's.
-            captions: (n, L, Y) float.
-            seeds: n whole numbers.
-
-        Returns:
-            (n, H, W, 3) uint8.
+            params: Abstract parameters, with shardings.
+            images: B.
+            text_tokens: L.
+            sharding: Placement of everything else, as given to `__init__`.
+            guided: Whether both branches of guidance are computed.
         """
-        n = len(seeds)
-        noise = draw_noise(self.config, seeds)
-        captions = np.asarray(captions, np.float32)
-        images = []
-        for rows in turns(n, math.ceil(n / math.ceil(n / MAX_BATCH))):
-            inputs = Inputs(params, captions[rows], np.zeros_like(captions[0]))
-            latents = self._denoising(inputs, noise[rows], self._sigmas, guidance=self.guidance)
-            # Every process has all latents, and decodes them on a device of its own.
-            images.append(to_uint8(self.image_encoder.decode(latents)))
-        return np.concatenate(images)[:n]
+        side, channels, width = self.config.input_size, self.config.in_channels, self.config.caption_channels
+
+        def placed(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+        inputs = Inputs(params, placed(images, text_tokens, width), placed(text_tokens, width))
+        scale, sigma = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((), (1,)))
+        denoise = functools.partial(self.denoise, branches=branches_of(2.0 if guided else 1.0))
+        return denoise, (inputs, scale, placed(images, side, side, channels), sigma)
 
 
-def check_steps(steps: int, sampler: str = "heun") -> None:
-    """Raises UserError if there is no such sampler, or if it can't do with so few steps."""
-    if sampler not in SAMPLERS:
-        raise UserError(f"there is no sampler {sampler!r}; choose {', '.join(SAMPLERS)}.")
-    if steps < 1:
-        raise UserError(f"{steps} sampling steps: use at least 1.")
-    if sampler == "dpmpp_2m" and steps < 2:
-        raise UserError("dpmpp_2m looks back at the step before: use at least 2 sampling steps, or another sampler.")
+def _denoise_rows(
+    denoise: Callable[..., jax.Array], mesh: Any, rows: PartitionSpec, inputs: Inputs, *arrays: Any,
+    **static: Any,
+) -> jax.Array:  # fmt: skip
+    """Denoises each device's own rows, so that no batch travels between devices."""
+    whole = PartitionSpec()
+    specs = (Inputs(whole, rows, whole, whole), whole, rows, whole)  # type: ignore[arg-type]
+    per_device = functools.partial(denoise, **static)
+    return jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(inputs, *arrays)
+
+
+def branches_of(scale: float, autoguidance: bool = False) -> Branches:
+    """Returns the branches that a guidance scale needs."""
+    if scale == 1:
+        return "conditional"
+    return "unconditional" if scale == 0 and not autoguidance else "both"
 
 
 def draw_noise(config: DiTConfig, seeds: Sequence[int]) -> np.ndarray:
-    """(n, H, W, C) float32, unit normal: each image's from its own seed."""
+    """Draws (n, H, W, C) float32 unit normal noise, each image's from its own seed."""
     shape = (config.input_size, config.input_size, config.in_channels)
     return np.stack([np.asarray(jax.random.normal(jax.random.key(seed), shape)) for seed in seeds])
 
 
-def turns(n: int, size: int) -> Iterator[np.ndarray]:
-    """Indices below n in arrays of one size; the last is filled up with repeats, which come after the first n."""
+def batches(n: int, size: int) -> Iterator[np.ndarray]:
+    """Yields the indices below n in batches of one size; the last one is filled up with repeats beyond the first n."""
     for start in range(0, n, size):
         yield np.arange(start, start + size) % n
 
 
 def to_uint8(images: Any) -> np.ndarray:
-    """[-1, 1] float → [0, 255] uint8."""
+    """Converts pixels from [-1, 1] float to [0, 255] uint8."""
     return np.asarray(jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from micro_dit.data.pipeline import load_split
+from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.errors import UserError
 from micro_dit.evaluation.domain import real_images
 from micro_dit.evaluation.image_sets import InMemory, numbered
@@ -26,8 +27,7 @@ def make_training_evaluation(
     split: str,
     resolution: int,
     vae: str,
-    guidance: float,
-    steps: int,
+    sampling: Sampling,
     sigma_data: float,
     dtype: Any,
     sharding: Any = None,
@@ -46,7 +46,8 @@ def make_training_evaluation(
         shards, split: whose captions are drawn.
         resolution: side of the images in pixels.
         vae: name of the image encoder.
-        guidance, steps, sigma_data, dtype, sharding: as of generator.Generator.
+        sampling: Sampler settings.
+        sigma_data, dtype, sharding: As for `micro_dit.diffusion.generate.Generator`.
         reference, clip, inception: as of `registry.MetricInputs`.
         warn: is told what should be known of the numbers, the first time.
 
@@ -56,7 +57,6 @@ def make_training_evaluation(
     Raises:
         UserError: something that a metric needs is missing.
     """
-    from micro_dit.diffusion.generate import Generator
     from micro_dit.encoders.image import load_image_encoder
 
     if not every:
@@ -78,12 +78,10 @@ def make_training_evaluation(
     ))  # fmt: skip
     data = load_split(shards, split, resolution, num_images)
     captions = data["caption"][np.arange(num_images) % len(data["text"])]
-    generator = Generator(
-        network, image_encoder, guidance=guidance, steps=steps, sigma_data=sigma_data, dtype=dtype, sharding=sharding
-    )
+    generator = Generator(network, sigma_data=sigma_data, dtype=dtype, sharding=sharding)
 
     def evaluation(params: Params) -> dict[str, float]:
-        images = generator(params, captions, range(num_images))
+        images = generator.images(params, captions, range(num_images), sampling, image_encoder.decode)
         measures = measure_images(InMemory(images, numbered(data["text"], num_images))) if main else []
         return {f"evaluation/{measure.name}": measure.value for measure in measures}
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from micro_dit.data.captions import clean_captions
 from micro_dit.data.shards import Manifest
+from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.encoders.info import same_encoder
 from micro_dit.errors import UserError
 from micro_dit.models.config import DiTConfig
@@ -29,8 +29,7 @@ class Previews:
         *,
         vae: str,
         text_encoder: str,
-        guidance: float,
-        steps: int,
+        sampling: Sampling,
         sigma_data: float,
         dtype: Any,
         sharding: Any = None,
@@ -42,7 +41,7 @@ class Previews:
             prompts: what is drawn; none draws nothing.
             manifest: of the shards; its encoders must be the ones given here.
             vae, text_encoder: names of the encoders.
-            guidance, steps: of the sampler.
+            sampling: Sampler settings.
             sigma_data, dtype: as in training.
             sharding: of the latents, on all devices of the parameters; None with a single device.
 
@@ -52,9 +51,9 @@ class Previews:
         from micro_dit.encoders.image import load_image_encoder
 
         self.workdir, self.prompts, self.manifest = workdir, list(prompts), manifest
-        self._guidance, self._steps, self._sigma_data, self._dtype = guidance, steps, sigma_data, dtype
+        self._sampling, self._sigma_data, self._dtype = sampling, sigma_data, dtype
         self._sharding = sharding
-        self._generators: dict[DiTConfig, Any] = {}
+        self._generators: dict[DiTConfig, Generator] = {}
         if not self.prompts:
             return
         self._image_encoder = load_image_encoder(vae)
@@ -96,15 +95,15 @@ class Previews:
         """Saves the grid of a step and returns it, uint8 (H, W, 3); None if there are no prompts."""
         if not self.prompts:
             return None
-        from micro_dit.diffusion.generate import Generator
         from micro_dit.images import caption_grid, save_png
 
         if network not in self._generators:
             self._generators[network] = Generator(
-                network, self._image_encoder, guidance=self._guidance, steps=self._steps,
-                sigma_data=self._sigma_data, dtype=jnp.dtype(self._dtype), sharding=self._sharding,
-            )  # fmt: skip
-        images = self._generators[network](params, self._captions, range(len(self.prompts)))
+                network, sigma_data=self._sigma_data, dtype=self._dtype, sharding=self._sharding
+            )
+        images = self._generators[network].images(
+            params, self._captions, range(len(self.prompts)), self._sampling, self._image_encoder.decode
+        )
         grid = caption_grid(images, self.prompts, title=f"step {step:,}")
         if jax.process_index() == 0:
             save_png(grid, self.workdir / "samples" / f"step_{step:08d}.png", self.metadata(step))
@@ -115,8 +114,8 @@ class Previews:
         return {
             "prompts": " | ".join(self.prompts),
             "seeds": f"0 to {len(self.prompts) - 1}",
-            "sampler": f"heun, {self._steps} steps",
-            "guidance": str(self._guidance),
+            "sampler": f"{self._sampling.sampler}, {self._sampling.steps} steps",
+            "guidance": str(self._sampling.guidance),
             "checkpoint": f"step {step} of {self.workdir.name}",
             "attribution": self.manifest.attribution,
         }

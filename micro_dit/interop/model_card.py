@@ -100,8 +100,8 @@ By default it draws with Heun's method in {steps} steps under guidance of scale 
     if programs:
         text += """
 
-`stablehlo/` holds a call of the sampler as a program for CPU, CUDA and TPU, which needs JAX but not micro_dit;
-`stablehlo/signature.json` tells its inputs and outputs."""
+`stablehlo/` holds the guided denoiser as a program for CPU, CUDA and TPU, which needs JAX but not micro_dit;
+`stablehlo/signature.json` lists its inputs and outputs."""
     return text
 
 

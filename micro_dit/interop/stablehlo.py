@@ -1,7 +1,8 @@
-"""A call of the sampler, and the image decoder, as StableHLO programs that run without this package (jax.export).
+"""The guided denoiser and the image decoder as StableHLO programs that run without this package (jax.export).
 
 Parameters are inputs, by the names and with the dtypes of their safetensors files: a program is some hundred kilobytes,
-and serves every model of its architecture. What goes in and comes out is told in SIGNATURE.
+and serves every model of its architecture. SIGNATURE lists inputs and outputs. The sampler, some ten lines, is left to
+the caller (docs/export.md).
 
 B images, any number · H W latent rows, columns · C latent channels · L caption tokens · Y caption channels.
 """
@@ -13,23 +14,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import export
 
-from micro_dit.diffusion import edm
-from micro_dit.diffusion.guidance import extrapolate
-from micro_dit.diffusion.samplers import SAMPLERS, noise_levels
+from micro_dit.diffusion.generate import Generator, Inputs, Sampling
 from micro_dit.encoders.autoencoder import AutoencoderConfig, AutoencoderKL
 from micro_dit.encoders.image import latent_scaling, present_name
 from micro_dit.encoders.weights import to_parameters
 from micro_dit.errors import UserError
 from micro_dit.models.config import DiTConfig
-from micro_dit.models.dit import abstract_params, bind
+from micro_dit.models.dit import abstract_params
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-SIGNATURE, SAMPLER_STEP, DECODER = "signature.json", "sampler_step.bin", "decoder.bin"
-FORMAT, VERSION = "micro_dit programs", 1
+SIGNATURE, DENOISER, DECODER = "signature.json", "denoiser.bin", "decoder.bin"
+FORMAT, VERSION = "micro_dit programs", 2
 
 
 def write_programs(
@@ -39,75 +37,65 @@ def write_programs(
     *,
     caption_tokens: int,
     sigma_data: float,
-    guidance: float,
-    sampler: str,
-    steps: int,
+    sampling: Sampling,
     weights: str,
     decoder: tuple[Mapping[str, Any], AutoencoderConfig] | None = None,
     decoder_weights: str = "",
 ) -> None:
-    """Writes SAMPLER_STEP, SIGNATURE and, if there are its tensors, DECODER.
+    """Writes DENOISER, SIGNATURE and, if its tensors are given, DECODER.
 
     Args:
-        folder: where to; it is made.
-        config: the network's.
-        dtype: of the parameters in their file.
+        folder: New folder to write to.
+        config: Configuration of the network.
+        dtype: dtype of the parameters in their file.
         caption_tokens: L.
-        sigma_data: as in training.
-        guidance: its usual scale, to be told.
-        sampler: one of SAMPLERS; the program is a call of it.
-        steps: of the table of noise levels that is told.
-        weights: path of the parameters' file from the folder, to be told.
-        decoder: tensors of the image encoder's file (shapes and dtypes are enough), and its configuration.
-        decoder_weights: path of that file from the folder, to be told.
+        sigma_data: Standard deviation of the latents, as in training.
+        sampling: Default sampler settings, written to the signature.
+        weights: Path of the parameters' file relative to the folder, written to the signature.
+        decoder: Tensors of the image encoder's file (shapes and dtypes are enough), and its configuration.
+        decoder_weights: Path of that file relative to the folder, written to the signature.
 
     Raises:
-        UserError: the package flatbuffers, which jax.export writes with, is not installed.
+        UserError: The package flatbuffers, which jax.export writes with, is not installed.
     """
     try:
         import flatbuffers  # noqa: F401
     except ImportError as error:
         raise UserError("StableHLO programs are written with flatbuffers: pip install flatbuffers.") from error
     folder.mkdir(parents=True)
-    columns = SAMPLERS[sampler].columns(noise_levels(steps))
-    start = SAMPLERS[sampler].start(jnp.ones(()))
-    arguments = step_arguments(config, dtype, caption_tokens, start, columns)
+    arguments = denoiser_arguments(config, dtype, caption_tokens)
     told = {
         "format": FORMAT, "version": VERSION, "jax": jax.__version__, "platforms": list(PLATFORMS),
         "latents": [config.input_size, config.input_size, config.in_channels],
         "captions": [caption_tokens, config.caption_channels],
-        "sampler": sampler, "guidance": guidance, "steps": steps,
-        "start": ["x" if value else "zeros" for value in start],
-        "table": [[value.item() for value in row] for row in zip(*columns, strict=True)],
-        "sampler_step": _write(
-            folder / SAMPLER_STEP, weights, sampler_step(config, sampler, sigma_data), arguments
-        ),
+        "sampler": sampling.sampler, "guidance": sampling.guidance, "steps": sampling.steps,
+        "noise_levels": sampling.sigmas.tolist(),
+        "denoiser": _write(folder / DENOISER, weights, guided_denoiser(config, sigma_data), arguments),
     }  # fmt: skip
     if decoder is not None:
         tensors, vae = decoder
         shapes = {name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        arguments = {"params": shapes, "latents": arguments["carry"][0]}
+        arguments = {"params": shapes, "latents": arguments["x"]}
         told["decoder"] = _write(folder / DECODER, decoder_weights, image_decoder(vae), arguments)
     (folder / SIGNATURE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-def sampler_step(config: DiTConfig, sampler: str, sigma_data: float) -> Callable[..., Any]:
-    """(params, captions, negative, guidance, carry, row) → the carry after a call of the sampler, as in generator.py.
+def guided_denoiser(config: DiTConfig, sigma_data: float) -> Callable[..., jax.Array]:
+    """Returns the function (params, captions, negative, guidance, x, sigma) → D(x; sigma), (B, H, W, C) float32.
 
-    Captions are (B, L, Y) and negative (L, Y) float32, guidance () float32; carry and row are those of
-    diffusion/samplers.py. Both branches of guidance are computed at every scale.
+    Its arguments are those of `denoiser_arguments`. Both branches of guidance are computed at every scale.
     """
+    generator = Generator(config, sigma_data=sigma_data)
 
-    def step(params: Any, captions: Any, negative: Any, guidance: Any, carry: Any, row: Any) -> Any:
-        network = bind(config, {name: value.astype(jnp.float32) for name, value in params.items()})
-        F = extrapolate(network, guidance, negative)
-        return SAMPLERS[sampler].call(lambda x, sigma: edm.denoise(F, x, sigma, captions, sigma_data), carry, row)
+    def denoise(params: Any, captions: Any, negative: Any, guidance: Any, x: Any, sigma: Any) -> jax.Array:
+        inputs = Inputs({name: value.astype(jnp.float32) for name, value in params.items()}, captions, negative)
+        return generator.denoise(inputs, guidance, x, sigma[None], branches="both")
 
-    return step
+    return denoise
 
 
 def image_decoder(config: AutoencoderConfig) -> Callable[..., Any]:
-    """(tensors of diffusers' file, latents (B, H, W, C) float32) → pictures (B, f·H, f·W, 3) uint8."""
+    """Returns the function (tensors of diffusers' file, latents (B, H, W, C)) → images (B, f·H, f·W, 3) uint8."""
     graph, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0))))
     shapes, (shift, scale) = nnx.to_pure_dict(state), latent_scaling(config)
 
@@ -120,27 +108,24 @@ def image_decoder(config: AutoencoderConfig) -> Callable[..., Any]:
     return decode
 
 
-def step_arguments(
-    config: DiTConfig, dtype: str, caption_tokens: int, start: tuple[Any, ...], columns: tuple[np.ndarray, ...]
-) -> dict[str, Any]:
-    """The arguments of a sampler's step by name, in order: shapes and dtypes, with the number of images left open."""
+def denoiser_arguments(config: DiTConfig, dtype: str, caption_tokens: int) -> dict[str, Any]:
+    """Returns shapes and dtypes of the denoiser's arguments by name, in order; the number of images is left open."""
     (B,) = export.symbolic_shape("B")
     side, L, Y = config.input_size, caption_tokens, config.caption_channels
-    x = jax.ShapeDtypeStruct((B, side, side, config.in_channels), jnp.float32)
     shapes = {name: leaf.shape for name, leaf in abstract_params(config).items()}
     return {
         "params": {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, shape in shapes.items()},
         "captions": jax.ShapeDtypeStruct((B, L, Y), jnp.float32),
         "negative": jax.ShapeDtypeStruct((L, Y), jnp.float32),
         "guidance": jax.ShapeDtypeStruct((), jnp.float32),
-        "carry": (x,) * len(start),
-        "row": tuple(jax.ShapeDtypeStruct((), column.dtype) for column in columns),
+        "x": jax.ShapeDtypeStruct((B, side, side, config.in_channels), jnp.float32),
+        "sigma": jax.ShapeDtypeStruct((), jnp.float32),
     }
 
 
 def _write(path: Path, weights: str, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Writes a program; returns what the signature tells of it."""
-    # What the function does not use is an input all the same: the order in the file is that of the signature.
+    """Writes a program and returns its entry in the signature."""
+    # Unused arguments stay inputs, so that the order in the file is that of the signature.
     exported = export.export(jax.jit(function, keep_unused=True), platforms=PLATFORMS)(*arguments.values())
     path.write_bytes(exported.serialize())
     inputs = [

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from micro_dit.diffusion.generate import Denoising
+from micro_dit.diffusion.generate import Generator
 from micro_dit.files import text_table
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.flops import training_flops
@@ -278,9 +277,9 @@ def _compile_sampler(
 ) -> Compiled:  # fmt: skip
     """Compiles a call of the denoiser as for previews: parameters where they are, the prompts on every chip."""
     everywhere = replicated(target.mesh)
-    denoising = Denoising(network, sigma_data=recipe.sigma_data, dtype=jnp.dtype(recipe.dtype), sharding=everywhere)
-    call, arguments = denoising.abstract_call(params, images, text_tokens, everywhere, guided=guided)
-    return target.compile(f"compiling the sampler of phase {phase.name}", call, arguments, out_shardings=everywhere)
+    generator = Generator(network, sigma_data=recipe.sigma_data, dtype=recipe.dtype, sharding=everywhere)
+    denoise, arguments = generator.abstract_denoise(params, images, text_tokens, everywhere, guided=guided)
+    return target.compile(f"compiling the sampler of phase {phase.name}", denoise, arguments, out_shardings=everywhere)
 
 
 def rehearsal_table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: Chip) -> str:

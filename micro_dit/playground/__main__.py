@@ -4,6 +4,7 @@ See docs/playground.md. What it draws with is micro_dit/playground/session.py.
 """
 
 import base64
+import functools
 import html
 import io
 import os
@@ -20,11 +21,12 @@ from micro_dit.diffusion.samplers import SAMPLERS
 from micro_dit.errors import UserError
 
 if TYPE_CHECKING:
-    from micro_dit.playground.session import Frame, Picture, Settings, Studio
+    from micro_dit.api import About
+    from micro_dit.playground.session import Frame, Picture, Request, Session
 
 STYLE = Path(__file__).parent / "style.css"
 NOBODY_BESIDE = "none"
-SESSION = 60  # pictures that a session's gallery shows
+MAX_HISTORY = 60  # images that the gallery of a browser's session shows
 WAITING = 16  # drawings that may wait for their turn
 EASEL_WIDTH, GAP = 816, 14  # pixels of the page that pictures share, and between them
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -32,12 +34,12 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def main() -> None:
     import_gradio()
-    from micro_dit.playground.session import Studio
+    from micro_dit.playground.session import Session
 
     with tempfile.TemporaryDirectory(prefix="micro_dit_playground_") as folder:
-        studio = Studio([FLAGS.workdir, *FLAGS.compare], Path(folder))
+        session = Session([FLAGS.workdir, *FLAGS.compare], Path(folder))
         print("getting ready …", flush=True)
-        page = build_page(studio)
+        page = build_page(session)
         url = serve(page, FLAGS.host, FLAGS.port, folder)
         print(f"{url} — Ctrl-C stops it; save the pictures that you like, they are gone then.", flush=True)
         if FLAGS.host not in LOCAL:
@@ -45,7 +47,7 @@ def main() -> None:
         try:
             page.block_thread()
         finally:
-            studio.close()
+            session.close()
 
 
 def import_gradio() -> Any:
@@ -61,60 +63,15 @@ def import_gradio() -> Any:
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 
-def build_page(studio: "Studio") -> Any:
-    """The `gradio.Blocks` of a page that draws with a studio, which is ready to draw after that."""
-    from micro_dit.playground.session import MAX_GUIDANCE, MAX_IMAGES, MAX_LETTERS, MAX_SEED, MAX_STEPS
-
+def build_page(session: "Session") -> Any:
+    """Loads the default model and returns the `gradio.Blocks` of a page that samples with a session."""
     gr = import_gradio()
-    model = studio.warm_up()
-    choices = list(studio.choices)
-
-    def draw(*given: Any) -> Iterator[tuple[Any, ...]]:
-        *values, session = given
-        same = gr.skip()
-        try:
-            settings = read_settings(*values)
-            yield waiting(), "", same, same
-            for frame in studio.draw(settings):
-                notices = "".join(map(notice, frame.warnings))
-                if frame.done < 1:
-                    yield easel(frame), notices, same, same
-                else:
-                    drawn = [picture for sheet in frame.pictures.values() for picture in sheet]
-                    session = [*reversed(drawn), *session][:SESSION]
-                    yield easel(frame), notices, thumbnails(session), session
-        except UserError as error:
-            yield "", notice(str(error), "error"), same, same
-
-    def restore(session: list[Any], event: gr.SelectData) -> tuple[Any, ...]:  # type: ignore[name-defined]
-        if not isinstance(event.index, int) or not 0 <= event.index < len(session):
-            return (gr.skip(),) * 11
-        picture = session[event.index]
-        return *controls_of(picture.settings), easel_of(picture), ""
-
+    model = session.warm_up()
     with gr.Blocks(title="micro_dit playground", analytics_enabled=False) as page:
         gr.HTML(heading(model), apply_default_css=False)
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320, elem_id="controls"):
-                prompt = gr.Textbox(
-                    label="Prompt", placeholder="red heart", max_lines=4, max_length=MAX_LETTERS, autofocus=True,
-                    elem_id="prompt",
-                )  # fmt: skip
-                negative = gr.Textbox(
-                    label="Negative prompt", placeholder="what to lead away from", max_lines=4, max_length=MAX_LETTERS
-                )
-                with gr.Row():
-                    button = gr.Button("Draw", variant="primary", elem_id="draw")
-                    stop = gr.Button("Stop", min_width=80, elem_id="stop")
-                with gr.Row(equal_height=True):
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
-                    another = gr.Button("Another seed", min_width=120, elem_id="another")
-                num = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Images, a seed each", elem_id="num")
-                steps = gr.Slider(1, MAX_STEPS, model.about.steps, step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(0, MAX_GUIDANCE, model.about.guidance, step=0.1, label="Guidance")
-                sampler = gr.Radio(list(SAMPLERS), value="heun", label="Sampler")
-                checkpoint = gr.Dropdown(choices, value=choices[0], label="Checkpoint")
-                beside = gr.Dropdown([NOBODY_BESIDE, *choices], value=NOBODY_BESIDE, label="Beside it, the same with")
+                controls, buttons = build_controls(gr, model.about, list(session.choices))
             with gr.Column(min_width=320, elem_id="board"):
                 messages = gr.HTML(elem_id="messages", apply_default_css=False)
                 board = gr.HTML(invitation(), elem_id="easel", apply_default_css=False)
@@ -123,45 +80,109 @@ def build_page(studio: "Studio") -> Any:
             label="This session", show_label=False, container=False, columns=10, fit_columns=False, height="auto",
             object_fit="contain", allow_preview=False, interactive=False, buttons=[], elem_id="session",
         )  # fmt: skip
-        session = gr.State([])
+        history = gr.State([])  # finished pictures, the newest first
 
-        controls = [prompt, negative, seed, steps, guidance, sampler, num, checkpoint, beside]
+        def restore(history: list[Any], event: gr.SelectData) -> tuple[Any, ...]:  # type: ignore[name-defined]
+            if not isinstance(event.index, int) or not 0 <= event.index < len(history):
+                return (gr.skip(),) * 11
+            picture = history[event.index]
+            return *controls_of(picture.request), easel_of(picture), ""
+
         drawing = dict(
-            fn=draw, inputs=[*controls, session], outputs=[board, messages, gallery, session],
-            show_progress="hidden", concurrency_limit=1, concurrency_id="device",
+            fn=functools.partial(draw, session), inputs=[*controls.values(), history],
+            outputs=[board, messages, gallery, history], show_progress="hidden", concurrency_limit=1,
+            concurrency_id="device",
         )  # fmt: skip
-        new_seed = another.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 31)")
+        new_seed = buttons["another"].click(
+            None, None, controls["seed"], js="() => Math.floor(Math.random() * 2 ** 31)"
+        )
         started = [
-            button.click(**drawing, api_name="draw"),
-            prompt.submit(**drawing, api_visibility="private"),
+            buttons["draw"].click(**drawing, api_name="draw"),
+            controls["prompt"].submit(**drawing, api_visibility="private"),
             new_seed.then(**drawing, api_visibility="private"),
         ]
-        stop.click(lambda: invitation(), None, board, cancels=started, api_visibility="private", queue=False)
-        gallery.select(restore, session, [*controls, board, messages], show_progress="hidden", api_visibility="private")
+        buttons["stop"].click(invitation, None, board, cancels=started, api_visibility="private", queue=False)
+        gallery.select(
+            restore, history, [*controls.values(), board, messages], show_progress="hidden", api_visibility="private"
+        )
     return page.queue(max_size=WAITING, api_open=False)
 
 
-def read_settings(
+def build_controls(gr: Any, about: "About", choices: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the controls in the order of `read_request`, and the buttons, each by name."""
+    from micro_dit.playground.session import MAX_GUIDANCE, MAX_IMAGES, MAX_LETTERS, MAX_SEED, MAX_STEPS
+
+    prompt = gr.Textbox(
+        label="Prompt", placeholder="red heart", max_lines=4, max_length=MAX_LETTERS, autofocus=True, elem_id="prompt"
+    )
+    negative = gr.Textbox(
+        label="Negative prompt", placeholder="what to lead away from", max_lines=4, max_length=MAX_LETTERS
+    )
+    with gr.Row():
+        draw = gr.Button("Draw", variant="primary", elem_id="draw")
+        stop = gr.Button("Stop", min_width=80, elem_id="stop")
+    with gr.Row(equal_height=True):
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
+        another = gr.Button("Another seed", min_width=120, elem_id="another")
+    num = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Images, a seed each", elem_id="num")
+    steps = gr.Slider(1, MAX_STEPS, about.steps, step=1, label="Steps", elem_id="steps")
+    guidance = gr.Slider(0, MAX_GUIDANCE, about.guidance, step=0.1, label="Guidance")
+    sampler = gr.Radio(list(SAMPLERS), value="heun", label="Sampler")
+    checkpoint = gr.Dropdown(choices, value=choices[0], label="Checkpoint")
+    beside = gr.Dropdown([NOBODY_BESIDE, *choices], value=NOBODY_BESIDE, label="Beside it, the same with")
+    controls = dict(
+        prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, sampler=sampler, num=num,
+        checkpoint=checkpoint, beside=beside,
+    )  # fmt: skip
+    return controls, dict(draw=draw, stop=stop, another=another)
+
+
+def draw(session: "Session", *given: Any) -> Iterator[tuple[Any, ...]]:
+    """Yields board, messages, gallery and history while images form; the last of `given` is the history."""
+    *values, history = given
+    same = import_gradio().skip()
+    try:
+        request = read_request(*values)
+        yield waiting(), "", same, same
+        for frame in session.draw(request):
+            notices = "".join(map(notice, frame.warnings))
+            if frame.done < 1:
+                yield easel(frame), notices, same, same
+            else:
+                finished = [picture for sheet in frame.pictures.values() for picture in sheet]
+                history = [*reversed(finished), *history][:MAX_HISTORY]
+                yield easel(frame), notices, thumbnails(history), history
+    except UserError as error:
+        yield "", notice(str(error), "error"), same, same
+
+
+def read_request(
     prompt: Any, negative: Any, seed: Any, steps: Any, guidance: Any, sampler: Any, num: Any, checkpoint: Any,
     beside: Any,
-) -> "Settings":  # fmt: skip
-    """Settings from what the controls say, or what a request says that they say."""
-    from micro_dit.playground.session import Settings
+) -> "Request":  # fmt: skip
+    """Returns the request of the values of the controls, which may come from elsewhere.
+
+    Raises:
+        UserError: A value makes no sense.
+    """
+    from micro_dit.api import GenerationSettings
+    from micro_dit.playground.session import Request
 
     try:
-        return Settings(
-            str(prompt or ""), str(negative or ""), int(seed), int(steps), float(guidance), str(sampler), int(num),
-            str(checkpoint), "" if beside == NOBODY_BESIDE else str(beside),
+        settings = GenerationSettings(
+            num=int(num), seed=int(seed), steps=int(steps), guidance=float(guidance), sampler=str(sampler),
+            negative_prompt=str(negative or ""),
         )  # fmt: skip
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError("seed, steps, guidance and images must be numbers: fill them in.") from error
+    return Request(str(prompt or ""), settings, str(checkpoint), "" if beside == NOBODY_BESIDE else str(beside))
 
 
-def controls_of(settings: "Settings") -> tuple[Any, ...]:
-    """What the controls say for settings: the opposite of `read_settings`."""
-    s = settings
-    names = (s.prompt, s.negative_prompt, s.seed, s.steps, s.guidance, s.sampler, s.num, s.checkpoint)
-    return *names, s.beside or NOBODY_BESIDE
+def controls_of(request: "Request") -> tuple[Any, ...]:
+    """Returns the values of the controls for a request: the inverse of `read_request`."""
+    s = request.settings
+    names = (request.prompt, s.negative_prompt, s.seed, s.steps, s.guidance, s.sampler, s.num, request.checkpoint)
+    return *names, request.beside or NOBODY_BESIDE
 
 
 def serve(page: Any, host: str, port: int, folder: str) -> str:
@@ -223,13 +244,13 @@ def easel(frame: "Frame") -> str:
         return f'<div class="easel">{bar}<div class="sheets">{sheets}</div></div>'
     first = next(iter(frame.pictures.values()))[0]
     assert first is not None
-    told = about(first.settings, alone=len(frame.pictures) == 1)
+    told = about(first.request, alone=len(frame.pictures) == 1)
     return f'<div class="easel finished"><div class="sheets">{sheets}</div>{told}</div>'
 
 
 def easel_of(picture: "Picture") -> str:
     """A picture of the session alone."""
-    return f'<div class="easel finished">{sheet_of("", [picture], EASEL_WIDTH)}{about(picture.settings)}</div>'
+    return f'<div class="easel finished">{sheet_of("", [picture], EASEL_WIDTH)}{about(picture.request)}</div>'
 
 
 def sheet_of(label: str, pictures: Sequence["Picture | None"], width: int) -> str:
@@ -259,25 +280,26 @@ def figure(picture: "Picture | None") -> str:
         buffer = io.BytesIO()
         picture.image.save(buffer, "WEBP", quality=80)
         source, save = data_url(buffer.getvalue(), "webp"), ""
-    prompt = html.escape(picture.settings.prompt)
-    seed = f"<span>seed {picture.settings.seed}</span>"
+    prompt = html.escape(picture.request.prompt)
+    seed = f"<span>seed {picture.request.settings.seed}</span>"
     return f'<figure><img src="{source}" alt="{prompt}"><figcaption>{seed}{save}</figcaption></figure>'
 
 
-def about(settings: "Settings", alone: bool = True) -> str:
-    """What pictures were drawn with, in a line."""
-    parts = [f"<q>{html.escape(settings.prompt)}</q>" if settings.prompt else "without a prompt"]
+def about(request: "Request", alone: bool = True) -> str:
+    """Returns a line with prompt and settings."""
+    settings = request.settings
+    parts = [f"<q>{html.escape(request.prompt)}</q>" if request.prompt else "without a prompt"]
     if settings.negative_prompt:
         parts.append(f"away from <q>{html.escape(settings.negative_prompt)}</q>")
     parts.append(f"{html.escape(settings.sampler)}, {settings.steps} steps, guidance {settings.guidance:g}")
     if alone:
-        parts.append(html.escape(settings.checkpoint))
+        parts.append(html.escape(request.checkpoint))
     return f'<p class="about">{" · ".join(parts)}</p>'
 
 
-def thumbnails(session: Sequence["Picture"]) -> list[tuple[str, str]]:
+def thumbnails(history: Sequence["Picture"]) -> list[tuple[str, str]]:
     """Files and captions for the gallery, which escapes them itself."""
-    return [(str(p.path), f"{p.settings.prompt or '–'} · {p.settings.seed}") for p in session]
+    return [(str(p.path), f"{p.request.prompt or '–'} · {p.request.settings.seed}") for p in history]
 
 
 def data_url(data: bytes, kind: str) -> str:

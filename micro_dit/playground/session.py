@@ -17,12 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from micro_dit.api import Model, load
-from micro_dit.diffusion.generate import check_steps
+from micro_dit.api import GenerationSettings, Model, load
+from micro_dit.diffusion.generate import Sampling
 from micro_dit.errors import UserError
-from micro_dit.images import save_png
+from micro_dit.images import file_name, save_png
 from micro_dit.interop.model_folder import is_model_folder, read_config
-from micro_dit.sample import file_name, png_metadata
 from micro_dit.training.checkpoint import Checkpoints
 
 MAX_LETTERS, MAX_STEPS, MAX_GUIDANCE, MAX_IMAGES = 1000, 100, 20.0, 8
@@ -32,40 +31,44 @@ FORMING = 1 / 3  # of the time at most goes into pictures that are not finished
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What to draw, and how.
+class Request:
+    """A request for images; its bounds hold for requests that do not come from the page's controls, too.
 
     Attributes:
-        prompt, negative_prompt, seed, steps, guidance, sampler, num: as in `micro_dit.api.Model.latents`.
-        checkpoint: one of `Studio.choices`.
-        beside: another one, to draw the same with; none if empty.
+        prompt: Prompt.
+        settings: Settings that the page has controls for.
+        checkpoint: One of `Session.choices`.
+        beside: Another one, to sample with the same settings; none if empty.
+
+    Raises:
+        UserError: A setting is out of bounds.
     """
 
     prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    guidance: float
-    sampler: str
-    num: int
+    settings: GenerationSettings
     checkpoint: str
     beside: str = ""
 
-    def check(self) -> None:
-        """Raises UserError if a setting is out of bounds: a request need not come from the page's controls."""
-        for what, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
+    def __post_init__(self) -> None:
+        settings = self.settings
+        for what, text in (("prompt", self.prompt), ("negative prompt", settings.negative_prompt)):
             if len(text) > MAX_LETTERS:
                 raise UserError(f"the {what} has {len(text)} letters: use at most {MAX_LETTERS}.")
         for what, number, low, high in (
-            ("seed", self.seed, 0, MAX_SEED),
-            ("number of steps", self.steps, 1, MAX_STEPS),
-            ("number of images", self.num, 1, MAX_IMAGES),
+            ("seed", settings.seed, 0, MAX_SEED),
+            ("number of steps", settings.steps, 1, MAX_STEPS),
+            ("number of images", settings.num, 1, MAX_IMAGES),
         ):
             if not isinstance(number, int) or not low <= number <= high:
                 raise UserError(f"the {what} is {number}: use a whole number from {low} to {high}.")
-        if not 0 <= self.guidance <= MAX_GUIDANCE:
-            raise UserError(f"the guidance is {self.guidance}: use a number from 0 to {MAX_GUIDANCE:g}.")
-        check_steps(self.steps, self.sampler)
+        if settings.guidance is None or not 0 <= settings.guidance <= MAX_GUIDANCE:
+            raise UserError(f"the guidance is {settings.guidance}: use a number from 0 to {MAX_GUIDANCE:g}.")
+        Sampling(settings.steps, settings.guidance, settings.sampler)  # type: ignore[arg-type]
+
+    def image(self, number: int, checkpoint: str) -> "Request":
+        """Returns the request for one of the images alone."""
+        settings = dataclasses.replace(self.settings, num=1, seed=self.settings.seed + number)
+        return Request(self.prompt, settings, checkpoint)
 
 
 class Choice(NamedTuple):
@@ -77,10 +80,10 @@ class Choice(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture, what it was drawn with (for itself alone), and its PNG file; None while it is forming."""
+    """An image, the request for it alone, and its PNG file, which is None while the image is forming."""
 
     image: Image.Image
-    settings: Settings
+    request: Request
     path: Path | None = None
 
 
@@ -98,7 +101,7 @@ class Frame(NamedTuple):
     warnings: tuple[str, ...]
 
 
-class Studio:
+class Session:
     """Draws for anybody who asks, one after the other.
 
     Attributes:
@@ -142,13 +145,12 @@ class Studio:
 
         return self._device.submit(work).result()
 
-    def draw(self, settings: Settings) -> Iterator[Frame]:
+    def draw(self, request: Request) -> Iterator[Frame]:
         """Frames of a drawing as it forms; the last has finished pictures, with files. Closing the iterator stops it.
 
         Raises:
-            UserError: a setting is out of bounds, or a checkpoint can't be loaded.
+            UserError: A checkpoint can't be loaded, or the sampler can't be used with these settings.
         """
-        settings.check()
         frames: SimpleQueue[Frame | None] = SimpleQueue()
         stop = threading.Event()
 
@@ -157,7 +159,7 @@ class Studio:
                 raise InterruptedError("nobody looks on any more")
             frames.put(frame)
 
-        drawing = self._device.submit(self._draw, settings, show)
+        drawing = self._device.submit(self._draw, request, show)
         drawing.add_done_callback(lambda _: frames.put(None))
         try:
             while (frame := frames.get()) is not None:
@@ -166,9 +168,9 @@ class Studio:
             stop.set()
         drawing.result()  # raises what went wrong
 
-    def _draw(self, settings: Settings, show: Callable[[Frame], None]) -> None:
-        labels = dict.fromkeys(label for label in (settings.checkpoint, settings.beside) if label)
-        sheets: dict[str, list[Picture | None]] = {label: [None] * settings.num for label in labels}
+    def _draw(self, request: Request, show: Callable[[Frame], None]) -> None:
+        labels = dict.fromkeys(label for label in (request.checkpoint, request.beside) if label)
+        sheets: dict[str, list[Picture | None]] = {label: [None] * request.settings.num for label in labels}
         warnings: dict[str, None] = {}
 
         def tell(number: int, done: float) -> None:
@@ -179,46 +181,54 @@ class Studio:
             tell(number, 0.0)
             model = self.model(label)
             model.warn = lambda text: warnings.update({text: None})
-            alone = dataclasses.replace(settings, checkpoint=label, beside="")
-            self._fill(sheet, model, alone, functools.partial(tell, number))
+            own = [request.image(i, label) for i in range(request.settings.num)]
+            images = model.generate(
+                request.prompt,
+                request.settings,
+                watch=_show_forming(sheet, model, own, functools.partial(tell, number)),
+            )
+            sheet[:] = [self._save(image, model, one) for image, one in zip(images, own, strict=True)]
         tell(len(sheets), 0.0)
 
-    def _fill(
-        self, sheet: list[Picture | None], model: Model, settings: Settings, tell: Callable[[float], None]
-    ) -> None:
-        """Draws a checkpoint's pictures on its sheet; `tell` is called when there is something new to see."""
-        own = [dataclasses.replace(settings, seed=settings.seed + i, num=1) for i in range(settings.num)]
-        shown, spent = 0.0, 0.0
-
-        def watch(done: float, rows: np.ndarray, guess: np.ndarray) -> None:
-            nonlocal shown, spent
-            start = time.monotonic()
-            if done < 1 and spent <= FORMING * (start - shown + spent):
-                for row, image in zip(rows, model.decode(guess), strict=True):
-                    sheet[row] = Picture(image, own[row])
-                shown = time.monotonic()
-                spent = shown - start
-                tell(done)
-
-        images = model.generate(
-            settings.prompt, num=settings.num, seed=settings.seed, steps=settings.steps, guidance=settings.guidance,
-            sampler=settings.sampler, negative_prompt=settings.negative_prompt, watch=watch,
-        )  # fmt: skip
-        sheet[:] = [self._save(image, model, one) for image, one in zip(images, own, strict=True)]
-
-    def _save(self, image: Image.Image, model: Model, settings: Settings) -> Picture:
-        path = self._folder / file_name(next(self._numbers), settings.prompt, settings.seed)
-        told = png_metadata(
-            model.about, sampler=settings.sampler, steps=settings.steps, guidance=settings.guidance,
-            negative_prompt=settings.negative_prompt,
-        )  # fmt: skip
-        save_png(image, path, {"prompt": settings.prompt, "seed": str(settings.seed)} | told)
-        return Picture(image, settings, path)
+    def _save(self, image: Image.Image, model: Model, request: Request) -> Picture:
+        seed = request.settings.seed
+        path = self._folder / file_name(next(self._numbers), request.prompt, seed)
+        metadata = {"prompt": request.prompt, "seed": str(seed)} | model.png_metadata(request.settings)
+        save_png(image, path, metadata)
+        return Picture(image, request, path)
 
     def close(self) -> None:
         """Stops the drawing in progress, and draws no more."""
         self._closed.set()
         self._device.shutdown(cancel_futures=True)
+
+
+def _show_forming(
+    sheet: list[Picture | None], model: Model, requests: Sequence[Request], tell: Callable[[float], None]
+) -> Callable[[float, np.ndarray, np.ndarray], None]:
+    """Returns what `Model.generate` calls after each call of the network: it updates a sheet with forming images.
+
+    Decoding takes at most the fraction FORMING of the time.
+
+    Args:
+        sheet: Images of a checkpoint, updated in place.
+        model: Model of the checkpoint.
+        requests: Request for each image.
+        tell: Called with the fraction done when the sheet was updated.
+    """
+    shown, spent = 0.0, 0.0
+
+    def watch(done: float, rows: np.ndarray, denoised: np.ndarray) -> None:
+        nonlocal shown, spent
+        start = time.monotonic()
+        if done < 1 and spent <= FORMING * (start - shown + spent):
+            for row, image in zip(rows, model.decode(denoised), strict=True):
+                sheet[row] = Picture(image, requests[row])
+            shown = time.monotonic()
+            spent = shown - start
+            tell(done)
+
+    return watch
 
 
 def find_checkpoints(paths: Sequence[str | Path]) -> dict[str, Choice]:

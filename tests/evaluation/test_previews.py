@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from micro_dit.diffusion.generate import Sampling
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
 from micro_dit.evaluation.previews import Previews
 from tests.helpers import tiny
 
 PROMPTS = ["A <b>Red</b> Heart #12", "plain"]
-SETTINGS = dict(vae="noise", text_encoder="noise", guidance=1.0, steps=1, sigma_data=0.9, dtype="float32")
+SETTINGS = dict(vae="noise", text_encoder="noise", sampling=Sampling(1), sigma_data=0.9, dtype="float32")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.evaluation.domain import domain_measures, real_images
-from micro_dit.evaluation.drawing import Drawing
 from micro_dit.evaluation.image_sets import FromFiles, draw_missing
-from micro_dit.parallel.mesh import make_mesh
+from micro_dit.parallel.mesh import batch_sharding, make_mesh, replicated
 from tests.helpers import tiny
 
 PROMPTS = [f"number {i % 5}" for i in range(21)]
 
 
-def embed(prompts: list[str]) -> np.ndarray:
+def embed(prompts: Sequence[str]) -> np.ndarray:
     rows = [np.random.default_rng(list(p.encode())).standard_normal((4, 12)) for p in prompts]
     return np.asarray(rows, np.float32)
 
@@ -31,14 +32,19 @@ def main(folder: str) -> None:
     found: dict[str, Any] = {"devices": jax.local_device_count()}
     images = {}
     for name, devices, batch_size in (("one", jax.devices()[:1], 3), ("eight", jax.devices(), 16)):
-        drawing = Drawing(network, params, tiny.Blocks(), embed, steps=2, sigma_data=0.9, mesh=make_mesh(None, devices))
+        mesh = make_mesh(None, devices)
+        everywhere = jax.device_put(params, replicated(mesh))
+        generator = Generator(network, sigma_data=0.9, sharding=batch_sharding(mesh))
+
+        def generate(
+            prompts: Sequence[str], seeds: Sequence[int], g: Generator = generator, params: Any = everywhere
+        ) -> np.ndarray:
+            return g.images(params, embed(prompts), seeds, Sampling(2, 2.0), tiny.Blocks().decode)
+
         files = [Path(folder) / name / f"{i:06d}.png" for i in range(len(PROMPTS))]
         # Two processes would share the set like this.
         for index in (1, 0):
-            draw_missing(
-                files, PROMPTS, range(len(PROMPTS)), lambda p, s, d=drawing: d(p, s, 2.0), batch_size=batch_size,
-                share=(index, 2),
-            )  # fmt: skip
+            draw_missing(files, PROMPTS, range(len(PROMPTS)), generate, batch_size=batch_size, share=(index, 2))
         images[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
         measures = domain_measures(FromFiles(files, prompts=PROMPTS), real, tiny.Blocks())
         found[name] = {measure.name: measure.value for measure in measures}

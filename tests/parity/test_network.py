@@ -12,7 +12,7 @@ import pytest
 
 from micro_dit.diffusion import edm
 from micro_dit.diffusion.guidance import extrapolate, guide
-from micro_dit.diffusion.samplers import HEUN, heun, noise_levels
+from micro_dit.diffusion.samplers import noise_levels, sample
 from micro_dit.interop.torch_checkpoint import from_state_dict, release_name, to_release_layout, to_state_dict
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import bind
@@ -35,8 +35,6 @@ class Network:
         self.forward = jax.jit(self._forward)
         self.denoise = jax.jit(self._denoise, static_argnames="scale")
         self.loss_and_gradients = jax.jit(jax.value_and_grad(self._loss))
-        self.sample = jax.jit(self._sample, static_argnames="steps")
-        self.sampler_call = jax.jit(self._sampler_call, static_argnames="scale")
 
     def F(self, params: Any, mask: Any, scale: float) -> edm.Network:
         network = bind(self.config, params)
@@ -53,17 +51,6 @@ class Network:
     def _loss(self, params: Any, x: Any, y: Any, sigma: Any, noise: Any, mask: Any) -> jax.Array:
         F = self.F(params, mask, 1.0)
         return edm.loss(F, x, y, sigma, noise, mask=mask, patch_size=self.config.patch_size).mean()
-
-    def _sample(self, params: Any, noise: Any, y: Any, steps: int) -> jax.Array:
-        """As one program."""
-        F = self.F(params, None, 1.0)
-        return heun(lambda x, sigma: edm.denoise(F, x, sigma, y), noise, noise_levels(steps))
-
-    def _sampler_call(self, params: Any, carry: Any, row: Any, y: Any, scale: float) -> Any:
-        """A call of the denoiser, which the others of the same scale share, and what it returned."""
-        F = self.F(params, None, scale)
-        after = HEUN.call(lambda x, sigma: edm.denoise(F, x, sigma, y), carry, row)
-        return after, HEUN.denoised(carry, row, after)
 
 
 @functools.cache
@@ -140,16 +127,15 @@ def check_sampler(net: Network, name: str, case: dict[str, np.ndarray], about: d
     np.testing.assert_allclose(levels, inputs[f"t_steps_{steps}"], rtol=1e-6)
     called = np.sort(np.concatenate([levels[:-1], levels[1:-1]]))[::-1]
     assert_close(called, case["sigma_calls"], 1e-6, f"{name} levels called")
-    carry, D_x = HEUN.start(noise * np.float32(levels[0])), []
-    for row in zip(*HEUN.columns(levels), strict=True):
-        carry, denoised = net.sampler_call(net.params, carry, row, y, scale)
-        D_x.append(denoised)
-    assert_close(carry[0], nhwc(case["latents"]), SAMPLER_TOLERANCE, f"{name} latents")
+    D_x = []
+
+    def D(x: jax.Array, sigma: float) -> jax.Array:
+        D_x.append(net.denoise(net.params, x, np.float32([sigma]), y, scale=scale))
+        return D_x[-1]
+
+    assert_close(sample(D, noise, levels), nhwc(case["latents"]), SAMPLER_TOLERANCE, f"{name} latents")
     assert_close(D_x[0], nhwc(case["first_D_x"]), SAMPLER_TOLERANCE, f"{name} first call")
     assert_close(D_x[1], nhwc(case["second_D_x"]), SAMPLER_TOLERANCE, f"{name} second call")
-    if (steps, scale) == (8, 1):  # what a scan makes of it, once
-        at_once = net.sample(net.params, noise, y, steps)
-        assert_close(at_once, nhwc(case["latents"]), SAMPLER_TOLERANCE, f"{name} latents, as one program")
 
 
 CHECKS = {

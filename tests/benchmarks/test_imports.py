@@ -1,0 +1,23 @@
+"""The benchmarks run where only jax, flax, optax, numpy and torch are installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Requirements of data preparation, checkpoints, configs and logs. (Flax itself depends on Orbax but does not import it.)
+ABSENT = (
+    "array_record", "clu", "grain", "matplotlib", "ml_collections", "orbax", "PIL", "safetensors", "tensorboardX",
+    "tokenizers", "tqdm", "transformers",
+)  # fmt: skip
+PROGRAM = f"""
+import sys
+sys.modules.update(dict.fromkeys({ABSENT}))  # importing any of them raises ModuleNotFoundError
+import benchmarks.contenders, benchmarks.gpu, benchmarks.growth, benchmarks.jax_jobs, benchmarks.torch_jobs
+import benchmarks.train_step
+"""
+
+
+def test_the_benchmarks_import_nothing_of_the_data_stack() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -53,43 +53,49 @@ def commands_in(path: Path) -> list[list[str]]:
     return [shlex.split(line[line.index("launch/until_done.py") :]) for line in lines]
 
 
-def training_commands() -> dict[str, list[str]]:
-    """By launcher: what it starts, from the name of this package's command on."""
-    found = {}
-    for name in ("tpu_vm.sh", "slurm.sbatch"):
-        (found[name],) = commands_in(LAUNCH / name)
-    sky = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-    found["sky.yaml"] = shlex.split(sky["run"].replace("\\\n", " "))[1:]
-    for kind in JOBSETS:
-        found[f"jobset_{kind}.yaml"] = entry_of_the_image()[1:] + pod(kind)["containers"][0]["args"]
-    arguments = ["--config=configs/mask75.py:small", "--sweep=mask_ratio", "--xm_dry_run", "--python=python"]
-    for number, line in enumerate(dry_run(sys.executable, LAUNCH / "xm_launch.py", *arguments).splitlines()):
-        found[f"xm_launch.py {number}"] = shlex.split(line[line.index("launch/until_done.py") :])
-    return found
+def training_commands(launcher: str) -> list[list[str]]:
+    """What a launcher starts, from the name of this package's command on."""
+    if launcher in ("tpu_vm.sh", "slurm.sbatch"):
+        return commands_in(LAUNCH / launcher)
+    if launcher == "sky.yaml":
+        return [shlex.split(yaml.safe_load((LAUNCH / launcher).read_text())["run"].replace("\\\n", " "))[1:]]
+    if launcher == "xm_launch.py":
+        arguments = ["--config=configs/mask75.py:small", "--sweep=mask_ratio", "--xm_dry_run", "--python=python"]
+        lines = dry_run(sys.executable, LAUNCH / launcher, *arguments).splitlines()
+        return [shlex.split(line[line.index("launch/until_done.py") :]) for line in lines]
+    kind = launcher.removeprefix("jobset_").removesuffix(".yaml")
+    return [entry_of_the_image()[1:] + pod(kind)["containers"][0]["args"]]
 
 
-@pytest.mark.parametrize(("launcher", "words"), sorted(training_commands().items()))
-def test_the_command_is_the_same_and_its_flags_exist(launcher: str, words: list[str]) -> None:
-    assert words[0] == "launch/until_done.py"
-    module = words.index("micro_dit.main")
-    assert words[module - 1] == "-m"
-    assert "python" in words[module - 2]
-    flags = dict(word.removeprefix("--").partition("=")[::2] for word in words[module + 1 :] if word.startswith("--"))
-    assert {"config", "workdir"} <= set(flags)
-    source = (ROOT / "micro_dit" / "main.py").read_text()
-    known = {"config", *re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source)}
-    config = tiny.load_config_file(ROOT / "configs" / "mask75.py", "xl")
-    for name in flags:
-        if name.startswith("config."):
-            field: Any = config
-            for part in name.removeprefix("config.").split("."):
-                assert part in field, name
-                field = field[part]
-        else:
-            assert name in known, name
-    if "$" not in flags["config"]:
-        file, _, variant = flags["config"].partition(":")
-        assert tiny.load_config_file(ROOT / file, variant).phases
+@pytest.mark.parametrize(
+    "launcher", ["tpu_vm.sh", "slurm.sbatch", "sky.yaml", "xm_launch.py", *(path.name for path in JOBSETS.values())]
+)
+def test_the_command_is_the_same_and_its_flags_exist(launcher: str) -> None:
+    commands = training_commands(launcher)
+    assert len(commands) > 1 if launcher == "xm_launch.py" else len(commands) == 1
+    for words in commands:
+        assert words[0] == "launch/until_done.py"
+        module = words.index("micro_dit.main")
+        assert words[module - 1] == "-m"
+        assert "python" in words[module - 2]
+        flags = dict(
+            word.removeprefix("--").partition("=")[::2] for word in words[module + 1 :] if word.startswith("--")
+        )
+        assert {"config", "workdir"} <= set(flags)
+        source = "".join((ROOT / "micro_dit" / name).read_text() for name in ("main.py", "cli.py"))
+        known = {"config", *re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source)}
+        config = tiny.load_config_file(ROOT / "configs" / "mask75.py", "xl")
+        for name in flags:
+            if name.startswith("config."):
+                field: Any = config
+                for part in name.removeprefix("config.").split("."):
+                    assert part in field, name
+                    field = field[part]
+            else:
+                assert name in known, name
+        if "$" not in flags["config"]:
+            file, _, variant = flags["config"].partition(":")
+            assert tiny.load_config_file(ROOT / file, variant).phases
 
 
 def test_every_config_that_is_named_exists() -> None:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Requirements of data preparation, checkpoints, configs and logs. (Flax itself depends on Orbax but does not import it.)
+# Requirements of data preparation, checkpoints, configs and logs. Flax depends on Orbax but does not import it.
 ABSENT = (
     "array_record", "clu", "grain", "matplotlib", "ml_collections", "orbax", "PIL", "safetensors", "tensorboardX",
     "tokenizers", "tqdm", "transformers",

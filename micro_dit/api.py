@@ -7,7 +7,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import warnings
@@ -24,6 +23,7 @@ from micro_dit.data.captions import clean_captions
 from micro_dit.diffusion.generate import Generator, Sampling, batches, draw_noise, to_uint8
 from micro_dit.encoders.info import UNVERIFIED
 from micro_dit.errors import UserError
+from micro_dit.files import hash_text
 from micro_dit.interop.model_folder import VAE, config_from, is_model_folder, load_model_folder, read_config
 from micro_dit.models.config import DiTConfig
 from micro_dit.training.pretrained import run_params
@@ -146,7 +146,7 @@ def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE
     if not (path / "config.json").is_file():
         raise UserError(f"{path} is no work directory of a run and no model folder (it has no config.json).")
     fields = read_config(path / "config.json")
-    config_hash = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+    config_hash = hash_text(json.dumps(fields, sort_keys=True))[:12]
     name = path.resolve().name
     if is_model_folder(path):
         if step is not None or params is not None:

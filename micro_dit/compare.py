@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from micro_dit.errors import UserError
 from micro_dit.evaluate import Stopped, evaluate
 from micro_dit.evaluation.isoflop import plot, table
 from micro_dit.evaluation.registry import check_names
+from micro_dit.files import write_atomically
 from micro_dit.models.dit import abstract_params
 from micro_dit.models.flops import training_flops
 from micro_dit.planning.networks import phase_networks
@@ -284,7 +284,7 @@ def _train_and_measure(run: Run, settings: Mapping[str, Any], say: Callable[[str
         "training_seconds": meta["seconds"], "seconds": time.monotonic() - started, "measures": values,
         "settings": settings, "config": run.config.to_dict(),
     }  # fmt: skip
-    _write(run.workdir / RESULT, json.dumps(result, indent=2) + "\n")
+    write_atomically(run.workdir / RESULT, json.dumps(result, indent=2) + "\n")
 
 
 # ---- Telling ---------------------------------------------------------------------------------------------------------
@@ -293,19 +293,11 @@ def _train_and_measure(run: Run, settings: Mapping[str, Any], say: Callable[[str
 def write_report(out: Path) -> list[dict[str, Any]]:
     """Writes results.md, results.json and isoflop.png of all runs in the folder that are done, and returns these."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob(f"*/{RESULT}"))]
-    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
-    _write(out / "results.md", table(results) + "\n")
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(out / "results.md", table(results) + "\n")
     if results:
         plot(results, out / "isoflop.png")
     return results
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------

@@ -1,27 +1,45 @@
-"""Files that are written whole or not at all, and text tables."""
+"""Files that are written whole or not at all, content hashes, flat dictionaries and text tables."""
 
 import contextlib
 import errno
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from micro_dit.errors import UserError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8 that is seen whole or not at all, also after a power cut.
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file (text in UTF-8) that is seen whole or not at all, also after a power cut.
 
     Raises:
-        UserError: the disk is full, or another failure of writing.
+        UserError: The disk is full, or another failure of writing.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    with disk_errors(path):
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+    with disk_errors(Path(path)), replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary path to write to, which replaces `path` when the block ends and vanishes if it fails.
+
+    The folder is made if missing. The name is of this process alone, so that two can write the same file at once.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -38,6 +56,42 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"Cannot write {path} ({error}): correct that, and run again.") from error
 
 
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """Returns the SHA-256 of a file in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_text(text: str) -> str:
+    """Returns the SHA-256 of a text in UTF-8 in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_arrays(arrays: Iterable[tuple[str, Any]], about: str = "") -> str:
+    """Returns the SHA-256, in hexadecimal digits, of `about` and of the names and bytes of arrays, in order."""
+    digest = hashlib.sha256(about.encode())
+    for name, array in arrays:
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def hash_to_unit(text: str) -> float:
+    """Returns a number in [0, 1) that depends only on the text, uniform over different texts."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings, and lists of mappings, as one dictionary by dotted names, such as 'phases[0].steps'."""
+    if isinstance(tree, Mapping):
+        items = [(f"{prefix}.{name}" if prefix else name, value) for name, value in tree.items()]
+    elif isinstance(tree, list) and any(isinstance(value, Mapping) for value in tree):
+        items = [(f"{prefix}[{index}]", value) for index, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    return {name: value for key, item in items for name, value in flatten(item, key).items()}
+
+
 def text_table(rows: Sequence[Sequence[str]], *, left: int = 1, rule: bool = True, total: bool = False) -> str:
     """Returns rows of cells as lines of text in aligned columns.
 
@@ -48,9 +102,7 @@ def text_table(rows: Sequence[Sequence[str]], *, left: int = 1, rule: bool = Tru
         total: Whether there is a rule over the last row.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows
-    ]
+    lines = ["  ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]
     line = "─" * len(lines[0])
     if total:
         lines.insert(-1, line)

@@ -1,16 +1,16 @@
 """Pictures of a run: contact sheets with captions, animations of them, and the curves of its metrics."""
 
-import contextlib
 import math
 import os
-import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from micro_dit.files import replacing
 
 PAPER, INK, FAINT = "#fbfaf7", "#26241f", "#8a857a"
 SMALLEST_TILE = 96  # pixels; smaller pictures leave no room for their captions
@@ -142,7 +142,7 @@ def save_png(
             info.add_text(key, value)
         else:
             info.add_itxt(key, value)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         _as_image(image).save(temporary, format="PNG", pnginfo=info)
 
 
@@ -173,7 +173,7 @@ def save_gif(
         is_paper = (np.asarray(picture) == ImageColor.getrgb(PAPER)).all(-1)
         frame.paste(255, mask=Image.fromarray(is_paper))
     milliseconds = [round(1000 * seconds_per_frame)] * (len(quantized) - 1) + [round(1000 * hold_last)]
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         quantized[0].save(
             temporary, format="GIF", save_all=True, append_images=quantized[1:], duration=milliseconds, loop=0
         )
@@ -187,19 +187,6 @@ def file_name(number: int, prompt: str, seed: int) -> str:
     """Returns the name of the file for one of several images."""
     words = re.sub(r"\W+", "_", prompt).strip("_")[:40]
     return f"{number:03}_{words or 'unconditional'}_seed_{seed}.png"
-
-
-@contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A name to write to, which becomes `path` once the writing is done: nobody ever sees half a file."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- Curves ----------------------------------------------------------------------------------------------------------

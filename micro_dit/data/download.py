@@ -3,7 +3,6 @@
 A file grows as `NAME.partial` and gets its name when its size, and its checksum where one is published, are right.
 """
 
-import hashlib
 import os
 import random
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from tqdm import tqdm
 
 from micro_dit.errors import UserError
-from micro_dit.files import disk_errors
+from micro_dit.files import disk_errors, hash_file
 
 if TYPE_CHECKING:
     import requests
@@ -163,7 +162,7 @@ class Download:
         here = size_of(self.partial)
         if size is not None and here < size:
             raise Dropped(f"the connection was closed after {here} of {size} bytes")
-        if size not in (None, here) or self.file.sha256 not in (None, sha256_of(self.partial)):
+        if size not in (None, here) or self.file.sha256 not in (None, hash_file(self.partial)):
             self._start_over()
             raise Dropped("size or checksum are not the published ones")
         self.partial.replace(self.path)
@@ -241,12 +240,6 @@ def partial_path(path: Path) -> Path:
 def size_of(path: Path) -> int:
     """Size of a file in bytes; 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
-
-
-def sha256_of(path: Path) -> str:
-    """A file's sha256, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_whole(path: Path, file: RemoteFile) -> bool:

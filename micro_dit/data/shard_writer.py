@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from micro_dit.data.shards import MANIFEST, Field, Manifest, Record, ShardFile, pack_record
-from micro_dit.files import disk_errors, write_atomically
+from micro_dit.files import disk_errors, hash_file, hash_text, write_atomically
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # latents do not compress, and a record of its own is found by one seek
 
@@ -90,14 +89,14 @@ class ShardFileWriter:
 
     def _finish(self) -> None:
         if self._writer is None:
-            self.info = ShardFile(self.path.name, 0, 0, hashlib.sha256().hexdigest())
+            self.info = ShardFile(self.path.name, 0, 0, hash_text(""))
             return
         with disk_errors(self.path):
             self._writer.close()
             with self._partial.open("rb") as file:
                 os.fsync(file.fileno())
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            self.info = ShardFile(self.path.name, self.records, self._partial.stat().st_size, sha256)
+            size = self._partial.stat().st_size
+            self.info = ShardFile(self.path.name, self.records, size, hash_file(self._partial))
             self._partial.replace(self.path)
 
     def _discard(self) -> None:

@@ -17,7 +17,6 @@ import bisect
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -33,6 +32,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from micro_dit.encoders.info import UNVERIFIED, Encoder, ImageEncoderInfo, TextEncoderInfo
 from micro_dit.errors import UserError
+from micro_dit.files import hash_file, hash_text
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -146,7 +146,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """Short hash of the contents of all files."""
         hashes = "".join(file.sha256 for split in sorted(self.splits) for file in self.splits[split])
-        return hashlib.sha256(hashes.encode()).hexdigest()[:16]
+        return hash_text(hashes)[:16]
 
     def latent_std(self, resolution: int) -> float:
         """Standard deviation of the latents over all channels, about zero: what `sigma_data` stands for."""
@@ -370,11 +370,8 @@ def _check_file(path: Path, file: ShardFile, checksums: bool) -> None:
         reader.close()
     if records != file.records:
         raise UserError(f"The shard {path} has {records} records instead of {file.records}: {again}.")
-    if checksums:
-        with path.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        if sha256 != file.sha256:
-            raise UserError(f"The shard {path} has been altered (its sha256 differs from the manifest's): {again}.")
+    if checksums and hash_file(path) != file.sha256:
+        raise UserError(f"The shard {path} has been altered (its sha256 differs from the manifest's): {again}.")
 
 
 class SplitReader:

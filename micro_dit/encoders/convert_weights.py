@@ -14,6 +14,7 @@ from typing import Any
 
 from micro_dit.cli import run_command
 from micro_dit.errors import UserError
+from micro_dit.files import replacing
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 COPIED = (".json", ".txt", ".model")
@@ -87,9 +88,8 @@ def _convert_file(file: Path, target: Path) -> int:
             seen.add(storage)
     if not tensors:
         raise UserError(f"{file} holds no tensors by name: give a file of weights.")
-    temporary = target.with_name(f".{target.name}.partial")
-    save_file(tensors, temporary, {"format": "pt"})
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
     return len(tensors)
 
 

@@ -4,9 +4,7 @@ Shapes: B images · H W latent rows, columns · C latent channels; pixels are (B
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from micro_dit.encoders.devices import Devices
 from micro_dit.encoders.hub import read_json, resolve_folder
 from micro_dit.encoders.weights import Parameters, read_tensors, tensor_name, to_parameters, to_torch
 from micro_dit.errors import UserError
+from micro_dit.files import hash_arrays, write_atomically
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -135,11 +134,8 @@ def fingerprint(config: AutoencoderConfig, parameters: Parameters) -> str:
     for kinds in ("down_block_types", "up_block_types"):  # the usual blocks are not mentioned, as in old shards
         if not settings[kinds]:
             del settings[kinds]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path, leaf in jax.tree_util.tree_flatten_with_path(parameters)[0]:
-        digest.update(tensor_name(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:12]
+    leaves = jax.tree_util.tree_flatten_with_path(parameters)[0]
+    return hash_arrays(((tensor_name(path), leaf) for path, leaf in leaves), json.dumps(settings, sort_keys=True))[:12]
 
 
 def read_config(folder: str | Path) -> AutoencoderConfig:
@@ -203,7 +199,6 @@ def save_autoencoder(
     from safetensors.numpy import save
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     leaves, _ = jax.tree_util.tree_flatten_with_path(parameters)
     named = {tensor_name(path): np.asarray(leaf, dtype) for path, leaf in leaves}
     tensors = {name: to_torch(name, array) for name, array in named.items()}
@@ -217,9 +212,7 @@ def save_autoencoder(
     }
     text = json.dumps(fields, indent=2) + "\n"
     for name, data in ((WEIGHTS_FILE, save(tensors, {"format": "pt"})), (CONFIG_FILE, text.encode())):
-        temporary = folder / f".{name}.{os.getpid()}"
-        temporary.write_bytes(data)
-        temporary.replace(folder / name)
+        write_atomically(folder / name, data)
 
 
 def present_name(name: str) -> str:

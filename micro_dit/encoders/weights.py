@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from micro_dit.errors import UserError
+from micro_dit.files import hash_file
 
 Parameters = dict[str, Any]  # nested as the modules are, with arrays as leaves
 
@@ -85,6 +86,5 @@ def fingerprint_files(files: Iterable[Path], extra: str) -> str:
     """Twelve hexadecimal digits that change with the contents of any of the files or with `extra`."""
     digest = hashlib.sha256(extra.encode())
     for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(hash_file(path)))
     return digest.hexdigest()[:12]

@@ -7,9 +7,7 @@ and needs fewer images than FID.
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 from micro_dit.errors import UserError
 from micro_dit.evaluation.image_sets import Images
 from micro_dit.evaluation.measures import Measure
+from micro_dit.files import hash_arrays, replacing
 
 BATCH_SIZE = 32
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
@@ -60,12 +59,11 @@ class Clip:
             ) from error
         self._torch, self._device = torch, "cuda" if torch.cuda.is_available() else "cpu"
         self._model.to(self._device)
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self._model.state_dict().items()):
-            digest.update(key.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        weights = sorted(self._model.state_dict().items())
+        digest = hash_arrays((key, tensor.detach().cpu().reshape(-1).view(torch.uint8)) for key, tensor in weights)
         processor = self._processor
         self.pipeline = {
-            "network": f"{Path(name).name if Path(name).is_dir() else name}, sha256 {digest.hexdigest()[:12]}",
+            "network": f"{Path(name).name if Path(name).is_dir() else name}, sha256 {digest[:12]}",
             "preprocessing": f"uint8, {processor.size} by Pillow's filter {int(processor.resample)}, crop "
             f"{processor.crop_size if processor.do_center_crop else 'none'}, the checkpoint's mean and std",
         }  # fmt: skip
@@ -146,14 +144,8 @@ def mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 def save_embeddings(path: str | Path, embeddings: np.ndarray, pipeline: dict[str, Any]) -> None:
     """Writes an .npz with CLIP embeddings and how they were made, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    try:
-        np.savez(temporary, clip=embeddings, pipeline=json.dumps(pipeline))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, clip=embeddings, pipeline=json.dumps(pipeline))
 
 
 def load_embeddings(path: str | Path, clip: Clip) -> np.ndarray:

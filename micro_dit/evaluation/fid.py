@@ -6,7 +6,6 @@ Features of real and of generated images are each taken for a Gaussian; the dist
 
 import dataclasses
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from micro_dit.errors import UserError
 from micro_dit.evaluation import inception
 from micro_dit.evaluation.image_sets import Images
 from micro_dit.evaluation.measures import Measure
+from micro_dit.files import replacing
 
 ENOUGH = inception.FEATURES  # with fewer images, covariances have not full rank
 BATCH_SIZE = 32  # images on each device
@@ -152,14 +152,8 @@ def fid(images: Images, network: FidNetwork, reference: Statistics, warn: Callab
 
 def save_statistics(path: str | Path, given: Statistics) -> None:
     """Writes an .npz with mu, sigma, n and pipeline, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    try:
-        np.savez(temporary, mu=given.mu, sigma=given.sigma, n=given.n, pipeline=json.dumps(dict(given.pipeline)))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, mu=given.mu, sigma=given.sigma, n=given.n, pipeline=json.dumps(dict(given.pipeline)))
 
 
 def load_statistics(path: str | Path, features: int = inception.FEATURES) -> Statistics:

@@ -6,13 +6,13 @@ folder for each prompt, `00000/metadata.jsonl` and `00000/samples/0000.png` …,
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from micro_dit.errors import UserError
 from micro_dit.evaluation.measures import Measure
+from micro_dit.files import write_atomically
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 IMAGES_PER_PROMPT = 4
@@ -37,9 +37,7 @@ def plan_files(folder: Path, prompts: Sequence[Mapping[str, Any]]) -> tuple[list
     for number, metadata in enumerate(prompts):
         place = folder / f"{number:05d}"
         (place / "samples").mkdir(parents=True, exist_ok=True)
-        temporary = place / "metadata.tmp"
-        temporary.write_text(json.dumps(dict(metadata)), encoding="utf-8")
-        os.replace(temporary, place / "metadata.jsonl")
+        write_atomically(place / "metadata.jsonl", json.dumps(dict(metadata)))
         files += [place / "samples" / f"{sample:04d}.png" for sample in range(IMAGES_PER_PROMPT)]
         texts += [str(metadata["prompt"])] * IMAGES_PER_PROMPT
     return files, texts

@@ -5,9 +5,7 @@ So a set does not depend on batch sizes, devices or processes; it can be interru
 
 import abc
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from micro_dit.data.images import UnusableImage, crop_image
 from micro_dit.errors import UserError
+from micro_dit.files import hash_arrays, hash_text, write_atomically
 
 SETTINGS_FILE = "set.json"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -136,21 +135,17 @@ class Settings:
     def folder(self) -> str:
         """A name that no other settings have."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return f"images_{self.params}_guidance_{self.guidance:g}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return f"images_{self.params}_guidance_{self.guidance:g}_{hash_text(text)[:8]}"
 
 
 def hash_of(prompts: Sequence[str]) -> str:
     """Twelve hexadecimal digits of a list of prompts."""
-    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:12]
+    return hash_text(json.dumps(list(prompts)))[:12]
 
 
 def hash_of_weights(params: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits of parameters by name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(params.items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()[:12]
+    return hash_arrays(sorted(params.items()))[:12]
 
 
 def numbered(prompts: Sequence[str], n: int) -> list[str]:
@@ -163,9 +158,7 @@ def plan_files(folder: Path, settings: Settings, n: int) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / SETTINGS_FILE
     if not about.exists():
-        temporary = about.with_suffix(".tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(settings), indent=2, ensure_ascii=False) + "\n")
-        os.replace(temporary, about)
+        write_atomically(about, json.dumps(dataclasses.asdict(settings), indent=2, ensure_ascii=False) + "\n")
     return [folder / f"{number:06d}.png" for number in range(n)]
 
 

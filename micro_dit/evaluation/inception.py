@@ -8,7 +8,6 @@ as `pt_inception-2015-12-05-6726825d.pth`, whose names are kept here; their batc
 B images · H W rows, columns · C channels.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from micro_dit.errors import UserError
+from micro_dit.files import hash_file
 
 SIDE = 299  # pixels
 FEATURES = 2048
@@ -206,11 +206,7 @@ def load_params(path: str | Path) -> tuple[dict[str, tuple[jax.Array, jax.Array]
     path = Path(path)
     tensors = read_tensors(path)
     params = fold(tensors, str(path))
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return params, digest.hexdigest()[:12]
+    return params, hash_file(path)[:12]
 
 
 def fold(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -3,7 +3,6 @@
 A result has "name" (of the recipe), "budget", "seed", "parameters", "images" and "measures", numbers by name.
 """
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from micro_dit.files import replacing
 from micro_dit.images import PAPER, STYLE
 
 Result = Mapping[str, Any]
@@ -99,9 +99,8 @@ def plot(results: Sequence[Result], path: str | Path) -> None:
             panel.set_ylabel(COLUMNS[measure])
         _plot_by_level(by_level, largest, colors)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(names))
-        temporary = path.with_suffix(".tmp")
-        figure.savefig(temporary, format="png", facecolor=PAPER)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", facecolor=PAPER)
 
 
 def _plot_by_level(panel: Any, groups: Sequence[tuple[str, float, list[Result]]], colors: Mapping[str, str]) -> None:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from micro_dit.errors import UserError
+from micro_dit.files import write_atomically
 
 MEASURES_FILE = "metrics.json"
 
@@ -70,8 +70,5 @@ class Measures:
         for measure in measures:
             measure = Measure(**json.loads(json.dumps(dataclasses.asdict(measure))))  # as it is read back
             self.all = [other for other in self.all if not measure.replaces(other)] + [measure]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
         content = {"about": self.about, "metrics": [dataclasses.asdict(measure) for measure in self.all]}
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_atomically(self.path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

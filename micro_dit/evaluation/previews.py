@@ -1,7 +1,6 @@
 """Sample grids while training: the same prompts and seeds each time, so that progress can be seen."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from micro_dit.data.shards import Manifest
 from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.encoders.info import same_encoder
 from micro_dit.errors import UserError
+from micro_dit.files import replacing
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import Params
 
@@ -86,9 +86,8 @@ class Previews:
             )
         captions = encoder.encode(prompts)
         if jax.process_index() == 0:
-            temporary = cache.with_name("prompts.tmp.npz")  # a kill leaves no half of the file
-            np.savez(temporary, key=key, captions=captions)
-            os.replace(temporary, cache)
+            with replacing(cache) as temporary, temporary.open("wb") as file:
+                np.savez(file, key=key, captions=captions)
         return captions
 
     def draw(self, network: DiTConfig, params: Params, step: int) -> np.ndarray | None:

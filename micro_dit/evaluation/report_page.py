@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 
 from micro_dit.evaluation.image_sets import SETTINGS_FILE
 from micro_dit.evaluation.measures import Measure, Measures
+from micro_dit.files import write_atomically
 from micro_dit.images import FAINT, HELDOUT, HELDOUT_EMA, INK, PAPER, TRAIN
 
 REPORT_FILE = "report.html"
@@ -50,10 +50,7 @@ def write_report(folder: str | Path, measures: Measures, guidance: float) -> Pat
     ]
     page = PAGE.replace("{style}", STYLE).replace("{title}", html.escape(_title(measures.about)))
     path = folder / REPORT_FILE
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page.replace("{body}", "\n".join(filter(None, parts))), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, page.replace("{body}", "\n".join(filter(None, parts))))
     return path
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from micro_dit.errors import UserError
+from micro_dit.files import write_atomically
 from micro_dit.interop.tensor_files import write_safetensors
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import abstract_params
@@ -80,7 +81,7 @@ def save_model_folder(
             if (vae / file).is_file():
                 shutil.copyfile(vae / file, folder / VAE / file)
         fields["vae_included"] = True
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(fields, indent=2) + "\n")
 
 
 def load_model_folder(folder: str | Path) -> tuple[dict[str, np.ndarray], DiTConfig, dict[str, Any]]:

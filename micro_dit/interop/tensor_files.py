@@ -6,8 +6,7 @@ What is read is mapped into memory, so that a file of many gigabytes costs only 
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from micro_dit.errors import UserError
+from micro_dit.files import replacing
 
 WRAPPERS = ("state_dict", "model")  # under which trainers put the network's state dict
 
@@ -132,17 +132,20 @@ def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], dtype:
         for name, array in written.items():
             if not np.isfinite(array).all() and np.isfinite(arrays[name]).all():
                 raise UserError(f"{name} has values too large for {dtype}: write it as bfloat16 or float32.")
-    with _whole_file(Path(path)) as partial:
-        save_file(written, partial, {"format": "pt"})
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(written, temporary, {"format": "pt"})
+        temporary.chmod(mode)  # safetensors lets only the owner read its files
 
 
 def write_torch(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes float arrays as a float32 state dict with `torch.save`, replacing the file only when all is written."""
     import torch
 
-    with warnings.catch_warnings(), _whole_file(Path(path)) as partial:
+    with warnings.catch_warnings(), replacing(path) as temporary:
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor will it be written
-        torch.save({name: torch.from_numpy(array) for name, array in _as_float32(arrays).items()}, partial)
+        torch.save({name: torch.from_numpy(array) for name, array in _as_float32(arrays).items()}, temporary)
 
 
 def _as_float32(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -152,17 +155,3 @@ def _as_float32(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             raise ValueError(f"{name} is {array.dtype}: float32 would round it")
     # Not ascontiguousarray, which makes a vector of a scalar.
     return {name: np.require(array, np.float32, "C") for name, array in arrays.items()}
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file gets its name when the block ends, and vanishes if it fails."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)  # safetensors lets only the owner read its files
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ describes GPUs from a few figures; neither needs a driver or a chip. Fake CPU de
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from micro_dit.errors import UserError
+from micro_dit.files import hash_text, write_atomically
 from micro_dit.models.config import DiTConfig
 from micro_dit.parallel.cpu import compiler_options
 from micro_dit.parallel.mesh import batch_sharding, replicated
@@ -249,10 +249,7 @@ def compile_ahead(
         finished.set()
         thread.join()
     if known:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        temporary = known.with_suffix(".tmp")  # a kill leaves no half of the file
-        temporary.write_text(json.dumps(dataclasses.asdict(found)))
-        temporary.replace(known)
+        write_atomically(known, json.dumps(dataclasses.asdict(found)))
     return found
 
 
@@ -271,7 +268,7 @@ def _fingerprint(lowered: Any, topology: Topology, optimization: str, options: A
     """Of a program, what it is compiled for, by what, and of the code that reads the result."""
     reader = inspect.getsource(inspect.getmodule(collectives) or collectives)
     about = json.dumps([str(topology), optimization, options, compiler_versions(topology), reader], sort_keys=True)
-    return hashlib.sha256((about + lowered.as_text()).encode()).hexdigest()[:32]
+    return hash_text(about + lowered.as_text())[:32]
 
 
 def compiler_versions(topology: Topology) -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from micro_dit.errors import UserError
-from micro_dit.images import FAINT, HELDOUT, HELDOUT_EMA, INK, PAPER, STYLE, TRAIN, _replacing
+from micro_dit.files import replacing
+from micro_dit.images import FAINT, HELDOUT, HELDOUT_EMA, INK, PAPER, STYLE, TRAIN
 
 
 def plot_curves(
@@ -69,7 +70,7 @@ def plot_curves(
         over_steps[-1].set_xlabel("step")
         if by_sigma:
             _draw_loss_by_sigma(axes["sigma"], by_sigma)
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             figure.savefig(temporary, format=pathlib.Path(path).suffix.lstrip(".") or "png", facecolor=PAPER)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from micro_dit.errors import UserError
+from micro_dit.files import write_atomically
 
 
 class MetricWriter:
@@ -190,7 +191,7 @@ def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] 
     # A resumed run goes on in the same Weights & Biases run; its id is kept in the work directory.
     id_file = workdir / "wandb_run_id.txt"
     if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:12])
+        write_atomically(id_file, uuid.uuid4().hex[:12])
     run = wandb.init(
         project=project,
         id=id_file.read_text().strip(),

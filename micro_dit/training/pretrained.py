@@ -5,7 +5,6 @@ merged, by `run_params`.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from micro_dit.data.shards import Manifest
 from micro_dit.encoders.info import UNVERIFIED
 from micro_dit.errors import UserError
+from micro_dit.files import hash_arrays
 from micro_dit.interop.model_folder import config_from, is_model_folder, load_model_folder, read_config
 from micro_dit.models.config import DiTConfig
 from micro_dit.training.checkpoint import Checkpoints
@@ -166,8 +166,4 @@ def place(params: Mapping[str, np.ndarray], shardings: Mapping[str, Any]) -> dic
 
 def fingerprint(params: Mapping[str, np.ndarray]) -> str:
     """Sixteen hexadecimal digits that tell weights from others."""
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(params[name], np.float32).data)
-    return digest.hexdigest()[:16]
+    return hash_arrays((name, np.asarray(params[name], np.float32)) for name in sorted(params))[:16]

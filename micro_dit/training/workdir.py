@@ -2,12 +2,12 @@
 
 import glob
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from micro_dit.errors import UserError
+from micro_dit.files import flatten, write_atomically
 
 # What may change between two starts of the same run: it has no influence on the trained parameters but by rounding.
 MAY_CHANGE = (
@@ -41,7 +41,7 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mappin
     ours = json.loads(json.dumps({"config": dict(config), "shards": dict(shards)}))  # tuples become lists
     if path.exists():
         theirs = json.loads(path.read_text())
-        before, now = ADDED | _flat(theirs["config"]), ADDED | _flat(ours["config"])
+        before, now = ADDED | flatten(theirs["config"]), ADDED | flatten(ours["config"])
         if before["quantize"]:
             raise UserError(
                 f"{workdir} holds a run with quantize={before['quantize']!r}, and 8-bit products were removed; "
@@ -63,18 +63,4 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mappin
                 f"{workdir} belongs to a run with another config: {'; '.join(differing[:4])}{more}; "
                 "give a new --workdir, or the config that it was started with."
             )
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(ours, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and lists as one dict by dotted names."""
-    if isinstance(tree, dict):
-        items = [(f"{prefix}.{name}" if prefix else name, value) for name, value in tree.items()]
-    elif isinstance(tree, list) and any(isinstance(value, dict) for value in tree):
-        items = [(f"{prefix}[{index}]", value) for index, value in enumerate(tree)]
-    else:
-        return {prefix: tree}
-    return {name: value for key, item in items for name, value in _flat(item, key).items()}
+    write_atomically(path, json.dumps(ours, indent=2) + "\n")

@@ -22,7 +22,7 @@ from typing import Any, Self
 from micro_dit.data.shard_writer import LatentSums, latent_statistics, write_manifest
 from micro_dit.data.shards import IDS_NAMED, MANIFEST, Manifest, ShardFile, Tally, read_manifest
 from micro_dit.errors import UserError
-from micro_dit.files import disk_errors, write_atomically
+from micro_dit.files import disk_errors, flatten, write_atomically
 
 PLAN, PARTS, REJECTS = "plan.json", "parts", "rejects.jsonl"
 
@@ -89,15 +89,13 @@ class Journal:
                 raise UserError(f"{self.folder} holds finished shards of unknown settings: choose another folder.")
             if self.folder.exists() and any(path.name not in (PARTS, PLAN) for path in self.folder.iterdir()):
                 raise UserError(f"{self.folder} is not empty, and no shards were begun there: choose another folder.")
-            with disk_errors(self.folder):
-                self._own.mkdir(parents=True, exist_ok=True)
             write_atomically(self._own / PLAN, json.dumps(wanted, indent=2) + "\n")
             (self._own / PLAN).replace(self.folder / PLAN)
         self._compare(json.loads((self.folder / PLAN).read_text(encoding="utf-8")), wanted)
         shutil.rmtree(self._own, ignore_errors=True)  # a killed process may have left it
 
     def _compare(self, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        old, new = dict(_flatten(begun)), dict(_flatten(wanted))
+        old, new = _by_name(begun), _by_name(wanted)
         for name in [*old, *new]:
             if old.get(name) != new.get(name):
                 raise UserError(
@@ -132,12 +130,9 @@ class Journal:
         Raises:
             UserError: the disk is full, or another failure of writing.
         """
-        path = self._report_path(report.split, report.index)
-        with disk_errors(path):
-            path.parent.mkdir(exist_ok=True)
         # A plain dictionary: Python 3.11 cannot copy another kind.
         plain = dataclasses.asdict(dataclasses.replace(report, altered=dict(report.altered)))
-        write_atomically(path, json.dumps(plain) + "\n")
+        write_atomically(self._report_path(report.split, report.index), json.dumps(plain) + "\n")
 
     def merge(self, manifest: Manifest) -> Manifest:
         """Makes the folder whole when all parts are done.
@@ -186,6 +181,8 @@ class Journal:
         write_manifest(self._own, manifest)
         (self._own / MANIFEST).replace(self.folder / MANIFEST)
         self._own.rmdir()
+        for left in (self.folder / PARTS).glob(".*.tmp"):  # by a process that was killed; all parts are written by now
+            left.unlink(missing_ok=True)
         return read_manifest(self.folder)
 
     def _reports(self) -> Iterator[PartReport]:
@@ -200,14 +197,12 @@ class Journal:
         return self.folder / PARTS / f"{split}-{index:05d}.json"
 
 
-def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Names and values of nested settings; of a list, its length and then its values."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{name}.{key}" if name else key)
-    elif isinstance(value, list):
-        yield f"length of {name}", len(value)
-        for index, inner in enumerate(value):
-            yield f"{name}[{index}]", inner
-    else:
-        yield name, value
+def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested settings by dotted names; each list as its length and then its items."""
+    flat: dict[str, Any] = {}
+    for name, value in flatten(settings).items():
+        if isinstance(value, list):
+            flat |= {f"length of {name}": len(value)} | {f"{name}[{index}]": item for index, item in enumerate(value)}
+        else:
+            flat[name] = value
+    return flat

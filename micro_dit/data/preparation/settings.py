@@ -1,11 +1,11 @@
 """Settings of a preparation: what is prepared, with which encoders, and how."""
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
 from micro_dit.data.shards import POSTERIORS
 from micro_dit.errors import UserError
+from micro_dit.files import hash_to_unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,5 +62,4 @@ class PreparationSettings:
 
     def split_of(self, id: str, split: str) -> str:
         """Returns the split that an example goes to."""
-        draw = int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") / 2**64
-        return "validation" if draw < self.validation else split
+        return "validation" if hash_to_unit(id) < self.validation else split

@@ -5,8 +5,6 @@ made once, beside the captions, in the order in which they are read (a few minut
 found in well under a millisecond, by any number of processes, and takes no memory.
 """
 
-import os
-import socket
 import sqlite3
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -14,6 +12,7 @@ from pathlib import Path
 
 from micro_dit.data.sources import escape
 from micro_dit.errors import UserError
+from micro_dit.files import replacing
 
 
 class CaptionIndex:
@@ -43,9 +42,8 @@ class CaptionIndex:
         origin = settings + "".join(f"\n{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
         if self.file.exists() and self._origin() == origin:
             return
-        temporary = self.file.with_name(f"{self.file.name}.{socket.gethostname()}-{os.getpid()}.tmp")
         try:
-            with closing(sqlite3.connect(temporary)) as database:
+            with replacing(self.file) as temporary, closing(sqlite3.connect(temporary)) as database:
                 database.execute("PRAGMA journal_mode = OFF")
                 database.execute("CREATE TABLE captions (key TEXT, caption BLOB)")
                 database.execute("CREATE TABLE origin (text TEXT)")
@@ -55,11 +53,8 @@ class CaptionIndex:
                 database.execute("INSERT INTO origin VALUES (?)", (origin,))
                 database.execute("CREATE INDEX by_key ON captions (key)")  # sorts once, which beats sorted insertion
                 database.commit()
-            os.replace(temporary, self.file)
         except (sqlite3.OperationalError, OSError) as error:
             raise UserError(f"{self.file} cannot be written ({error}): give another place by index=...") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def captions(self, key: str) -> list[str]:
         """Returns the captions of a key, in the order of the data; what is not UTF-8 in them is surrogates."""

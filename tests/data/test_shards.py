@@ -250,8 +250,9 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         ShardFileWriter(tmp_path / "nowhere" / "train.array_record", FIELDS) as writer,
     ):
         writer.write(make_record(0))
-    with pytest.raises(UserError, match=rf"Cannot write {tmp_path}/nowhere/manifest\.json"):
-        write_manifest(tmp_path / "nowhere", make_manifest())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"Cannot write {tmp_path}/file/manifest\.json"):
+        write_manifest(tmp_path / "file", make_manifest())
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_errors_are_one_sentence(tars: Path, tmp_path: Path) -> None:
         f"sa1b:{tmp_path}/empty,captions={tars}": "no .tar files at",
         f"sa1b:{tars},captions={tmp_path}/empty": "no captions at",
         f"sa1b:{tars},captions={tmp_path}/half.jsonl": "Line 2 of .* is not valid JSON",
-        f"sa1b:{tars},captions={tars}/sa_000000.tar,index={tmp_path}/no/such": "cannot be written",
+        f"sa1b:{tars},captions={tars}/sa_000000.tar,index={tmp_path}/half.jsonl/index": "cannot be written",
     }.items():
         with pytest.raises(UserError, match=message):
             open_source(spec, px=1).parts("train")

@@ -6,7 +6,6 @@ METRICS.
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -21,6 +20,7 @@ from micro_dit.evaluation.domain import domain_measures
 from micro_dit.evaluation.fid import FidNetwork, fid, load_statistics, save_statistics
 from micro_dit.evaluation.image_sets import Images, image_folder
 from micro_dit.evaluation.measures import Measure
+from micro_dit.files import hash_text
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ class MetricInputs:
         real, kept = image_folder(reference, self.side, self.only), None
         if self.cache is not None:
             files = [f"{file.relative_to(reference)} {file.stat().st_size}" for file in real.files]
-            digest = hashlib.sha256("\n".join([*files, str(self.side), str(dict(pipeline))]).encode()).hexdigest()[:12]
+            digest = hash_text("\n".join([*files, str(self.side), str(dict(pipeline))]))[:12]
             kept = self.cache / f"{kind}_{Path(reference).name}_{len(real)}_{self.side}px_{digest}.npz"
             if kept.exists():
                 return load(kept)

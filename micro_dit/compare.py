@@ -21,9 +21,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from micro_dit.api import load
 from micro_dit.cli import REMOVED_FIELDS, load_config, removed_field, run_command
 from micro_dit.errors import UserError
-from micro_dit.evaluate import Stopped, evaluate
+from micro_dit.evaluation.evaluate_model import EvaluationRequest, ModelEvaluation, Stopped
 from micro_dit.evaluation.isoflop import plot, table
 from micro_dit.evaluation.registry import check_names
 from micro_dit.files import write_atomically
@@ -273,11 +274,11 @@ def _train_and_measure(run: Run, settings: Mapping[str, Any], say: Callable[[str
     if not trained:
         raise Stopped(f"{run.workdir} is trained in part")
     averaged = bool(run.config.phases[-1].get("ema_decay"))
+    request = EvaluationRequest(
+        settings["metrics"], params="ema" if averaged else "raw", num_images=settings["num_images"] or None
+    )
     with Interrupt() as interrupt:
-        measures = evaluate(
-            run.workdir, settings["metrics"], params="ema" if averaged else "raw",
-            num_images=settings["num_images"] or None, stops=lambda: interrupt.requested, say=say,
-        )  # fmt: skip
+        measures = ModelEvaluation(run.workdir, request, load, lambda: interrupt.requested, say).run()
     other = "raw" if averaged else "ema"
     values = {m.name + (f" ({other})" if m.images.get("params") == other else ""): m.value for m in measures}
     result = run.result() | {

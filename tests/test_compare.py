@@ -15,7 +15,7 @@ from micro_dit.compare import compare, fit_steps, plan_runs, read_config
 from micro_dit.encoders.image import load_image_encoder
 from micro_dit.encoders.info import ImageEncoderInfo
 from micro_dit.errors import UserError
-from micro_dit.evaluate import Stopped
+from micro_dit.evaluation.evaluate_model import Stopped
 from micro_dit.evaluation.isoflop import grouped, table
 from tests.helpers import tiny
 

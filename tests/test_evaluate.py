@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,23 @@ from absl import flags
 from PIL import Image
 
 from micro_dit import evaluate as command
+from micro_dit.api import load
 from micro_dit.diffusion.generate import Sampling
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
-from micro_dit.evaluate import Stopped, evaluate
 from micro_dit.evaluation.during_training import make_training_evaluation
+from micro_dit.evaluation.evaluate_model import EvaluationRequest, ModelEvaluation, Stopped
+from micro_dit.evaluation.measures import Measure
 from tests.helpers.tiny import Blocks, Words
 
 STEPS = dict(steps=2, guidance=(2.0,), say=lambda text: None)
+
+
+def evaluate(
+    workdir: Path, metrics: Sequence[str], *, stops: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print, **settings: Any,
+) -> list[Measure]:  # fmt: skip
+    return ModelEvaluation(workdir, EvaluationRequest(metrics, **settings), load, stops, say).run()
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ class InMemory(Images):
         return len(self._images)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Yields the images in batches of at most `size`."""
         for start in range(0, len(self), size):
             yield self._images[start : start + size]
 
@@ -65,6 +66,7 @@ class FromFiles(Images):
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Yields the images in batches of at most `size`."""
         for start in range(0, len(self), size):
             yield np.stack([self._read(file) for file in self.files[start : start + size]])
 
@@ -108,18 +110,18 @@ def image_folder(folder: str | Path, side: int, only: Iterable[str] | None = Non
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """All that an image depends on besides its number.
+class ImageSetSettings:
+    """Everything that an image depends on, except for its number.
 
     Attributes:
-        model: hash of its weights.
+        model: Hash of the weights.
         params: 'ema' or 'raw'.
-        guidance: its scale.
-        steps: of Heun's sampler.
-        seed: of image 0.
-        dtype: of the matrix products.
-        prompts: what they are called, such as 'held-out captions'.
-        prompts_hash: of their texts.
+        guidance: Guidance scale.
+        steps: Steps of Heun's sampler.
+        seed: Seed of image 0.
+        dtype: Dtype of the matrix products.
+        prompts: What the prompts are called, such as 'held-out captions'.
+        prompts_hash: Hash of the prompts' texts.
     """
 
     model: str
@@ -133,28 +135,28 @@ class Settings:
 
     @property
     def folder(self) -> str:
-        """A name that no other settings have."""
+        """Name of the folder, which no other settings have."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return f"images_{self.params}_guidance_{self.guidance:g}_{hash_text(text)[:8]}"
 
 
 def hash_of(prompts: Sequence[str]) -> str:
-    """Twelve hexadecimal digits of a list of prompts."""
+    """Returns twelve hexadecimal digits of the hash of a list of prompts."""
     return hash_text(json.dumps(list(prompts)))[:12]
 
 
 def hash_of_weights(params: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits of parameters by name."""
+    """Returns twelve hexadecimal digits of the hash of parameters by name."""
     return hash_arrays(sorted(params.items()))[:12]
 
 
 def numbered(prompts: Sequence[str], n: int) -> list[str]:
-    """The prompts of n images: in turn."""
+    """Returns the prompts of n images: the given ones in turn."""
     return [prompts[i % len(prompts)] for i in range(n)]
 
 
-def plan_files(folder: Path, settings: Settings, n: int) -> list[Path]:
-    """The files of n images; the folder is made, and says by which settings."""
+def plan_files(folder: Path, settings: ImageSetSettings, n: int) -> list[Path]:
+    """Returns the files of n images; makes their folder, with a file of the settings in it."""
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / SETTINGS_FILE
     if not about.exists():
@@ -172,15 +174,16 @@ def draw_missing(
     share: tuple[int, int] = (0, 1),
     after_batch: Callable[[int], bool] = lambda done: False,
 ) -> bool:
-    """Draws the images whose files are missing, in their order; a file has its name only when it is whole.
+    """Samples the images whose files are missing, in order; a file has its name only when it is complete.
 
     Args:
-        files: of all images.
-        prompts, seeds: of all images.
-        draw: makes the images of some of them.
-        batch_size: images at once.
-        share: (which of how many processes this is); each draws every so-manieth batch.
-        after_batch: is told how many images were drawn, and says whether to stop.
+        files: Files of all images.
+        prompts: Prompts of all images.
+        seeds: Seeds of all images.
+        draw: Samples some of the images.
+        batch_size: Images at once.
+        share: Index of this process and number of processes, which take batches in turn.
+        after_batch: Called with the number of images in the batch; returns whether to stop.
 
     Returns:
         Whether all images of this share are there.

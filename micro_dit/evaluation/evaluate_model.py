@@ -1,0 +1,306 @@
+"""Evaluates a checkpoint or a model folder: samples sets of images and measures them, and the held-out loss.
+
+Everything is on disk as soon as it is computed, so that an interrupted evaluation can be resumed. See
+docs/evaluation.md.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from micro_dit.data.captions import clean_captions
+from micro_dit.data.pipeline import load_split
+from micro_dit.diffusion.generate import Generator, Sampling
+from micro_dit.encoders.image import load_image_encoder
+from micro_dit.errors import UserError
+from micro_dit.evaluation import geneval
+from micro_dit.evaluation.coco import IMAGES as COCO_IMAGES
+from micro_dit.evaluation.domain import check_prompts, real_images
+from micro_dit.evaluation.evaluation_data import EvaluationData, Prompts, choose_prompts, read_evaluation_data
+from micro_dit.evaluation.image_sets import (
+    FromFiles,
+    Images,
+    ImageSetSettings,
+    draw_missing,
+    hash_of,
+    hash_of_weights,
+    numbered,
+    plan_files,
+)
+from micro_dit.evaluation.measures import Measure, Measures
+from micro_dit.evaluation.registry import METRICS as IMAGE_METRICS
+from micro_dit.evaluation.registry import MetricInputs, check_names, load_metrics
+from micro_dit.evaluation.report_page import write_report
+from micro_dit.evaluation.validation_loss import make_heldout_loss
+from micro_dit.interop.model_folder import is_model_folder
+from micro_dit.parallel.distributed import main_first
+from micro_dit.parallel.mesh import batch_sharding, make_mesh, replicated
+from micro_dit.training.progress import Progress
+
+if TYPE_CHECKING:
+    from micro_dit.api import Model
+
+METRICS = ("heldout_loss", *IMAGE_METRICS, "geneval")
+
+
+class Stopped(Exception):
+    """The user has asked to stop; all images and numbers so far are on disk."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRequest:
+    """What to measure, and how.
+
+    Attributes:
+        metrics: Names from METRICS.
+        step: Step of the checkpoint; by default the newest.
+        params: 'ema' or 'raw'.
+        out: Output folder; by default evaluation/STEP in the work directory.
+        guidance: Guidance scales, with a set of images each; by default the model's.
+        steps: Sampler steps; by default the model's.
+        seed: Seed of image 0.
+        num_images: Images for each scale; by default 30,000 for COCO's captions, else 256.
+        prompts: As for `choose_prompts`.
+        batch_size: Images at once on each device; no image depends on it.
+        dtype: Dtype of the network's matrix products.
+        shards: Shards to evaluate on; by default those of the run.
+        reference: As for `MetricInputs`; so are `clip_reference`, `clip` and `inception`.
+        clip_reference: See there.
+        clip: See there.
+        inception: See there.
+        geneval_prompts: GenEval's file of prompts.
+        geneval_results: File of results of GenEval's scorer.
+    """
+
+    metrics: Sequence[str]
+    step: int | None = None
+    params: str = "ema"
+    out: str | Path | None = None
+    guidance: Sequence[float] = ()
+    steps: int | None = None
+    seed: int = 0
+    num_images: int | None = None
+    prompts: str = "heldout"
+    batch_size: int = 8
+    dtype: str = "float32"
+    shards: str = ""
+    reference: str = ""
+    clip_reference: str = ""
+    clip: str = ""
+    inception: str = ""
+    geneval_prompts: str = ""
+    geneval_results: str = ""
+
+    def __post_init__(self) -> None:
+        check_names(self.metrics, METRICS)
+        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 1) or self.seed < 0:
+            raise UserError("--batch_size and --num_images must be at least 1, and --seed at least 0.")
+        if "geneval" in self.metrics and not (self.geneval_prompts or self.geneval_results):
+            raise UserError(
+                "GenEval needs --geneval_prompts, the file evaluation_metadata.jsonl of its repository, to draw "
+                "images, or --geneval_results, its scorer's results.jsonl, to summarize."
+            )
+
+    @property
+    def image_metrics(self) -> list[str]:
+        """Names of the metrics of image sets."""
+        return [name for name in self.metrics if name in IMAGE_METRICS]
+
+
+class ModelEvaluation:
+    """The evaluation of one model."""
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        request: EvaluationRequest,
+        load: "Callable[..., Model]",
+        stops: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = print,
+    ):
+        """Loads the model and the metrics, and checks all that can be checked before the first image is sampled.
+
+        Args:
+            workdir: Work directory of a run, or a model folder.
+            request: What to measure.
+            load: Loads a model: `micro_dit.api.load`.
+            stops: Asked after each batch whether to stop.
+            say: Prints a line of progress.
+
+        Raises:
+            UserError: Something is missing or does not fit.
+        """
+        self.workdir, self.request, self._load, self._stops, self._say = Path(workdir), request, load, stops, say
+        self.main_process = jax.process_index() == 0
+        self.of_run = not is_model_folder(self.workdir)
+        model = load(workdir, request.step, params=request.params if self.of_run else None)
+        self.model, self.data = model, read_evaluation_data(self.workdir, model, request.shards)
+        step = "model" if model.about.step is None else str(model.about.step)
+        self.folder = Path(request.out) if request.out else self.workdir / "evaluation" / step
+        self.mesh = make_mesh(None, jax.local_devices())
+        self.measures = Measures(self.folder, {
+            "model": model.about.name, "step": model.about.step, "attribution": model.about.source,
+            "parameters": sum(array.size for array in model.params.values()),
+        })  # fmt: skip
+        if "heldout_loss" in request.metrics and (self.data is None or not self.data.heldout):
+            raise UserError(f"{workdir} has no held-out split to measure a loss on: leave out 'heldout_loss'.")
+        self.prompts = choose_prompts(request.prompts, self.data) if request.image_metrics else Prompts("", ())
+        self._measure_images = self._load_metrics()
+        geneval_prompts = request.geneval_prompts if "geneval" in request.metrics else ""
+        self._geneval_tasks = geneval.read_prompts(geneval_prompts) if geneval_prompts else []
+        self._generate = functools.cache(self._make_generate)
+
+    def _load_metrics(self) -> Callable[[Images], list[Measure]]:
+        """Loads the metrics of image sets, on the main process only."""
+        request, model, data = self.request, self.model, self.data
+        names = request.image_metrics if self.main_process else []
+        real = real_images(data.shards, data.resolution) if data and "domain" in names else None
+        if real is not None:
+            check_prompts(self.prompts.texts, real["text"])
+        inputs = MetricInputs(
+            side=model.config.input_size * model.image_encoder.downsample, reference=request.reference,
+            clip_reference=request.clip_reference, only=self.prompts.files, clip=request.clip,
+            inception=request.inception, image_encoder=model.image_encoder, real=real,
+            cache=self.folder.parent / "references", sharding=batch_sharding(self.mesh), say=self._say,
+            warn=lambda text: self._say(f"warning: {text}"),
+        )  # fmt: skip
+        return main_first(lambda: load_metrics(names, inputs))
+
+    def run(self) -> list[Measure]:
+        """Measures the model, and writes images, metrics.json and report.html.
+
+        Raises:
+            Stopped: The user has asked to stop.
+        """
+        request, about = self.request, self.model.about
+        if request.geneval_results:
+            self.measures.add(*geneval.summarize(request.geneval_results))
+        if "heldout_loss" in request.metrics and self.main_process:
+            assert self.data is not None
+            self.measures.add(*self._heldout_losses(self.data))
+        weights = hash_of_weights(self.model.params)
+        sampler_steps = about.steps if request.steps is None else request.steps
+        for scale in request.guidance or (about.guidance,):
+            settings = ImageSetSettings(
+                weights, request.params, scale, sampler_steps, request.seed, request.dtype, self.prompts.name,
+                hash_of(self.prompts.texts),
+            )  # fmt: skip
+            if request.image_metrics:
+                self._measure_image_set(settings)
+            if self._geneval_tasks:
+                self._sample_geneval(settings)
+        if self.main_process:
+            for line in _lines(self.measures.all):
+                self._say(line)
+            self._say(f"{write_report(self.folder, self.measures, about.guidance)} shows them")
+        return self.measures.all
+
+    def _measure_image_set(self, settings: ImageSetSettings) -> None:
+        """Samples a set of images and adds its measures."""
+        count = self.request.num_images or (COCO_IMAGES if self.prompts.files else 256)
+        files = plan_files(self.folder / settings.folder, settings, count)
+        texts = numbered(self.prompts.texts, count)
+        self._sample_missing(files, texts, settings)
+        if self.main_process:
+            about_images = dataclasses.asdict(settings) | {"folder": settings.folder, "count": count}
+            for measure in self._measure_images(FromFiles(files, prompts=texts)):
+                self.measures.add(dataclasses.replace(measure, images=about_images))
+
+    def _sample_geneval(self, settings: ImageSetSettings) -> None:
+        """Samples the images of GenEval, which its own program scores."""
+        folder = self.folder / settings.folder.replace("images", "geneval")
+        files, texts = geneval.plan_files(folder, self._geneval_tasks)
+        self._sample_missing(files, texts, settings)
+        self._say(f"GenEval's images are in {folder}: score them by {geneval.SCORER}, then give --geneval_results.")
+
+    def _heldout_losses(self, data: EvaluationData) -> list[Measure]:
+        """Returns EDM's loss by noise level, of the EMA and of the raw weights."""
+        heldout = load_split(data.shards, data.heldout, data.resolution, data.images)
+        loss = make_heldout_loss(
+            self.model.config, heldout, P_mean=data.phase.P_mean, P_std=data.phase.P_std,
+            sigma_data=self.model.about.sigma_data, dtype="float32", sharding=replicated(self.mesh),
+        )  # fmt: skip
+        pipeline = {
+            "loss": "EDM, weighted, unmasked; fixed noise; midpoints of 11 equally likely slices of the noise levels "
+            f"that training draws (P_mean {data.phase.P_mean:g}, P_std {data.phase.P_std:g})",
+            "held-out images": len(heldout["text"]), "shards": data.shards,
+        }  # fmt: skip
+        params = self.request.params
+        weights: dict[str, Any] = {params: self.model.params}
+        if self.of_run:
+            other = "raw" if params == "ema" else "ema"
+            try:
+                weights[other] = self._load(self.workdir, self.model.about.step, params=other).params
+            except UserError:
+                self._say("the checkpoint has no EMA weights: the held-out loss is that of the raw weights only.")
+        measures = []
+        for kind, values in weights.items():
+            losses = loss(jax.device_put(dict(values), replicated(self.mesh)), self._stops)
+            if not losses:
+                raise Stopped("no held-out loss yet")
+            measures += [Measure(name, value, "lower", pipeline, {"params": kind}) for name, value in losses.items()]
+        return measures
+
+    def _make_generate(self) -> Callable[..., np.ndarray]:
+        """Returns the function (prompts, seeds, sampling) → images that splits a batch over the devices."""
+        model, rows = self.model, batch_sharding(self.mesh)
+        about, encoder = model.about, model.image_encoder  # which checks that it is the model's
+        if self.mesh.size > 1:
+            encoder = load_image_encoder(about.vae_folder or about.vae, sharding=rows)
+        params = jax.device_put(model.params, replicated(self.mesh))
+        generator = Generator(model.config, sigma_data=about.sigma_data, dtype=self.request.dtype, sharding=rows)
+
+        def generate(prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
+            captions = model.text_encoder.encode(clean_captions(list(prompts), about.caption_cleaning))
+            return generator.images(params, captions, seeds, sampling, encoder.decode, batch_size=len(prompts))
+
+        return generate
+
+    def _sample_missing(self, files: Sequence[Path], texts: Sequence[str], settings: ImageSetSettings) -> None:
+        """Samples the missing images, and waits until all processes have theirs.
+
+        Raises:
+            Stopped: Images are still missing.
+        """
+        n, there, processes = len(files), sum(file.exists() for file in files), jax.process_count()
+        sampling, title = Sampling(settings.steps, settings.guidance), f"guidance {settings.guidance:g}"
+        if there:
+            self._say(f"{title}: {there:,} of {n:,} images are there already")
+        if there < n:
+            progress, done = Progress(title, n, there, 1, enabled=self.main_process), there
+
+            def after_batch(drawn: int) -> bool:
+                nonlocal done
+                done = min(n, done + drawn * processes)
+                progress.update(done)
+                return self._stops()
+
+            draw_missing(
+                files, texts, range(settings.seed, settings.seed + n),
+                lambda prompts, seeds: self._generate()(prompts, seeds, sampling),
+                batch_size=self.request.batch_size * self.mesh.size, share=(jax.process_index(), processes),
+                after_batch=after_batch,
+            )  # fmt: skip
+            progress.close()
+        if processes > 1:
+            multihost_utils.sync_global_devices(f"images {settings.guidance}")
+            time.sleep(0 if self.main_process else 1)  # a shared disk may show the others' files late
+        if missing := sum(not file.exists() for file in files):
+            raise Stopped(f"{n - missing:,} of {n:,} images are in {files[0].parent}")
+
+
+def _lines(measures: Sequence[Measure]) -> list[str]:
+    """Returns a line for each measure."""
+    width = max((len(measure.name) for measure in measures), default=0)
+    lines = []
+    for measure in measures:
+        images = " ".join(f"{k}={measure.images[k]}" for k in ("params", "guidance", "count") if k in measure.images)
+        lines.append(f"{measure.name:{width}}  {f'{measure.value:.4f}':>10}  {images}".rstrip())
+    return lines

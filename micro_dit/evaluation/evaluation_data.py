@@ -1,0 +1,88 @@
+"""The data that a model is evaluated on: the shards of its run, and prompts."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from micro_dit.cli import read_prompts
+from micro_dit.data.mixture import read_mix
+from micro_dit.data.pipeline import load_split
+from micro_dit.errors import UserError
+from micro_dit.evaluation.coco import read_coco_prompts
+from micro_dit.interop.model_folder import is_model_folder, read_config
+from micro_dit.training.phases import Phase, make_phases
+
+if TYPE_CHECKING:
+    from micro_dit.api import Model
+
+MAX_CAPTIONS = 2000
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationData:
+    """Shards to evaluate on.
+
+    Attributes:
+        shards: Folder of shards, or a mix.
+        heldout: Name of the held-out split; empty if there is none.
+        resolution: Side of the images in pixels.
+        images: Number of held-out images for the loss.
+        phase: Phase of the checkpoint.
+    """
+
+    shards: str
+    heldout: str
+    resolution: int
+    images: int
+    phase: Phase
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts to sample: what they are called, their texts, and for COCO the files of their images."""
+
+    name: str
+    texts: Sequence[str]
+    files: Sequence[str] | None = None
+
+
+def read_evaluation_data(workdir: Path, model: "Model", shards: str) -> EvaluationData | None:
+    """Returns the data of a run, with other shards if `shards` is not empty; of a model folder, only these shards."""
+    side = model.config.input_size * model.image_encoder.downsample
+    if is_model_folder(workdir):
+        phase = Phase("", side, 1, 1, 1.0, 0.0)
+        return EvaluationData(shards, "validation", side, 64, phase) if shards else None
+    run = read_config(workdir / "config.json")["config"]
+    phases = make_phases(run["phases"])
+    ends = np.cumsum([phase.steps for phase in phases])
+    assert model.about.step is not None
+    phase = phases[min(int(np.searchsorted(ends, model.about.step)), len(phases) - 1)]
+    place = shards or phase.shards or run["data"]["shards"]
+    return EvaluationData(place, run["data"]["heldout"], phase.resolution, run["data"]["heldout_images"], phase)
+
+
+def choose_prompts(name: str, data: EvaluationData | None) -> Prompts:
+    """Reads prompts.
+
+    Args:
+        name: 'heldout' or 'train' for captions of the shards, or a .json file of COCO captions, or a text file.
+        data: The shards; None if there are none.
+
+    Raises:
+        UserError: There are no such prompts.
+    """
+    if name in ("heldout", "train"):
+        split = "train" if name == "train" else (data.heldout if data else "")
+        if data is None or not split:
+            raise UserError(f"there are no shards to take --prompts={name} from: give --shards, or a file of prompts.")
+        if not read_mix(data.shards).manifest().records(split):
+            raise UserError(f"the shards {data.shards} have no split {split!r}: give other --prompts.")
+        texts = load_split(data.shards, split, data.resolution, MAX_CAPTIONS)["text"]
+        return Prompts(f"{'held-out' if name == 'heldout' else 'training'} captions", texts)
+    if name.endswith(".json"):
+        chosen = read_coco_prompts(name)
+        return Prompts(f"COCO captions, {len(chosen)}", [c.prompt for c in chosen], [c.file_name for c in chosen])
+    return Prompts(Path(name).name, read_prompts(name))

@@ -22,11 +22,9 @@ from torch import Tensor, nn
 
 from micro_dit.diffusion.samplers import noise_levels
 from micro_dit.interop.torch_checkpoint import to_state_dict
-from micro_dit.models.config import BlockShape, DiTConfig
+from micro_dit.models.config import BlockShape, DiTConfig, swiglu_width, tokens_per_expert
 from micro_dit.models.embeddings import position_table
-from micro_dit.models.layers import SwiGLU as OurSwiGLU
 from micro_dit.models.masking import kept_tokens
-from micro_dit.models.moe import tokens_per_expert
 
 
 class Mask(NamedTuple):
@@ -128,7 +126,7 @@ class CaptionBlock(nn.Module):
         self.norm1 = norm(D, config)
         self.attn = SelfAttention(D, D, config)
         self.norm2 = norm(D, config)
-        self.mlp = SwiGLU(D, OurSwiGLU.hidden_width(D, 4.0, config.multiple_of), config)
+        self.mlp = SwiGLU(D, swiglu_width(D, 4.0, config.multiple_of), config)
 
     def forward(self, y: Tensor) -> Tensor:
         y = y + self.attn(self.norm1(y))

@@ -12,10 +12,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from micro_dit.errors import UserError
-
-# Config fields of earlier versions, and why they were removed.
-REMOVED_FIELDS = {"quantize": "8-bit products showed no gain, see docs/lab_notes.md"}
+from micro_dit.errors import REMOVED_FIELDS, UserError, removed_field
 
 
 def run_command(
@@ -125,11 +122,6 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
                 close = difflib.get_close_matches(field, known, n=3, cutoff=0.5) or known
                 raise UserError(f"the config has no field {field!r}; did you mean {', '.join(close)}?") from error
         raise UserError(f"a config field has a value of the wrong type: {error}") from error
-
-
-def removed_field(name: str) -> UserError:
-    """Returns the error for a config or an override that sets one of REMOVED_FIELDS."""
-    return UserError(f"the config field `{name}` was removed ({REMOVED_FIELDS[name]}); drop --config.{name}.")
 
 
 def load_config(path: str) -> Any:

@@ -22,8 +22,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from micro_dit.api import load
-from micro_dit.cli import REMOVED_FIELDS, load_config, removed_field, run_command
-from micro_dit.errors import UserError
+from micro_dit.cli import load_config, run_command
+from micro_dit.errors import REMOVED_FIELDS, UserError, removed_field
 from micro_dit.evaluation.evaluate_model import EvaluationRequest, ModelEvaluation, Stopped
 from micro_dit.evaluation.isoflop import plot, table
 from micro_dit.evaluation.registry import check_names

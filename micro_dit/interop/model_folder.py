@@ -146,8 +146,8 @@ def config_from(fields: Any, where: object) -> DiTConfig:
     if problems:
         raise UserError(f"the fields of the network, under 'model' in {where}, don't fit: {', '.join(problems)}.")
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-    config = DiTConfig(**values)
     try:
+        config = DiTConfig(**values)
         config.check()
     except (TypeError, ZeroDivisionError) as error:
         raise UserError(f"a field of the network, under 'model' in {where}, has no fitting value ({error}).") from error

@@ -1,33 +1,33 @@
 """The blocks that the network stacks: caption block, DiT block, final layer."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from micro_dit.models.config import BlockShape, DiTConfig
+from micro_dit.models.config import BlockShape, DiTConfig, swiglu_width
 from micro_dit.models.layers import (
-    PRODUCT,
+    Constrain,
     CrossAttention,
     SelfAttention,
     SwiGLU,
     layer_norm,
     linear,
     modulate,
+    unconstrained,
 )
 from micro_dit.models.moe import ExpertChoiceFFN
+from micro_dit.models.ops import PRODUCT
 
 
 class CaptionBlock(nnx.Module):
     """Pre-norm self-attention, then pre-norm SwiGLU, over the caption's tokens: (B, L, D) → (B, L, D).
 
-    Starts as the identity: its residual writers are zero.
+    Its residual writers start at zero, so the block starts as the identity.
     """
 
     def __init__(self, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         dim, eps, bias = config.dim, config.norm_eps, config.use_bias
-        hidden = SwiGLU.hidden_width(dim, 4.0, config.multiple_of)
+        hidden = swiglu_width(dim, 4.0, config.multiple_of)
         zeros = nnx.initializers.zeros_init()
         self.norm1 = layer_norm(dim, eps=eps, dtype=dtype, rngs=rngs)
         self.attn = SelfAttention(
@@ -43,9 +43,17 @@ class CaptionBlock(nnx.Module):
 
 
 class DiTBlock(nnx.Module):
-    """Self-attention, cross-attention to the caption, feed-forward; modulated by c (adaLN): (B, T, d) → (B, T, d)."""
+    """Self-attention, cross-attention to the caption, feed-forward; modulated by c (adaLN): (B, T, d) → (B, T, d).
 
-    def __init__(self, shape: BlockShape, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    The backward pass keeps the activations that `remat` names and computes the others again: "none" keeps all, "dots"
+    the products with weights (so it repeats attention's softmax and everything elementwise), "full" only the inputs.
+    """
+
+    def __init__(
+        self, shape: BlockShape, config: DiTConfig, *, remat: str = "none", constrain: Constrain = unconstrained,
+        dtype: jnp.dtype, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.remat = remat
         d, eps, bias, out_std = shape.dim, config.norm_eps, config.use_bias, shape.out_std
         self.norm1 = layer_norm(d, eps=eps, dtype=dtype, rngs=rngs)
         self.attn = SelfAttention(
@@ -58,14 +66,20 @@ class DiTBlock(nnx.Module):
         self.norm3 = layer_norm(d, eps=eps, dtype=dtype, rngs=rngs)
         F, E, capacity = shape.hidden_width, config.num_experts, config.expert_capacity
         self.mlp = (
-            ExpertChoiceFFN(d, F, E, capacity, out_std=out_std, dtype=dtype, rngs=rngs)
+            ExpertChoiceFFN(d, F, E, capacity, out_std=out_std, constrain=constrain, dtype=dtype, rngs=rngs)
             if shape.moe
             else SwiGLU(d, F, use_bias=bias, out_std=out_std, dtype=dtype, rngs=rngs)
         )
         self.adaln = linear(config.dim, 6 * d, kernel_init=nnx.initializers.zeros_init(), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
-        """x (B, T, d) tokens, y (B, L, d) caption, c (B, D) conditioning."""
+        """Transforms tokens x (B, T, d) given the caption y (B, L, d) and the conditioning c (B, D)."""
+        if self.remat == "none":
+            return self._forward(x, y, c)
+        policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if self.remat == "dots" else None
+        return jax.checkpoint(lambda x, y, c: self._forward(x, y, c), policy=policy)(x, y, c)
+
+    def _forward(self, x: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
         modulation = self.adaln(jax.nn.gelu(c, approximate=True))
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
         x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
@@ -73,24 +87,10 @@ class DiTBlock(nnx.Module):
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
 
 
-def rematerialized(block: DiTBlock, remat: str) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """The block, of whose activations the backward pass keeps only some and computes the others again.
-
-    Args:
-        block: a block of the network.
-        remat: "none" keeps all activations, "dots" the products with weights (so that attention's probabilities and
-            everything elementwise are computed again), "full" only the block's inputs.
-    """
-    if remat == "none":
-        return block
-    dots = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-    return jax.checkpoint(lambda x, y, c: block(x, y, c), policy=dots if remat == "dots" else None)
-
-
 class FinalLayer(nnx.Module):
-    """Modulated LayerNorm and a Linear, to the pixels of a patch or to the decoder: (B, T, d) → (B, T, out).
+    """A modulated LayerNorm and a Linear, to a patch's latents or to the decoder: (B, T, d) → (B, T, out).
 
-    Starts at zero.
+    Its output starts at zero.
     """
 
     def __init__(self, dim: int, out: int, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -105,7 +105,7 @@ class FinalLayer(nnx.Module):
 
 
 class NormedProjection(nnx.Module):
-    """LayerNorm, then Linear: the way between the backbone's width and the mixer's."""
+    """A LayerNorm and a Linear, between the widths of the backbone and the mixer or decoder: (…, d) → (…, out)."""
 
     def __init__(self, dim: int, out: int, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = layer_norm(dim, eps=config.norm_eps, dtype=dtype, rngs=rngs)

@@ -6,20 +6,21 @@ from typing import Any
 import numpy as np
 
 from micro_dit.errors import UserError
-from micro_dit.models.layers import (
-    SwiGLU,
-    round_up,
-)
 from micro_dit.models.masking import kept_tokens
-from micro_dit.models.moe import ExpertChoiceFFN, tokens_per_expert
+
+MASK_POSITIONS = ("after_mixer", "before_mixer")  # deferred masking; naive masking
+REMAT = ("none", "dots", "full")  # what the backward pass computes again; see `micro_dit.models.blocks.DiTBlock`
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Everything the network's constructor takes; the fields are those of the public release.
+    """The network's configuration, with the fields of the public release.
 
     A multiplier list shorter than the depth covers depth/len consecutive blocks with each of its values. The release
     has no decoder: that is MaskDiT's, for comparison.
+
+    Raises:
+        UserError: No such network can be built.
     """
 
     input_size: int  # latent rows = columns
@@ -47,17 +48,7 @@ class DiTConfig:
     decoder_depth: int = 0
     decoder_dim: int = 0
 
-    @property
-    def grid(self) -> int:
-        """Tokens along one side."""
-        return self.input_size // self.patch_size
-
-    @property
-    def tokens(self) -> int:
-        return self.grid**2
-
-    def check(self, mask_ratio: float = 0.0, mask_position: str = "after_mixer") -> None:
-        """Raises UserError if no such network can be built, or if masking would leave a part of it empty."""
+    def __post_init__(self) -> None:
         if self.input_size % self.patch_size:
             raise UserError(f"model.input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
         if self.decoder_depth < 0 or (self.decoder_depth > 0) != (self.decoder_dim > 0):
@@ -73,6 +64,19 @@ class DiTConfig:
             values = getattr(self, name)
             if not values or self.depth % len(values):
                 raise UserError(f"model.{name} has {len(values)} values, which do not divide the depth {self.depth}.")
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side."""
+        return self.input_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image, N."""
+        return self.grid**2
+
+    def check(self, mask_ratio: float = 0.0, mask_position: str = "after_mixer") -> None:
+        """Raises UserError if masking would leave no tokens, or if an expert would take none or too many."""
         if mask_position not in MASK_POSITIONS:
             raise UserError(f"mask_position {mask_position!r} is unknown; use one of {', '.join(MASK_POSITIONS)}.")
         if not 0.0 <= mask_ratio < 1.0 or int(self.tokens * (1 - mask_ratio)) < 1:
@@ -92,6 +96,7 @@ class DiTConfig:
                 )
 
     def mixer_blocks(self) -> tuple["BlockShape", ...]:
+        """Returns the shapes of the patch mixer's blocks."""
         if not self.use_patch_mixer:
             return ()
         return tuple(
@@ -104,7 +109,10 @@ class DiTConfig:
         )  # fmt: skip
 
     def backbone_blocks(self) -> tuple["BlockShape", ...]:
-        """Layer-wise scaling: block i has its own attention and feed-forward widths. The last block is never MoE."""
+        """Returns the shapes of the backbone's blocks.
+
+        By layer-wise scaling, each block has its own attention and feed-forward widths. The last block is never MoE.
+        """
         return tuple(
             self._block(
                 self.dim,
@@ -117,19 +125,19 @@ class DiTConfig:
         )
 
     def decoder_blocks(self) -> tuple["BlockShape", ...]:
-        """MaskDiT's decoder has blocks of one width, without experts."""
+        """Returns the shapes of the blocks of MaskDiT's decoder: all of one width, without experts."""
         out_std = 0.02 / np.sqrt(2 * self.depth)
         return (self._block(self.decoder_dim, 1.0, 4.0, moe=False, out_std=out_std),) * self.decoder_depth
 
     def _block(self, dim: int, qkv_ratio: float, mlp_ratio: float, *, moe: bool, out_std: float) -> "BlockShape":
         attention = dim if qkv_ratio == 1 else round_up(int(dim * qkv_ratio), 2 * self.head_dim)
-        hidden_width = ExpertChoiceFFN.hidden_width if moe else SwiGLU.hidden_width
-        return BlockShape(dim, attention, hidden_width(dim, mlp_ratio, self.multiple_of), moe, float(out_std))
+        hidden = (expert_width if moe else swiglu_width)(dim, mlp_ratio, self.multiple_of)
+        return BlockShape(dim, attention, hidden, moe, float(out_std))
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockShape:
-    """The widths of one DiT block, and the standard deviation its residual writers are initialized with."""
+    """The widths of one DiT block, and the standard deviation that initializes its residual writers."""
 
     dim: int
     attention_width: int
@@ -138,10 +146,24 @@ class BlockShape:
     out_std: float
 
 
-MASK_POSITIONS = ("after_mixer", "before_mixer")  # deferred masking; naive masking
+def round_up(value: int, multiple: int) -> int:
+    """Returns the smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
 
 
-REMAT = ("none", "dots", "full")  # what the backward pass computes again; see `rematerialized`
+def swiglu_width(dim: int, ratio: float, multiple_of: int) -> int:
+    """Returns the hidden width of a dense feed-forward: int(2·int(d·ratio)/3), rounded up to `multiple_of`."""
+    return round_up(int(2 * int(dim * ratio) / 3), multiple_of)
+
+
+def expert_width(dim: int, ratio: float, multiple_of: int) -> int:
+    """Returns the hidden width of an expert: int(d·ratio), rounded up to `multiple_of`."""
+    return round_up(int(dim * ratio), multiple_of)
+
+
+def tokens_per_expert(tokens: int, experts: int, capacity: float) -> int:
+    """Returns T = int(capacity·N/E). With T = 0 a layer would output zeros; `DiTConfig.check` refuses that."""
+    return int(capacity * tokens / experts)
 
 
 def _layer_wise(depth: int) -> dict[str, tuple[float, ...]]:
@@ -161,7 +183,11 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def make_config(size: str, **overrides: Any) -> DiTConfig:
-    """A row of the table of sizes, with some fields set or replaced; UserError lists the known sizes and fields."""
+    """Returns a row of SIZES with some fields set or replaced.
+
+    Raises:
+        UserError: The size or a field is unknown, or no such network can be built.
+    """
     if size not in SIZES:
         raise UserError(f"model size {size!r} is unknown; use one of {', '.join(SIZES)}.")
     known = {field.name for field in dataclasses.fields(DiTConfig)}

@@ -14,24 +14,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from micro_dit.models.blocks import CaptionBlock, DiTBlock, FinalLayer, NormedProjection, rematerialized
+from micro_dit.models.blocks import CaptionBlock, DiTBlock, FinalLayer, NormedProjection
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table, unpatchify
+from micro_dit.models.layers import Constrain, unconstrained
 from micro_dit.models.maskdit import Decoder
 from micro_dit.models.masking import TokenMask, drop_tokens, restore_tokens
-from micro_dit.models.moe import Constrain, ExpertChoiceFFN, anywhere
 
 Params = dict[str, jax.Array]  # one flat dict: "blocks.3.attn.qkv.kernel" → array
 
 
 class MicroDiT(nnx.Module):
-    """The denoising network F: noisy latents, noise level and caption in, a prediction of the latents' shape out."""
+    """The denoising network F, from noisy latents, noise level and caption to a prediction of the latents' shape."""
 
-    def __init__(self, config: DiTConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.config, self.dtype, self.remat = config, jnp.dtype(dtype), "none"
-        self.constrain: Constrain = anywhere
+    def __init__(
+        self, config: DiTConfig, *, remat: str = "none", constrain: Constrain = unconstrained,
+        dtype: Any = jnp.float32, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        """Initializes the network as the public release does; the arguments are those of `bind`."""
+        self.config, self.constrain, self.dtype = config, constrain, jnp.dtype(dtype)
         D, M, eps = config.dim, config.patch_mixer_dim, config.norm_eps
         args: dict[str, Any] = dict(dtype=self.dtype, rngs=rngs)
+        block_args = args | dict(remat=remat, constrain=constrain)
         self.patch_embedding = PatchEmbedding(config.patch_size, config.in_channels, D, **args)
         self.noise_embedding = NoiseEmbedding(D, **args)
         self.caption_projection = CaptionMLP(config.caption_channels, D, eps=eps, **args)
@@ -42,10 +46,10 @@ class MicroDiT(nnx.Module):
             self.mixer_in = NormedProjection(D, M, config, **args)
             self.mixer_caption_in = NormedProjection(D, M, config, **args)
             self.mixer_out = NormedProjection(M, D, config, **args)
-        self.mixer = nnx.List([DiTBlock(shape, config, **args) for shape in config.mixer_blocks()])
-        self.blocks = nnx.List([DiTBlock(shape, config, **args) for shape in config.backbone_blocks()])
+        self.mixer = nnx.List([DiTBlock(shape, config, **block_args) for shape in config.mixer_blocks()])
+        self.blocks = nnx.List([DiTBlock(shape, config, **block_args) for shape in config.backbone_blocks()])
         if config.decoder_depth:
-            self.decoder = Decoder(config, **args)
+            self.decoder = Decoder(config, **block_args)
         patch = config.patch_size**2 * config.in_channels
         self.final_layer = FinalLayer(config.decoder_dim or D, patch, config, **args)
 
@@ -57,13 +61,13 @@ class MicroDiT(nnx.Module):
         mask: TokenMask | None = None,
         mask_position: str = "after_mixer",
     ) -> jax.Array:
-        """F(x, t, y).
+        """Computes F(x, t, y).
 
         Args:
             x: (B, H, W, C) latents, already multiplied by c_in.
             t: (B,) or (1,) c_noise.
             y: (B, L, Y) caption embedding; all zeros is the unconditional input.
-            mask: the tokens to keep; None keeps all. Dropped patches come out as zeros, unless there is a decoder.
+            mask: Tokens to keep; None keeps all. Dropped patches are zeros in the output, unless there is a decoder.
             mask_position: "after_mixer" (deferred masking) or "before_mixer" (naive masking, for comparison).
 
         Returns:
@@ -89,7 +93,7 @@ class MicroDiT(nnx.Module):
         if self.project_mixer:
             x, mixer_y = self.mixer_in(x), self.mixer_caption_in(y)  # (B, N, M), (B, L, M)
         for block in self.mixer:
-            x = constrain(rematerialized(block, self.remat)(x, mixer_y, c), "BNM")
+            x = constrain(block(x, mixer_y, c), "BNM")
         # 7. Deferred masking.
         if mask is not None and mask_position == "after_mixer":
             x = drop_tokens(x, mask)  # (B, K, M)
@@ -98,10 +102,10 @@ class MicroDiT(nnx.Module):
             x = self.mixer_out(x)  # (B, K, D)
         # 9. Backbone, on the kept tokens.
         for block in self.blocks:
-            x = constrain(rematerialized(block, self.remat)(x, y, c), "BKD")
+            x = constrain(block(x, y, c), "BKD")
         # In MaskDiT, for comparison, a decoder goes back to all tokens here.
         if config.decoder_depth:
-            x = constrain(self.decoder(x, y, c, mask, self.remat), "BNG")
+            x = constrain(self.decoder(x, y, c, mask), "BNG")
         # 10. Final layer.
         x = self.final_layer(x, c).astype(jnp.float32)  # (B, K, p·p·C)
         # 11. Zeros where tokens were dropped, then back to an image.
@@ -115,42 +119,45 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _skeleton(config: DiTConfig, dtype: Any) -> tuple[Any, tuple[tuple[tuple[Any, ...], Any], ...]]:
-    """The network's structure and its abstract parameters by path; building it costs seconds for XL."""
-    model = nnx.eval_shape(lambda: MicroDiT(config, dtype=dtype, rngs=nnx.Rngs(0)))
+def _skeleton(
+    config: DiTConfig, dtype: Any = jnp.float32, remat: str = "none", constrain: Constrain = unconstrained
+) -> tuple[nnx.GraphDef, tuple[tuple[tuple[Any, ...], Any], ...]]:
+    """Returns the network's structure and its abstract parameters by path; building it costs seconds for XL."""
+    model = nnx.eval_shape(lambda: MicroDiT(config, remat=remat, constrain=constrain, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model)
     return graphdef, tuple(nnx.to_flat_state(abstract))
 
 
 def init_params(config: DiTConfig, key: jax.Array) -> Params:
-    """Freshly initialized float32 parameters, as the public release initializes them. Can be jitted."""
+    """Initializes float32 parameters as the public release does; can be jitted."""
     model = MicroDiT(config, rngs=nnx.Rngs(params=key))
     return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def abstract_params(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Names, shapes and dtypes of the parameters, without making them."""
-    _, leaves = _skeleton(config, jnp.float32)
+    """Returns names, shapes and dtypes of the parameters without allocating them."""
+    _, leaves = _skeleton(config)
     return {_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
 
 
 def bind(
-    config: DiTConfig, params: Params, dtype: Any = jnp.float32, remat: str = "none", constrain: Constrain = anywhere
-) -> MicroDiT:
-    """The network with these parameters; matrix products run in `dtype`. Cheap enough to call while tracing.
+    config: DiTConfig, params: Params, dtype: Any = jnp.float32, remat: str = "none",
+    constrain: Constrain = unconstrained,
+) -> MicroDiT:  # fmt: skip
+    """Returns the network with these parameters; cheap enough to call while tracing.
 
-    `remat`, one of REMAT, saves memory in the backward pass; it changes no numbers but by rounding. `constrain` is
-    called as (x, dimension letters) at the blocks' and the experts' boundaries and returns x, wherever it may live.
+    Args:
+        config: The network's configuration.
+        params: Parameters by name.
+        dtype: Dtype of the matrix products.
+        remat: One of REMAT, see `DiTBlock`. It saves memory in the backward pass and changes results only by rounding.
+        constrain: Applies sharding constraints to activations at the boundaries of blocks and experts.
 
     Raises:
-        ValueError: a parameter is missing or superfluous.
+        ValueError: A parameter is missing or superfluous.
     """
-    graphdef, leaves = _skeleton(config, dtype)
+    graphdef, leaves = _skeleton(config, dtype, remat, constrain)
     if differing := {_name(path) for path, _ in leaves} ^ set(params):
         raise ValueError(f"parameters differ from the network's: {sorted(differing)[:10]}")
-    model = nnx.merge(graphdef, nnx.from_flat_state((path, leaf.replace(params[_name(path)])) for path, leaf in leaves))
-    model.remat, model.constrain = remat, constrain
-    for block in (*model.mixer, *model.blocks, *(model.decoder.blocks if config.decoder_depth else ())):
-        if isinstance(block.mlp, ExpertChoiceFFN):
-            block.mlp.constrain = constrain
-    return model
+    state = nnx.from_flat_state((path, leaf.replace(params[_name(path)])) for path, leaf in leaves)
+    return nnx.merge(graphdef, state)

@@ -16,7 +16,10 @@ NOISE_FREQUENCIES = 256
 
 
 def patchify(x: jax.Array, patch_size: int) -> jax.Array:
-    """(B, H, W, C) → (B, N, p·p·C), tokens in row-major order, channels ordered (row in patch, column in patch, C)."""
+    """Splits images into patches: (B, H, W, C) → (B, N, p·p·C).
+
+    Tokens are in row-major order, channels in the order (row in patch, column in patch, C).
+    """
     B, H, W, C = x.shape
     p = patch_size
     x = x.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
@@ -24,7 +27,7 @@ def patchify(x: jax.Array, patch_size: int) -> jax.Array:
 
 
 def unpatchify(x: jax.Array, patch_size: int, height: int, width: int) -> jax.Array:
-    """(B, N, p·p·C) → (B, H, W, C), the inverse of `patchify`."""
+    """Puts patches back into images, (B, N, p·p·C) → (B, H, W, C): the inverse of `patchify`."""
     p = patch_size
     B, _, channels = x.shape
     x = x.reshape(B, height // p, width // p, p, p, channels // (p * p)).transpose(0, 1, 3, 2, 4, 5)
@@ -33,14 +36,16 @@ def unpatchify(x: jax.Array, patch_size: int, height: int, width: int) -> jax.Ar
 
 @lru_cache(maxsize=8)
 def position_table(dim: int, grid: int, pos_interp_scale: float) -> np.ndarray:
-    """The fixed 2-D sin-cos position table, (grid², dim) float32, never trained.
+    """Computes the fixed 2-D sin-cos position table, (grid², dim) float32, on the host.
 
     The first dim/2 channels encode the column, the last dim/2 the row; each half is [sin(pos·w), cos(pos·w)] with
     w_i = 10000^(-i/(dim/4)). Positions are divided by `pos_interp_scale`, so that a model trained on a small grid meets
-    the same range of positions on a larger one. Computed in float64 on the host, as the public release does.
+    the same range of positions on a larger one. As in the public release, positions are float32 and the rest is
+    computed in float64.
     """
     w = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-    angles = np.arange(grid)[:, None] / pos_interp_scale * w  # (grid, dim/4)
+    positions = np.arange(grid, dtype=np.float32) / np.float32(pos_interp_scale)
+    angles = positions[:, None] * w  # (grid, dim/4) float64
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, dim/2)
     column = np.broadcast_to(axis[None, :, :], (grid, grid, dim // 2))
     row = np.broadcast_to(axis[:, None, :], (grid, grid, dim // 2))

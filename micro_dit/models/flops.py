@@ -7,10 +7,8 @@ N tokens · K kept tokens · T tokens a block sees · D backbone width · M mixe
 F hidden width · L caption tokens · E experts.
 """
 
-from micro_dit.models.config import BlockShape, DiTConfig
-from micro_dit.models.layers import SwiGLU
+from micro_dit.models.config import BlockShape, DiTConfig, swiglu_width, tokens_per_expert
 from micro_dit.models.masking import kept_tokens
-from micro_dit.models.moe import tokens_per_expert
 
 TRAINING_FLOPS_PER_FORWARD = 3
 
@@ -44,7 +42,7 @@ def forward_flops(
     in_mixer = K if mask_position == "before_mixer" else N
     patch = config.patch_size**2 * config.in_channels
     projected = config.use_patch_mixer and M != D
-    caption_hidden = SwiGLU.hidden_width(D, 4.0, config.multiple_of)
+    caption_hidden = swiglu_width(D, 4.0, config.multiple_of)
 
     parts = {
         "patch_embedding": _linear(N, patch, D),

@@ -5,47 +5,27 @@ Dispatch is a gather and combine a scatter-add; no one-hot products, whose cost 
 B images · N tokens present · E experts · T tokens per expert · d block width · F hidden width.
 """
 
-import math
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from micro_dit.models.layers import PRODUCT, linear, normal_init, product, round_up
-
-Constrain = Callable[[jax.Array, str], jax.Array]  # an activation and its dimensions' letters → the same activation
-
-
-def anywhere(x: jax.Array, dimensions: str) -> jax.Array:
-    """Says nothing about where an activation lives."""
-    return x
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """x·Φ(x), exactly, by erf: `jax.nn.gelu` takes erfc, of which XLA makes five passes over memory on a CPU."""
-    wide = x.astype(jnp.float32)  # 1 + erf cancels
-    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
-
-
-def tokens_per_expert(tokens: int, experts: int, capacity: float) -> int:
-    """T = int(capacity·N/E). Zero means that the layer outputs zeros; `DiTConfig.check` refuses such a network."""
-    return int(capacity * tokens / experts)
+from micro_dit.models.config import tokens_per_expert
+from micro_dit.models.layers import Constrain, linear, normal_init, unconstrained
+from micro_dit.models.ops import gelu, product
 
 
 class ExpertChoiceFFN(nnx.Module):
-    """Each of E experts takes its T favorite tokens of an image: (B, N, d) → (B, N, d).
+    """A feed-forward layer of E experts, each of which chooses T tokens of every image: (B, N, d) → (B, N, d).
 
     The output of an expert (w1, GELU, w2) is scaled by the router's probability for the token, softmax over experts,
     and summed into the token. A token that no expert chose gets zero.
     """
 
     def __init__(
-        self, dim: int, hidden: int, experts: int, capacity: float, *, out_std: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        self.experts, self.capacity, self.dtype = experts, capacity, dtype
-        self.constrain: Constrain = anywhere
+        self, dim: int, hidden: int, experts: int, capacity: float, *, out_std: float,
+        constrain: Constrain = unconstrained, dtype: jnp.dtype, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.experts, self.capacity, self.constrain, self.dtype = experts, capacity, constrain, dtype
         self.w1 = nnx.Param(normal_init(0.02)(rngs.params(), (experts, dim, hidden), jnp.float32))
         self.w2 = nnx.Param(normal_init(out_std)(rngs.params(), (experts, hidden, dim), jnp.float32))
         # The router stays in float32: a rounded score would change which tokens are chosen. By default, TPUs and some
@@ -55,13 +35,12 @@ class ExpertChoiceFFN(nnx.Module):
             dtype=jnp.dtype(jnp.float32), rngs=rngs,
         )  # fmt: skip
 
-    @staticmethod
-    def hidden_width(dim: int, ratio: float, multiple_of: int) -> int:
-        """int(d·ratio), rounded up to `multiple_of`."""
-        return round_up(int(dim * ratio), multiple_of)
-
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(B, N, d) → the chosen tokens' positions (B, E, T) int32 and probabilities (B, E, T) float32."""
+        """Chooses each expert's tokens in x (B, N, d).
+
+        Returns:
+            The chosen tokens' positions, (B, E, T) int32, and their probabilities, (B, E, T) float32.
+        """
         T = tokens_per_expert(x.shape[1], self.experts, self.capacity)
         probabilities = jax.nn.softmax(self.gate(x), axis=-1).transpose(0, 2, 1)  # (B, E, N)
         # A sort, not top_k: XLA's top_k over a sharded batch gathers it first.
@@ -77,14 +56,10 @@ class ExpertChoiceFFN(nnx.Module):
         # One matrix an expert, over all images: the layout in which XLA needs no transposes around the products.
         taken = taken.reshape(B, E, T, d).transpose(1, 0, 2, 3).astype(self.dtype)
         taken = self.constrain(taken, "EBTd").reshape(E, B * T, d)  # the tokens travel to their experts
-        hidden = self._product(taken, self.w1)
-        out = self._product(gelu(hidden), self.w2)
+        hidden = product(taken, self.w1[...].astype(self.dtype))  # (E, B·T, F)
+        out = product(gelu(hidden), self.w2[...].astype(self.dtype))
         out = self.constrain(out.reshape(E, B, T, d), "EBTd").transpose(1, 0, 2, 3)
         out = self.constrain(out, "BETd")  # and back to their images
         out = out * probabilities[..., None].astype(self.dtype)
         add = jax.vmap(lambda rows, updates: jnp.zeros((N, d), updates.dtype).at[rows].add(updates))
         return add(rows, out.reshape(B, E * T, d))
-
-    def _product(self, x: jax.Array, weight: nnx.Param) -> jax.Array:
-        """Each expert's product with its weight, under a name that rematerialization can refer to."""
-        return checkpoint_name(product(x, weight[...].astype(self.dtype)), PRODUCT)

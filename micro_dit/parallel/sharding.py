@@ -6,6 +6,7 @@ of two, while layer-wise scaling makes the widths of attention and of hidden lay
 alone, and where one can't be split evenly it is left whole.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -98,11 +99,12 @@ def shardings_of(tree: State) -> State:
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
+@functools.lru_cache(maxsize=16)
 def constrain_to(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
-    """A function (x, dimensions) → x that tells the compiler how an activation is split, by its dimensions' letters.
+    """Returns the function (x, dimensions) → x that constrains an activation's sharding by its dimensions' letters.
 
-    Of two letters that share an axis, the left one gets it: "EBTd" has experts over 'expert' and images over what is
-    left, "BTd" has images over all three.
+    Of two letters that share an axis, the left one gets it: "EBTd" has experts over 'expert' and images over the
+    remaining axes, "BTd" has images over all three. The result is cached so that networks bound with it are, too.
     """
 
     def constrain(x: jax.Array, dimensions: str) -> jax.Array:

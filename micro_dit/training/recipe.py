@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from micro_dit.cli import removed_field
-from micro_dit.errors import UserError
+from micro_dit.errors import UserError, removed_field
 from micro_dit.models.config import REMAT
 from micro_dit.parallel import mesh as meshes
 from micro_dit.training.lora import LoRA, make_lora
@@ -25,7 +24,7 @@ class Recipe:
         sigma_data: standard deviation of the latents.
         caption_drop: probability that a caption's embedding is zeroed in training.
         dtype: of the matrix products.
-        remat: what the backward pass computes again, see `micro_dit.models.dit.rematerialized`.
+        remat: what the backward pass computes again, see `micro_dit.models.blocks.DiTBlock`.
         adam: b1, b2, eps and weight_decay of `make_optimizer`.
         microbatch: images per forward and backward pass over all devices; 0 takes the whole batch at once.
         lora: the adapter that is trained in place of the network's parameters; None trains those.

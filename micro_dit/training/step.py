@@ -14,8 +14,8 @@ from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
 from micro_dit.models.config import DiTConfig, make_config
 from micro_dit.models.dit import bind
+from micro_dit.models.layers import Constrain, unconstrained
 from micro_dit.models.masking import TokenMask, random_mask
-from micro_dit.models.moe import Constrain, anywhere
 from micro_dit.parallel import sharding
 from micro_dit.rng import stream
 from micro_dit.training.optimizer import update_ema
@@ -71,7 +71,7 @@ def accumulate_gradients(
     params: Any,
     batch: Any,
     parts: int,
-    constrain: Constrain = anywhere,
+    constrain: Constrain = unconstrained,
     place: Callable[[Any], Any] = lambda gradients: gradients,
 ) -> tuple[jax.Array, Any]:
     """Computes loss and gradients as the mean over microbatches, one after another.
@@ -124,7 +124,7 @@ def make_train_step(
         the state then trains; None without LoRA.
     """
     schedule, optimizer = phase.schedule(), recipe.optimizer(phase)
-    constrain = sharding.constrain_to(mesh) if mesh is not None and mesh.size > 1 else anywhere
+    constrain = sharding.constrain_to(mesh) if mesh is not None and mesh.size > 1 else unconstrained
     parts = phase.batch_size // recipe.microbatch if recipe.microbatch else 1
 
     def as_params(tree: Any) -> Any:

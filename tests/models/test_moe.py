@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from micro_dit.models.moe import ExpertChoiceFFN, tokens_per_expert
+from micro_dit.models.config import tokens_per_expert
+from micro_dit.models.moe import ExpertChoiceFFN
 
 B, N, D, HIDDEN = 3, 12, 8, 16
 

@@ -13,11 +13,11 @@ from flax import nnx
 
 from micro_dit.interop.torch_checkpoint import from_release_layout, release_name
 from micro_dit.models.blocks import CaptionBlock, DiTBlock, FinalLayer
-from micro_dit.models.config import BlockShape, DiTConfig
+from micro_dit.models.config import BlockShape, DiTConfig, expert_width, swiglu_width, tokens_per_expert
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table
 from micro_dit.models.layers import CrossAttention, SelfAttention, SwiGLU
 from micro_dit.models.masking import drop_tokens, kept_tokens, mask_from_noise, restore_tokens
-from micro_dit.models.moe import ExpertChoiceFFN, tokens_per_expert
+from micro_dit.models.moe import ExpertChoiceFFN
 from tests.helpers.golden import assert_close, caption, nhwc, read, under
 
 TOLERANCE = 1e-4
@@ -38,14 +38,14 @@ def build(unit: str, about: dict[str, Any], args: dict[str, Any]) -> tuple[nnx.M
     """Our module for a unit, and the place in the network where the mapping of names knows it."""
     a = about
     if unit.startswith("moe"):
-        hidden = ExpertChoiceFFN.hidden_width(a["hidden_dim_arg"], 1.0, a["multiple_of"])
+        hidden = expert_width(a["hidden_dim_arg"], 1.0, a["multiple_of"])
         assert hidden == a["hidden_dim"]
         module: nnx.Module = ExpertChoiceFFN(
             a["dim"], hidden, a["num_experts"], a["expert_capacity"], out_std=0.02, **args
         )
         return module, "blocks.0.mlp."
     if unit.startswith("ff"):
-        hidden = SwiGLU.hidden_width(a["hidden_dim_arg"], 1.0, a["multiple_of"])
+        hidden = swiglu_width(a["hidden_dim_arg"], 1.0, a["multiple_of"])
         assert hidden == a["hidden_dim"]
         return SwiGLU(a["dim"], hidden, use_bias=a["use_bias"], out_std=0.02, **args), "blocks.0.mlp."
     if unit.startswith("self_attn"):

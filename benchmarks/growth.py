@@ -31,7 +31,7 @@ from micro_dit.models.flops import training_flops
 from micro_dit.models.layers import SwiGLU, attend
 from micro_dit.models.masking import drop_tokens, random_mask, restore_tokens
 from micro_dit.models.moe import ExpertChoiceFFN
-from micro_dit.parallel.cpu import compiler_options
+from micro_dit.parallel.cpu import compiler_options, register_lowerings
 from micro_dit.planning.mxu_padding import matrix_products, operations
 
 CAPTION_TOKENS = 77
@@ -151,6 +151,7 @@ def prepare(function: Callable[..., Any], arguments: Sequence[Any], flops: float
     """Compiles a function and fills its arguments with noise; if its FLOPs are not given, its cost is counted."""
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(arguments))))
     filled = jax.tree.map(lambda leaf: 0.05 * jax.random.normal(next(keys), leaf.shape, leaf.dtype), arguments)
+    register_lowerings()
     program = jax.jit(function, compiler_options=compiler_options()).lower(*arguments).compile()
     counted, largest = (flops, 0.0) if flops else cost(function, arguments)
     return Timed(lambda: program(*filled), counted, largest)

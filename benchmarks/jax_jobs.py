@@ -21,7 +21,7 @@ from micro_dit.errors import UserError
 from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.masking import drop_tokens, random_mask, restore_tokens
 from micro_dit.models.moe import ExpertChoiceFFN
-from micro_dit.parallel.cpu import compiler_options, keep_memory
+from micro_dit.parallel.cpu import compiler_options, keep_memory, register_lowerings
 from micro_dit.training.phases import Phase
 from micro_dit.training.recipe import Recipe
 from micro_dit.training.state import abstract_state
@@ -99,7 +99,8 @@ class Training(Job):
     """The training step of micro_dit/training/step.py, without EMA, with the largest microbatch that fits."""
 
     def __init__(self, setting: Setting) -> None:
-        keep_memory()  # as micro_dit.main does
+        keep_memory()  # as training does
+        register_lowerings()
         super().__init__(setting)
         self.microbatch = setting.microbatch or setting.batch_size
         resolution = 8 * self.network.input_size

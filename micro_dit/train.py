@@ -29,7 +29,7 @@ from micro_dit.models.dit import abstract_params
 from micro_dit.models.flops import training_flops
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel import sharding
-from micro_dit.parallel.cpu import compiler_options
+from micro_dit.parallel.cpu import compiler_options, register_lowerings
 from micro_dit.parallel.distributed import main_first
 from micro_dit.planning.chips import Chip, chip_of, measure_chip
 from micro_dit.training import report
@@ -220,6 +220,7 @@ class _Run:
 
         key = jax.jit(jax.random.key, out_shardings=meshes.replicated(self.mesh))(np.uint32(config.seed))
         batch = meshes.to_device(next(iterator), self.mesh)
+        register_lowerings()
         step_function = jax.jit(
             make_train_step(network, phase, first_step, self.recipe, self.mesh),
             donate_argnums=0,

@@ -111,9 +111,10 @@ class CrossAttention(nnx.Module):
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """Splits the width into heads and attends: q (B, T, w), k and v (B, L, w) → (B, T, w)."""
+    """Computes scaled dot-product attention with the width split into heads: q (B, T, w), k, v (B, L, w) → (B, T, w)."""
     B, T, w = q.shape
-    q, k, v = (a.reshape(B, a.shape[1], heads, w // heads) for a in (q, k, v))
+    h = w // heads
+    q, k, v = (a.reshape(B, a.shape[1], heads, h) for a in (q * h**-0.5, k, v))
     return attention(q, k, v).reshape(B, T, w)
 
 

@@ -61,14 +61,23 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Computes softmax(q kᵀ/√h) v for each head: q (B, T, n, h), k and v (B, L, n, h) → (B, T, n, h)."""
-    q, k, v = (a.transpose(0, 2, 1, 3) for a in (q * q.shape[-1] ** -0.5, k, v))
+    """Computes softmax(q kᵀ) v for each head.
+
+    Args:
+        q: (B, T, n, h) queries, already scaled.
+        k: (B, L, n, h) keys.
+        v: (B, L, n, h) values.
+
+    Returns:
+        (B, T, n, h).
+    """
+    q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     return _attention(q, k, v).transpose(0, 2, 1, 3)
 
 
 @jax.custom_vjp
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Computes softmax(q kᵀ) v with heads before tokens, q already scaled: (B, n, T, h), (B, n, L, h) → (B, n, T, h).
+    """Computes `attention` with heads before tokens: q (B, n, T, h), k and v (B, n, L, h) → (B, n, T, h).
 
     The derived gradient would pass over (T, L) matrices many times between the products. This one does so as rarely as
     possible: rows are divided by the softmax's denominator once they are only h wide, and the sum over L in the

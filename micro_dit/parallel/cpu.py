@@ -1,4 +1,4 @@
-"""What XLA and the C library are told before a training step is compiled and run."""
+"""Settings of XLA and the C library for training steps on a CPU; each is a function, so that importing sets nothing."""
 
 import ctypes
 import importlib.metadata
@@ -11,27 +11,27 @@ import jax
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
-# Of glibc's malloc.h.
+# Parameters of mallopt, from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def compiler_options() -> dict[str, str]:
-    """XLA's options for the backend in use.
+    """Returns XLA's options for a training step on the backend in use.
 
     On a CPU, XLA drops all optimization barriers before it merges equal expressions and fuses. That undoes
-    rematerialization (what was to be computed again is kept), and sums along the residual stream are then computed
-    anew for every reader, which costs time with the square of the depth. So there the barriers stay.
+    rematerialization, and sums along the residual stream are then computed again for every reader, which costs time
+    with the square of the depth. These options keep the barriers.
     """
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else {}
 
 
 def keep_memory() -> None:
-    """Makes this process keep the memory it has freed, if JAX has no other backend than the CPU.
+    """Makes this process keep the memory that it frees, if the CPU is JAX's only backend.
 
-    There, XLA allocates all temporary memory of a step anew, and the C library gives it back to the system after each:
-    a quarter of Tiny/2's masked step was spent in page faults. Only the main thread's heap can keep as much, so steps
-    run in the thread that asks for them, not in one of JAX's; the host has nothing to do beside them that would not
-    take their cores. To be called before JAX starts its backend. Only glibc can be told; elsewhere nothing happens.
+    On a CPU, XLA allocates a step's temporary memory anew, and the C library returns it to the system afterwards: a
+    quarter of Tiny/2's masked step was spent in page faults. Only the main thread's heap can keep as much, so steps run
+    in the thread that dispatches them, not in one of JAX's; the host has nothing else to do that would not take their
+    cores. Call it before JAX starts its backend. Without glibc it does nothing.
     """
     if platforms := os.environ.get("JAX_PLATFORMS"):
         only_cpu = platforms == "cpu"
@@ -44,11 +44,15 @@ def keep_memory() -> None:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def register_lowerings() -> None:
+    """Makes rounding float32 to its own precision free on a CPU; call it before a training step is lowered.
+
+    `jax.checkpoint` rounds the values it keeps in that way, and XLA would make a copy of each.
+    """
+    mlir.register_lowering(jax.lax.reduce_precision_p, _reduce_precision, platform="cpu")
+
+
 def _reduce_precision(context: Any, x: Any, *, exponent_bits: int, mantissa_bits: int) -> list[Any]:
-    """`jax.checkpoint` rounds whatever it keeps to its own precision; on a CPU, XLA makes a copy of that."""
     if context.avals_in[0].dtype == "float32" and (exponent_bits, mantissa_bits) == (8, 23):
         return [x]
     return [stablehlo.reduce_precision(x, mlir.i32_attr(exponent_bits), mlir.i32_attr(mantissa_bits))]
-
-
-mlir.register_lowering(jax.lax.reduce_precision_p, _reduce_precision, platform="cpu")

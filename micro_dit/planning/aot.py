@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from micro_dit.errors import UserError
 from micro_dit.files import hash_text, write_atomically
 from micro_dit.models.config import DiTConfig
-from micro_dit.parallel.cpu import compiler_options
+from micro_dit.parallel.cpu import compiler_options, register_lowerings
 from micro_dit.parallel.mesh import batch_sharding, replicated
 from micro_dit.parallel.sharding import shardings_of
 from micro_dit.planning.collectives import Traffic, collectives
@@ -208,9 +208,12 @@ def compile_ahead(
         progress: called every few seconds with the seconds that have passed.
     """
     started = time.monotonic()
-    options: dict[str, Any] = dict(compiler_options()) if topology.chip == "cpu" else {}
-    if topology.chip == "cpu" and optimization == "O0":
-        options |= {"xla_backend_optimization_level": "0"}
+    options: dict[str, Any] = {}
+    if topology.chip == "cpu":
+        register_lowerings()
+        options |= compiler_options()
+        if optimization == "O0":
+            options |= {"xla_backend_optimization_level": "0"}
     if topology.chip in GPUS:
         # Without a GPU nothing can be timed, and what Triton would generate is chosen by timing.
         options |= {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from micro_dit.diffusion import edm
+from micro_dit.diffusion import edm, maskdit
 from micro_dit.errors import UserError
 from micro_dit.models.config import DiTConfig, make_config
 from micro_dit.models.dit import bind
@@ -137,10 +137,10 @@ def make_train_step(
         if recipe.lora:
             params = as_params(recipe.lora.merge(base, params))
         model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain)
-        return edm.loss(
+        image_losses = maskdit.loss if network.decoder_depth else edm.loss
+        return image_losses(
             lambda x, t, y: model(x, t, y, draws.mask, phase.mask_position), *draws[:4],
             mask=draws.mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,
-            reconstruction=edm.RECONSTRUCTION if network.decoder_depth else 0.0,
         ).mean()  # fmt: skip
 
     def train_step(

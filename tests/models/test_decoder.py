@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from micro_dit.diffusion import edm
+from micro_dit.diffusion import edm, maskdit
 from micro_dit.errors import UserError
 from micro_dit.interop.model_folder import config_from
 from micro_dit.models.dit import abstract_params, bind, init_params
@@ -35,7 +35,7 @@ def gradients(params: Any) -> Any:
     def loss(params: Any) -> jax.Array:
         model = bind(CONFIG, params)
         F = lambda x, t, y: model(x, t, y, MASK)  # noqa: E731
-        return edm.loss(F, X, Y, jnp.exp(T), X[::-1], mask=MASK, reconstruction=edm.RECONSTRUCTION).mean()
+        return maskdit.loss(F, X, Y, jnp.exp(T), X[::-1], mask=MASK).mean()
 
     return jax.grad(loss)(params)
 
@@ -74,9 +74,9 @@ def test_reconstruction_counts_a_tenth_and_only_with_a_mask() -> None:
     sigma = jnp.exp(T)
     noisy = X + sigma[:, None, None, None] * X[::-1]
     expected = 0.1 * reconstruction_by_hand(edm.denoise(F, noisy, sigma, Y), noisy)
-    plain, with_it = (edm.loss(F, X, Y, sigma, X[::-1], mask=MASK, reconstruction=r) for r in (0, edm.RECONSTRUCTION))
+    plain, with_it = (loss(F, X, Y, sigma, X[::-1], mask=MASK) for loss in (edm.loss, maskdit.loss))
     np.testing.assert_allclose(with_it - plain, expected, rtol=1e-4)
-    plain, with_it = (edm.loss(F, X, Y, sigma, X[::-1], reconstruction=r) for r in (0, edm.RECONSTRUCTION))
+    plain, with_it = (loss(F, X, Y, sigma, X[::-1]) for loss in (edm.loss, maskdit.loss))
     np.testing.assert_array_equal(with_it, plain)
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from micro_dit.errors import UserError
 from micro_dit.models.dit import abstract_params
 from micro_dit.parallel import sharding
-from micro_dit.parallel.cpu import compiler_options
+from micro_dit.parallel.cpu import compiler_options, register_lowerings
 from micro_dit.parallel.mesh import AXES, batch_sharding, check_batch, make_mesh, replicated, to_device
 from micro_dit.planning.aot import abstract_train_step
 from micro_dit.training.phases import Phase
@@ -48,6 +48,7 @@ def train(mesh: jax.sharding.Mesh, microbatch: int = 0) -> tuple[dict[str, Any],
     """What was measured, the state on the host, and the program."""
     how = recipe(microbatch)
     function, *abstract, places = abstract_train_step(NETWORK, PHASE, how, mesh, 4)
+    register_lowerings()
     step = jax.jit(function, donate_argnums=0, out_shardings=places, compiler_options=compiler_options())
     compiled = step.lower(*abstract).compile()
     params = tiny.random_params(NETWORK)

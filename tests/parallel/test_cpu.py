@@ -13,7 +13,7 @@ from micro_dit.diffusion import edm
 from micro_dit.models.config import REMAT
 from micro_dit.models.dit import bind
 from micro_dit.parallel import mesh as meshes
-from micro_dit.parallel.cpu import compiler_options
+from micro_dit.parallel.cpu import compiler_options, register_lowerings
 from tests.helpers import tiny
 
 CONFIG = tiny.network(depth=4, dim=64, use_patch_mixer=False)
@@ -28,6 +28,7 @@ def gradient(remat: str) -> jax.stages.Compiled:
     def loss(params: dict[str, jax.Array]) -> jax.Array:
         return edm.loss(bind(CONFIG, params, jnp.float32, remat), x, y, jnp.exp(t), x).mean()
 
+    register_lowerings()
     return jax.jit(jax.grad(loss), compiler_options=compiler_options()).lower(PARAMS).compile()
 
 
@@ -50,8 +51,29 @@ def test_what_rematerialization_keeps_is_not_copied() -> None:
 
 
 def test_a_lower_precision_is_still_rounded_to() -> None:
+    register_lowerings()
     rounded = jax.jit(lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))(jnp.float32(1.001))
     assert rounded == 1.0
+
+
+IMPORT = """
+import jax
+import micro_dit.parallel.cpu
+
+
+def rounds() -> bool:
+    program = jax.jit(lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23))
+    return "reduce_precision" in program.lower(1.0).as_text()
+
+
+assert rounds()
+micro_dit.parallel.cpu.register_lowerings()
+assert not rounds()
+"""
+
+
+def test_importing_registers_nothing() -> None:
+    subprocess.run([sys.executable, "-c", IMPORT], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True)
 
 
 STEPS = """

@@ -4,8 +4,8 @@
 
 "Fast Training of Diffusion Models with Masked Transformers" (Zheng et al. 2023, arXiv 2306.09305). The decoder of `xl`
 is that of its release, 8 blocks of width 512; the others have it as wide and deep in proportion to their backbones.
-The loss of reconstruction counts a tenth (micro_dit/diffusion/maskdit.py); phases without masking have none. Variants as
-in mask75.py; docs/ablations.md compares them.
+The loss of reconstruction counts a tenth (micro_dit/diffusion/maskdit.py); phases without masking have none. Variants
+as in mask75.py; docs/ablations.md compares them.
 """
 
 import runpy

@@ -111,7 +111,7 @@ class CrossAttention(nnx.Module):
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """Computes scaled dot-product attention with the width split into heads: q (B, T, w), k, v (B, L, w) → (B, T, w)."""
+    """Computes multi-head scaled dot-product attention: q (B, T, w), k and v (B, L, w) → (B, T, w)."""
     B, T, w = q.shape
     h = w // heads
     q, k, v = (a.reshape(B, a.shape[1], heads, h) for a in (q * h**-0.5, k, v))

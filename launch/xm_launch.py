@@ -37,14 +37,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "learning_rate": [{"phases[0].learning_rate": rate} for rate in (1e-3, 3e-3)],
 }
 
-CONFIG = flags.DEFINE_string("config", None, "The recipe, as of micro_dit.main.", required=True)
-WORKDIR = flags.DEFINE_string("workdir", "runs/xm", "Folder of the work directories, one for each work unit.")
-SWEEP = flags.DEFINE_enum("sweep", "none", sorted(SWEEPS), "Which list of overrides.")
-OVERRIDE = flags.DEFINE_multi_string("override", [], "FIELD=VALUE for all work units, as --config.FIELD=VALUE.")
-EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "vertex", "tpu"], "Where.")
-PYTHON = flags.DEFINE_string("python", sys.executable, "With --executor=local: the interpreter that trains.")
-ACCELERATOR = flags.DEFINE_string("accelerator", "a100=8", "With --executor=vertex: XManager's resource=count.")
-DRY_RUN = flags.DEFINE_bool("xm_dry_run", False, "Print every job, its arguments and resources; launch nothing.")
+FLAGS = flags.FLAGS
 
 
 def work_units(
@@ -68,9 +61,9 @@ def training_command(python: str, arguments: Sequence[str]) -> list[str]:
 def commands(executor: str, units: Sequence[Sequence[str]]) -> list[tuple[list[str], dict[str, str], str]]:
     """Command, environment and resources of each work unit."""
     if executor == "local":
-        return [(training_command(PYTHON.value, unit), {}, "this machine") for unit in units]
+        return [(training_command(FLAGS.python, unit), {}, "this machine") for unit in units]
     if executor == "vertex":
-        return [(training_command("python", unit), {}, ACCELERATOR.value) for unit in units]
+        return [(training_command("python", unit), {}, FLAGS.accelerator) for unit in units]
     name, kind = environment("TPU_NAME"), environment("ACCELERATOR_TYPE")
     found = []
     for number, unit in enumerate(units, 1):
@@ -83,15 +76,15 @@ def commands(executor: str, units: Sequence[Sequence[str]]) -> list[tuple[list[s
 def environment(name: str) -> str:
     """A variable that has to be set."""
     if not os.environ.get(name):
-        sys.exit(f"error: {name} is not set; --executor={EXECUTOR.value} needs it, see the top of launch/xm_launch.py.")
+        sys.exit(f"error: {name} is not set; --executor={FLAGS.executor} needs it, see the top of launch/xm_launch.py.")
     return os.environ[name]
 
 
 def requirements() -> dict[str, int]:
     """Returns the accelerators of a work unit by their resource name."""
-    resource, _, count = ACCELERATOR.value.partition("=")
+    resource, _, count = FLAGS.accelerator.partition("=")
     if not count.isdigit():
-        sys.exit(f"error: --accelerator={ACCELERATOR.value} should be RESOURCE=COUNT, such as a100=8.")
+        sys.exit(f"error: --accelerator={FLAGS.accelerator} should be RESOURCE=COUNT, such as a100=8.")
     return {resource: int(count)}
 
 
@@ -99,13 +92,13 @@ def main(argv: Sequence[str]) -> None:
     """Launches, or with --xm_dry_run prints, the work units of the flags."""
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; config fields are set by --override=FIELD=VALUE.")
-    workdir = f"/gcs/{environment('BUCKET')}/{WORKDIR.value}" if EXECUTOR.value == "vertex" else WORKDIR.value
-    units = work_units(CONFIG.value, workdir, SWEEPS[SWEEP.value], OVERRIDE.value)
-    jobs = commands(EXECUTOR.value, units)
+    workdir = f"/gcs/{environment('BUCKET')}/{FLAGS.workdir}" if FLAGS.executor == "vertex" else FLAGS.workdir
+    units = work_units(FLAGS.config, workdir, SWEEPS[FLAGS.sweep], FLAGS.override)
+    jobs = commands(FLAGS.executor, units)
     for number, (command, variables, resources) in enumerate(jobs, 1):
         settings = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())
         print(f"work unit {number} of {len(jobs)} on {resources}: {settings}{shlex.join(command)}", flush=True)
-    if DRY_RUN.value:
+    if FLAGS.xm_dry_run:
         return
     os.chdir(ROOT)
     try:
@@ -113,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
     except ImportError as error:
         sys.exit(f"error: XManager can't be imported ({error}); pip install xmanager, or look with --xm_dry_run.")
 
-    if EXECUTOR.value == "vertex":
+    if FLAGS.executor == "vertex":
         executor = xm_local.Vertex(requirements=xm.JobRequirements(**requirements()))
         specification = xm.Container(image_path=environment("IMAGE"))
     else:
@@ -121,14 +114,14 @@ def main(argv: Sequence[str]) -> None:
         specification = xm.Binary(path="/usr/bin/env")
 
     async def launch() -> None:
-        async with xm_local.create_experiment(experiment_title=f"{CONFIG.value} {SWEEP.value}") as experiment:
+        async with xm_local.create_experiment(experiment_title=f"{FLAGS.config} {FLAGS.sweep}") as experiment:
             [executable] = experiment.package([xm.Packageable(specification, executor.Spec())])
             for command, variables, _ in jobs:
                 # The image's entry point is the command up to the flags.
-                arguments = command[command.index("micro_dit.main") + 1 :] if EXECUTOR.value == "vertex" else command
+                arguments = command[command.index("micro_dit.main") + 1 :] if FLAGS.executor == "vertex" else command
                 job = xm.Job(executable, executor, args=arguments, env_vars=variables)
                 unit = await experiment.add(job)
-                if EXECUTOR.value == "local":  # they share the machine
+                if FLAGS.executor == "local":  # they share the machine
                     await unit.wait_until_complete()
 
     try:
@@ -137,5 +130,18 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: a work unit ended before it was done ({error}); the same command goes on with it.")
 
 
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    flags.DEFINE_string("config", None, "The recipe, as of micro_dit.main.", required=True)
+    flags.DEFINE_string("workdir", "runs/xm", "Folder of the work directories, one for each work unit.")
+    flags.DEFINE_enum("sweep", "none", sorted(SWEEPS), "Which list of overrides.")
+    flags.DEFINE_multi_string("override", [], "FIELD=VALUE for all work units, as --config.FIELD=VALUE.")
+    flags.DEFINE_enum("executor", "local", ["local", "vertex", "tpu"], "Where.")
+    flags.DEFINE_string("python", sys.executable, "With --executor=local: the interpreter that trains.")
+    flags.DEFINE_string("accelerator", "a100=8", "With --executor=vertex: XManager's resource=count.")
+    flags.DEFINE_bool("xm_dry_run", False, "Print every job, its arguments and resources; launch nothing.")
+
+
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -25,7 +25,7 @@ from micro_dit.api import load
 from micro_dit.cli import load_config, run_command
 from micro_dit.errors import REMOVED_FIELDS, UserError, removed_field
 from micro_dit.evaluation.evaluate_model import EvaluationRequest, ModelEvaluation, Stopped
-from micro_dit.evaluation.isoflop import plot, table
+from micro_dit.evaluation.isoflop import plot_isoflop, results_table
 from micro_dit.evaluation.registry import check_names
 from micro_dit.files import write_atomically
 from micro_dit.models.dit import abstract_params
@@ -121,7 +121,7 @@ def compare(
         flops += run.flops
         write_report(out)
     results = write_report(out)
-    say(f"{table(results)}\n\n{out / 'results.md'}, results.json and isoflop.png keep it")
+    say(f"{results_table(results)}\n\n{out / 'results.md'}, results.json and isoflop.png keep it")
     return results
 
 
@@ -184,7 +184,7 @@ def plan_runs(configs: Sequence[Any], budgets: Sequence[float], seeds: Sequence[
 
 
 def _within(config: Any, budget: float) -> tuple[Any, dict[str, int]]:
-    """The config with fewer or more steps, so that it costs the budget; and flops, steps, images and parameters."""
+    """Returns the config with steps that cost the budget, and its FLOPs, steps, images and parameters."""
     asked = with_mask_ratio(config)
     phases = make_phases(asked.phases)
     networks, tokens = phase_networks(phases, asked.model, asked.data)
@@ -199,7 +199,7 @@ def _within(config: Any, budget: float) -> tuple[Any, dict[str, int]]:
         )
     steps = fit_steps([phase.steps for phase in phases], costs, budget)
     config = copy.deepcopy(config)
-    config.phases = tuple(_lengthened(phase, n) for phase, n in zip(config.phases, steps, strict=True))
+    config.phases = tuple(_with_steps(phase, n) for phase, n in zip(config.phases, steps, strict=True))
     # What is measured is measured at the end, and nothing else is drawn.
     config.evaluate_every = config.sampling.every = 0
     config.sampling.prompts = ()
@@ -214,12 +214,12 @@ def _within(config: Any, budget: float) -> tuple[Any, dict[str, int]]:
 
 
 def fit_steps(steps: Sequence[int], costs: Sequence[int], budget: float) -> list[int]:
-    """Steps of each phase that come to the budget, less a part of a step of the last, at 1 or more steps a phase.
+    """Returns at least 1 step for each phase, which together cost the budget up to a fraction of a last-phase step.
 
     Args:
-        steps: of each phase; their shares of the FLOPs are kept.
+        steps: Steps of each phase, which set its share of the FLOPs.
         costs: FLOPs of a step of each phase, together at most the budget.
-        budget: FLOPs.
+        budget: Training FLOPs.
     """
     fitted, left = [], budget
     for index, cost in enumerate(costs):
@@ -231,8 +231,8 @@ def fit_steps(steps: Sequence[int], costs: Sequence[int], budget: float) -> list
     return fitted
 
 
-def _lengthened(phase: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The phase with so many steps; warm-up and moving average reach over the same share of them."""
+def _with_steps(phase: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Returns the phase with another number of steps; warm-up and EMA span the same fraction of them."""
     factor = steps / phase["steps"]
     changed = {name: round(phase[name] * factor) for name in ("warmup_steps", "ema_start") if name in phase}
     if phase.get("ema_decay"):
@@ -241,7 +241,7 @@ def _lengthened(phase: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    """The Python value that the text stands for, or the text itself."""
+    """Parses a Python literal; returns other text as it is."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -260,10 +260,10 @@ def _is_done(run: Run, settings: Mapping[str, Any]) -> bool:
 
 
 def _train_and_measure(run: Run, settings: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Leaves result.json in the work directory.
+    """Trains and measures a run, and writes result.json into its work directory.
 
     Raises:
-        Stopped: the user has asked to stop.
+        Stopped: The user has asked to stop.
     """
     started = time.monotonic()
     train(run.config, run.workdir)
@@ -288,16 +288,16 @@ def _train_and_measure(run: Run, settings: Mapping[str, Any], say: Callable[[str
     write_atomically(run.workdir / RESULT, json.dumps(result, indent=2) + "\n")
 
 
-# ---- Telling ---------------------------------------------------------------------------------------------------------
+# ---- Reporting -------------------------------------------------------------------------------------------------------
 
 
 def write_report(out: Path) -> list[dict[str, Any]]:
-    """Writes results.md, results.json and isoflop.png of all runs in the folder that are done, and returns these."""
+    """Writes results.md, results.json and isoflop.png for all finished runs in the folder; returns the results."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob(f"*/{RESULT}"))]
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
-    write_atomically(out / "results.md", table(results) + "\n")
+    write_atomically(out / "results.md", results_table(results) + "\n")
     if results:
-        plot(results, out / "isoflop.png")
+        plot_isoflop(results, out / "isoflop.png")
     return results
 
 

@@ -16,7 +16,7 @@ from micro_dit.encoders.image import load_image_encoder
 from micro_dit.encoders.info import ImageEncoderInfo
 from micro_dit.errors import UserError
 from micro_dit.evaluation.evaluate_model import Stopped
-from micro_dit.evaluation.isoflop import grouped, table
+from micro_dit.evaluation.isoflop import grouped, results_table
 from tests.helpers import tiny
 
 BUDGET = 2e8
@@ -173,7 +173,7 @@ def test_the_table_has_means_spreads_and_the_best_first() -> None:
     assert [(name, budget, len(group)) for name, budget, group in grouped(results)] == [
         ("b", 1e12, 1), ("a", 1e12, 2), ("a", 2e12, 1),
     ]  # fmt: skip
-    assert table(results).splitlines() == [
+    assert results_table(results).splitlines() == [
         "| FLOPs | recipe | parameters | images | seeds | held-out loss |",
         "| --- | --- | --- | --- | --- | --- |",
         "| 1e+12 | b | 1.23 M | 4,567 | 1 | 0.3 |",

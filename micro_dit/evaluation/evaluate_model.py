@@ -28,11 +28,11 @@ from micro_dit.evaluation.image_sets import (
     FromFiles,
     Images,
     ImageSetSettings,
-    draw_missing,
     hash_of,
     hash_of_weights,
     numbered,
-    plan_files,
+    prepare_image_files,
+    sample_missing,
 )
 from micro_dit.evaluation.measures import Measure, Measures
 from micro_dit.evaluation.registry import METRICS as IMAGE_METRICS
@@ -205,7 +205,7 @@ class ModelEvaluation:
     def _measure_image_set(self, settings: ImageSetSettings) -> None:
         """Samples a set of images and adds its measures."""
         count = self.request.num_images or (COCO_IMAGES if self.prompts.files else 256)
-        files = plan_files(self.folder / settings.folder, settings, count)
+        files = prepare_image_files(self.folder / settings.folder, settings, count)
         texts = numbered(self.prompts.texts, count)
         self._sample_missing(files, texts, settings)
         if self.main_process:
@@ -216,7 +216,7 @@ class ModelEvaluation:
     def _sample_geneval(self, settings: ImageSetSettings) -> None:
         """Samples the images of GenEval, which its own program scores."""
         folder = self.folder / settings.folder.replace("images", "geneval")
-        files, texts = geneval.plan_files(folder, self._geneval_tasks)
+        files, texts = geneval.prepare_geneval_files(folder, self._geneval_tasks)
         self._sample_missing(files, texts, settings)
         self._say(f"GenEval's images are in {folder}: score them by {geneval.SCORER}, then give --geneval_results.")
 
@@ -282,7 +282,7 @@ class ModelEvaluation:
                 progress.update(done)
                 return self._stops()
 
-            draw_missing(
+            sample_missing(
                 files, texts, range(settings.seed, settings.seed + n),
                 lambda prompts, seeds: self._generate()(prompts, seeds, sampling),
                 batch_size=self.request.batch_size * self.mesh.size, share=(jax.process_index(), processes),

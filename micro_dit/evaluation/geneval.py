@@ -31,7 +31,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     return prompts
 
 
-def plan_files(folder: Path, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Path], list[str]]:
+def prepare_geneval_files(folder: Path, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Path], list[str]]:
     """Makes the scorer's folders; returns the files of all images, four for each prompt, and each one's prompt."""
     files, texts = [], []
     for number, metadata in enumerate(prompts):

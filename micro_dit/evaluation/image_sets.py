@@ -20,7 +20,7 @@ from micro_dit.files import hash_arrays, hash_text, write_atomically
 SETTINGS_FILE = "set.json"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # prompts, seeds → (n, H, W, 3) uint8
+SampleImages = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # prompts, seeds → (n, H, W, 3) uint8
 
 
 class Images(abc.ABC):
@@ -155,7 +155,7 @@ def numbered(prompts: Sequence[str], n: int) -> list[str]:
     return [prompts[i % len(prompts)] for i in range(n)]
 
 
-def plan_files(folder: Path, settings: ImageSetSettings, n: int) -> list[Path]:
+def prepare_image_files(folder: Path, settings: ImageSetSettings, n: int) -> list[Path]:
     """Returns the files of n images; makes their folder, with a file of the settings in it."""
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / SETTINGS_FILE
@@ -164,11 +164,11 @@ def plan_files(folder: Path, settings: ImageSetSettings, n: int) -> list[Path]:
     return [folder / f"{number:06d}.png" for number in range(n)]
 
 
-def draw_missing(
+def sample_missing(
     files: Sequence[Path],
     prompts: Sequence[str],
     seeds: Sequence[int],
-    draw: Draw,
+    sample: SampleImages,
     *,
     batch_size: int,
     share: tuple[int, int] = (0, 1),
@@ -180,7 +180,7 @@ def draw_missing(
         files: Files of all images.
         prompts: Prompts of all images.
         seeds: Seeds of all images.
-        draw: Samples some of the images.
+        sample: Samples some of the images.
         batch_size: Images at once.
         share: Index of this process and number of processes, which take batches in turn.
         after_batch: Called with the number of images in the batch; returns whether to stop.
@@ -197,7 +197,7 @@ def draw_missing(
     for start in range(0, len(missing), batch_size):
         rows = missing[start : start + batch_size]
         filled = rows + [rows[-1]] * (batch_size - len(rows))  # one shape, compiled once
-        images = draw([prompts[i] for i in filled], [seeds[i] for i in filled])
+        images = sample([prompts[i] for i in filled], [seeds[i] for i in filled])
         for i, image in zip(rows, images, strict=False):
             save_png(image, files[i], {"prompt": prompts[i], "seed": str(seeds[i])})
         if after_batch(len(rows)):

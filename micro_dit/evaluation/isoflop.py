@@ -44,7 +44,7 @@ def values(group: Sequence[Result], measure: str) -> list[float]:
     return [result["measures"][measure] for result in group if measure in result["measures"]]
 
 
-def table(results: Sequence[Result]) -> str:
+def results_table(results: Sequence[Result]) -> str:
     """Markdown: a row for each recipe and budget, with mean ± standard deviation over its seeds."""
     measured = [name for name in COLUMNS if values(results, name)]
     head = ["FLOPs", "recipe", "parameters", "images", "seeds", *(COLUMNS[name] for name in measured)]
@@ -63,7 +63,7 @@ def _spread(numbers: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(numbers):.2g}" if len(numbers) > 1 else mean
 
 
-def plot(results: Sequence[Result], path: str | Path) -> None:
+def plot_isoflop(results: Sequence[Result], path: str | Path) -> None:
     """IsoFLOP curves, whole file or none: a line through each recipe's means, a dot for each run.
 
     The last panel has the held-out loss by noise level at the largest budget, compared with that of the best recipe.

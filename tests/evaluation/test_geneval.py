@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from micro_dit.errors import UserError
-from micro_dit.evaluation.geneval import TASKS, plan_files, read_prompts, summarize
+from micro_dit.evaluation.geneval import TASKS, prepare_geneval_files, read_prompts, summarize
 
 
 def write_lines(path: Path, records: list[Any]) -> Path:
@@ -24,7 +24,7 @@ def test_prompts_and_folders(tmp_path: Path) -> None:
     }
     prompts = read_prompts(write_lines(tmp_path / "evaluation_metadata.jsonl", [line] * 3))
     assert prompts == [line] * 3
-    files, texts = plan_files(tmp_path / "images", prompts)
+    files, texts = prepare_geneval_files(tmp_path / "images", prompts)
     assert len(files) == len(texts) == 12
     assert files[4] == tmp_path / "images" / "00001" / "samples" / "0000.png"
     assert json.loads((tmp_path / "images" / "00002" / "metadata.jsonl").read_text()) == line

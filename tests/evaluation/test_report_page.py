@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from micro_dit.evaluation.image_sets import ImageSetSettings, plan_files
+from micro_dit.evaluation.image_sets import ImageSetSettings, prepare_image_files
 from micro_dit.evaluation.measures import Measure, Measures
 from micro_dit.evaluation.report_page import write_report
 from micro_dit.images import save_png
@@ -24,7 +24,7 @@ def evaluation(folder: Path) -> Path:
     generator = np.random.default_rng(0)
     for guidance in (1.5, 3.0):
         settings = ImageSetSettings("0123", "ema", guidance, 14, 0, "float32", "held-out captions", "4567")
-        for number, file in enumerate(plan_files(folder / settings.folder, settings, 9)):
+        for number, file in enumerate(prepare_image_files(folder / settings.folder, settings, 9)):
             image = Image.fromarray(generator.integers(0, 256, (4, 4, 3)).astype(np.uint8))
             save_png(image.resize((128, 128)), file, {"prompt": PROMPTS[number % 3], "seed": str(number)})
         images = dict(params="ema", guidance=guidance, prompts="held-out captions", folder=settings.folder, count=9)

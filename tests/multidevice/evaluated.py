@@ -13,7 +13,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.evaluation.domain import domain_measures, real_images
-from micro_dit.evaluation.image_sets import FromFiles, draw_missing
+from micro_dit.evaluation.image_sets import FromFiles, sample_missing
 from micro_dit.parallel.mesh import batch_sharding, make_mesh, replicated
 from tests.helpers import tiny
 
@@ -44,7 +44,7 @@ def main(folder: str) -> None:
         files = [Path(folder) / name / f"{i:06d}.png" for i in range(len(PROMPTS))]
         # Two processes would share the set like this.
         for index in (1, 0):
-            draw_missing(files, PROMPTS, range(len(PROMPTS)), generate, batch_size=batch_size, share=(index, 2))
+            sample_missing(files, PROMPTS, range(len(PROMPTS)), generate, batch_size=batch_size, share=(index, 2))
         images[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
         measures = domain_measures(FromFiles(files, prompts=PROMPTS), real, tiny.Blocks())
         found[name] = {measure.name: measure.value for measure in measures}

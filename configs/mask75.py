@@ -30,7 +30,7 @@ def base(**fields: Any) -> ConfigDict:
         dict(
             name="mask75",  # the default work directory is runs/<name>
             seed=0,
-            # A size of micro_dit/models/dit.py; each other field that is set replaces the size's own.
+            # A size of micro_dit/models/config.py; each other field that is set replaces the size's own.
             model=dict(
                 size="Nano",
                 depth=placeholder(int),

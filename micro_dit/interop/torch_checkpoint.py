@@ -36,20 +36,20 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"^final_layer\.norm\.", "final_layer.norm_final."),
     (r"\.(kernel|scale)$", ".weight"),
 )
-# Parts of names that PyTorch's wrappers and trainers put in.
+# Parts of names that PyTorch's wrappers and trainers add.
 WRAPPERS = ("dit", "module", "_orig_mod")
 POSITION_SCALES = (1.0, 2.0, 4.0)  # at 256, 512, 1024 px
 
 
 def release_name(name: str) -> str:
-    """The release's name of one of our parameters, e.g. 'mixer.1.attn.qkv.kernel' → 'patch_mixer.1.attn.qkv.weight'."""
+    """Returns the release's name of a parameter: 'mixer.1.attn.qkv.kernel' → 'patch_mixer.1.attn.qkv.weight'."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def to_release_layout(name: str, value: np.ndarray, config: DiTConfig) -> np.ndarray:
-    """Our array in the release's layout; `name` is ours."""
+    """Returns our array in the release's layout; `name` is ours."""
     if name == "patch_embedding.proj.kernel":  # (p·p·C, D) → (D, C, p, p)
         p = config.patch_size
         return value.reshape(p, p, config.in_channels, -1).transpose(3, 2, 0, 1)
@@ -57,14 +57,14 @@ def to_release_layout(name: str, value: np.ndarray, config: DiTConfig) -> np.nda
 
 
 def from_release_layout(name: str, value: np.ndarray) -> np.ndarray:
-    """The release's array in our layout; `name` is ours."""
+    """Returns the release's array in our layout; `name` is ours."""
     if name == "patch_embedding.proj.kernel":  # (D, C, p, p) → (p·p·C, D)
         return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
     return value.T if name.endswith(".kernel") else value
 
 
 def release_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the release's state dict for this network, buffers included."""
+    """Returns names and shapes of the release's state dict for this network, buffers included."""
     p, C = config.patch_size, config.in_channels
     shapes: dict[str, tuple[int, ...]] = {"pos_embed": (1, config.tokens, config.dim), "mask_token": (1, 1, p * p * C)}
     for name, leaf in abstract_params(config).items():
@@ -78,10 +78,10 @@ def release_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def without_wrappers(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same with the network's own names: 'module.dit._orig_mod.pos_embed' becomes 'pos_embed'.
+    """Strips WRAPPERS from the names: 'module.dit._orig_mod.pos_embed' becomes 'pos_embed'.
 
     Raises:
-        UserError: two tensors would have the same name.
+        UserError: Two tensors would have the same name.
     """
     plain: dict[str, str] = {}
     for name in state_dict:
@@ -93,13 +93,16 @@ def without_wrappers(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
 
 
 def recognize(state_dict: Mapping[str, np.ndarray]) -> tuple[str, DiTConfig]:
-    """Which of SIZES a state dict is of, and its configuration.
+    """Recognizes which of SIZES a state dict belongs to.
 
-    The size is told by the width; channels, patches and captions by shapes; the grid by the position table, and the
-    position scale by trying POSITION_SCALES on it.
+    The width determines the size, shapes determine channels, patches and captions, and the position table determines
+    the grid and the position scale, one of POSITION_SCALES.
+
+    Returns:
+        The size and the configuration.
 
     Raises:
-        UserError: it is not of this kind of network, or of none of these sizes and scales.
+        UserError: The state dict belongs to another kind of network, or to another size or scale.
     """
     for name, axes in (("x_embedder.proj.weight", 4), ("y_embedder.y_proj.fc1.weight", 2), ("pos_embed", 3)):
         if name not in state_dict or state_dict[name].ndim != axes:
@@ -126,18 +129,18 @@ def recognize(state_dict: Mapping[str, np.ndarray]) -> tuple[str, DiTConfig]:
 
 
 def is_position_table(stored: np.ndarray, config: DiTConfig) -> bool:
-    """Whether a stored table is the one that this configuration computes, within the rounding of its dtype."""
+    """Returns whether a stored table equals the configuration's, within the rounding of its dtype."""
     table = position_table(config.dim, config.grid, config.pos_interp_scale)[None]
     tolerance = max(1e-5, float(jnp.finfo(stored.dtype).eps))
     return stored.shape == table.shape and bool(np.abs(stored.astype(np.float32) - table).max(initial=0.0) <= tolerance)
 
 
 def from_state_dict(state_dict: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
-    """Our parameters from the release's state dict, as views of it.
+    """Converts the release's state dict to our parameters, as views of it.
 
     Raises:
-        UserError: tensors are missing, superfluous or misshapen (all are listed), or the position table is not the one
-            that this configuration computes.
+        UserError: Tensors are missing, superfluous or misshapen (all are listed), or the position table is not this
+            configuration's.
     """
     expected = release_shapes(config)
     problems = [f"missing {name}" for name in expected if name not in state_dict]
@@ -160,7 +163,7 @@ def from_state_dict(state_dict: Mapping[str, np.ndarray], config: DiTConfig) -> 
 
 
 def to_state_dict(params: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
-    """The release's state dict, buffers included, from our parameters: views of them, not all contiguous."""
+    """Converts our parameters to the release's state dict with its buffers: views, not all contiguous."""
     table = position_table(config.dim, config.grid, config.pos_interp_scale)
     state_dict = {
         "pos_embed": table[None],

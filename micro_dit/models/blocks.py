@@ -38,6 +38,7 @@ class CaptionBlock(nnx.Module):
         self.mlp.w3.kernel[...] = zeros(rngs.params(), (hidden, dim), jnp.float32)
 
     def __call__(self, y: jax.Array) -> jax.Array:
+        """Transforms caption tokens y (B, L, D)."""
         y = y + self.attn(self.norm1(y))
         return y + self.mlp(self.norm2(y))
 
@@ -100,6 +101,7 @@ class FinalLayer(nnx.Module):
         self.linear = linear(dim, out, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        """Projects tokens x (B, T, d) given the conditioning c (B, D)."""
         shift, scale = jnp.split(self.adaln(jax.nn.gelu(c, approximate=True)), 2, axis=-1)
         return self.linear(modulate(self.norm(x), shift, scale))
 
@@ -112,4 +114,5 @@ class NormedProjection(nnx.Module):
         self.linear = linear(dim, out, use_bias=config.use_bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Projects tokens x (…, d) to (…, out)."""
         return self.linear(self.norm(x))

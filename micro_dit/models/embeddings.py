@@ -65,6 +65,7 @@ class PatchEmbedding(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Embeds the patches of latents x (B, H, W, C)."""
         return self.proj(patchify(x, self.patch_size))
 
 
@@ -77,6 +78,7 @@ class NoiseEmbedding(nnx.Module):
         self.fc2 = linear(dim, dim, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, t: jax.Array) -> jax.Array:
+        """Embeds noise levels t (B,)."""
         frequencies = np.exp(-np.log(10000.0) * np.arange(NOISE_FREQUENCIES) / NOISE_FREQUENCIES).astype(np.float32)
         angles = t.astype(jnp.float32)[:, None] * frequencies  # (B, 256)
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -93,4 +95,5 @@ class CaptionMLP(nnx.Module):
         self.fc2 = linear(dim, dim, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, y: jax.Array) -> jax.Array:
+        """Projects captions y (B, L, Y), or pooled captions (B, D), to width D."""
         return self.fc2(self.norm(jax.nn.gelu(self.fc1(y), approximate=True)))

@@ -89,6 +89,7 @@ class SelfAttention(nnx.Module):
         self.proj = linear(width, dim, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Attends among tokens x (B, T, d)."""
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)  # each (B, T, w)
         return self.proj(attend(self.qk_norm(q), self.qk_norm(k), v, self.heads))
 
@@ -106,6 +107,7 @@ class CrossAttention(nnx.Module):
         self.proj = linear(dim, dim, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Attends from tokens x (B, T, d) to the caption y (B, L, d)."""
         k, v = jnp.split(self.kv(y), 2, axis=-1)  # each (B, L, d)
         return self.proj(attend(self.qk_norm(self.q(x)), self.qk_norm(k), v, self.heads))
 
@@ -128,4 +130,5 @@ class SwiGLU(nnx.Module):
         self.w3 = linear(hidden, dim, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Transforms tokens x (B, T, d)."""
         return self.w3(jax.nn.silu(self.w1(x)) * self.w2(x))

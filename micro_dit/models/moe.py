@@ -48,6 +48,7 @@ class ExpertChoiceFFN(nnx.Module):
         return chosen, jnp.take_along_axis(probabilities, chosen, axis=-1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Transforms tokens x (B, N, d)."""
         B, N, d = x.shape
         chosen, probabilities = self.route(x)
         E, T = chosen.shape[1:]

@@ -101,6 +101,9 @@ class Contender:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | own
         )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.input, self.output = self.process.stdin, self.process.stdout
 
     def __enter__(self) -> "Contender":
         return self
@@ -111,7 +114,7 @@ class Contender:
     def start(self, method: str, **arguments: Any) -> None:
         """Has the contender begin; `answer` waits for it."""
         try:
-            print(json.dumps([method, arguments]), file=self.process.stdin, flush=True)
+            print(json.dumps([method, arguments]), file=self.input, flush=True)
         except BrokenPipeError:
             raise Failed(f"{self.job} ended with status {self.process.wait()}") from None
 
@@ -126,10 +129,10 @@ class Contender:
             Failed: the contender gives a reason why it can't, or has ended.
         """
         remaining = None if deadline is None else max(deadline - time.monotonic(), 0)
-        if not select.select([self.process.stdout], [], [], remaining)[0]:
+        if not select.select([self.output], [], [], remaining)[0]:
             self.close(kill=True)
             raise OutOfTime(f"{self.job} was not done in time")
-        line = self.process.stdout.readline()
+        line = self.output.readline()
         if not line:
             raise Failed(f"{self.job} ended with status {self.process.wait()}")
         answer = json.loads(line)
@@ -147,9 +150,9 @@ class Contender:
         if kill:
             self.process.kill()
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+            self.input.close()
         self.process.wait()
-        self.process.stdout.close()
+        self.output.close()
 
 
 def serve(job: str, setting: Setting) -> None:

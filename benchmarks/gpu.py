@@ -55,15 +55,15 @@ class Bench:
         compiled: whether torch.compile compiles the twin.
     """
 
-    def __init__(self, deadline: float, contenders: Sequence[str], dry_run: bool, compiled: bool = True) -> None:
+    def __init__(self, deadline: float, contenders: list[str], dry_run: bool, compiled: bool = True) -> None:
         self.deadline, self.contenders, self.dry_run, self.compiled = deadline, contenders, dry_run, compiled
         self.absent: dict[str, str] = {}  # contenders that can't take part, and why
 
     def setting(self, pixels: int, mask_ratio: float, images: int, microbatch: int = 0) -> Setting:
         if self.dry_run:
-            fields = TINY | {"input_size": pixels // 64}
+            fields: dict[str, Any] = TINY | {"input_size": pixels // 64}
             images, microbatch = 4, 2 if microbatch < images else 4
-            tiny = dict(caption_tokens=4, compiled=self.compiled, steps=3)
+            tiny: dict[str, Any] = dict(caption_tokens=4, compiled=self.compiled, steps=3)
             return Setting("Nano", fields, mask_ratio, images, microbatch, **tiny)
         fields = {"input_size": pixels // 8, "pos_interp_scale": pixels / 256}
         return Setting(

@@ -179,7 +179,7 @@ def exponents(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
 
 def curve(factor: str, values: Sequence[float], timed: Sequence[Timed], seconds: Sequence[float]) -> dict[str, Any]:
     """One thing timed at several values of a factor, with the slopes between them."""
-    found = {"factor": factor, "values": list(values), "seconds": list(seconds)}
+    found: dict[str, Any] = {"factor": factor, "values": list(values), "seconds": list(seconds)}
     for name in ("flops", "largest"):
         found[name] = [getattr(program, name) for program in timed]
     slopes = {f"{name}_exponents": exponents(values, found[name]) for name in ("seconds", "flops", "largest")}

@@ -159,7 +159,7 @@ class Sampling(Job):
 
     def once(self) -> Any:
         params, noise, y = self.arguments
-        D = lambda x, sigma: self.program(params, x, np.float32([sigma]), y)  # noqa: E731
+        D = lambda x, sigma: self.program(params, x, np.full(1, sigma, np.float32), y)  # noqa: E731
         return sample(D, noise, noise_levels(self.setting.steps))
 
 
@@ -198,6 +198,7 @@ class Layers(Device):
 
         def drop(x: jax.Array, key: jax.Array) -> jax.Array:
             mask = random_mask(key, B, N, self.setting.mask_ratio)
+            assert mask is not None
             return restore_tokens(drop_tokens(x, mask), mask)
 
         return {

@@ -93,7 +93,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
         row, results = timed(
             f"encode images, {side} px",
             size * batches,
-            lambda again=again: jax.block_until_ready([encoders.image.encode(pixels) for pixels in again]),
+            partial(lambda again: jax.block_until_ready([encoders.image.encode(pixels) for pixels in again]), again),
         )
         moments[side] = [np.asarray(moment) for moment in results[-1]]
         rows.append(row)

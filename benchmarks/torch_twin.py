@@ -196,6 +196,8 @@ class PatchEmbedding(nn.Module):
 
 
 class NoiseEmbedding(nn.Module):
+    frequencies: Tensor
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         D = config.dim
@@ -204,7 +206,7 @@ class NoiseEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t.float()[:, None] * self.frequencies.float()
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class CaptionEmbedding(nn.Module):
@@ -218,6 +220,9 @@ class CaptionEmbedding(nn.Module):
 
 class TorchTwin(nn.Module):
     """F(x, t, y): x (B, C, H, W), t (B,), y (B, L, Y) → (B, C, H, W) float32; with a mask, only K tokens of N."""
+
+    pos_embed: Tensor
+    mask_token: Tensor
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -338,7 +343,8 @@ class Training:
         for start in range(0, B, size):
             rows = slice(start, start + size)
             mask = drawn.mask and Mask(*(a[rows] for a in drawn.mask))
-            loss = self.loss(Drawn(*(a[rows] for a in drawn[:4]), mask)) * (size / B)
+            x, y, sigma, noise = (a[rows] for a in drawn[:4])
+            loss = self.loss(Drawn(x, y, sigma, noise, mask)) * (size / B)
             loss.backward()
             total += loss.detach()
         return total

@@ -43,7 +43,7 @@ def measure(setting: Setting, names: Sequence[str], repeats: int, threads: int) 
         repeats: how many steps of each are timed.
         threads: of the CPU.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         contenders = []
         for name in names:
@@ -98,7 +98,7 @@ def compare(found: Mapping[str, float], of: Mapping[str, Any], baseline: Mapping
         baseline: as `--update_baseline` writes it, if there is one.
     """
     comparable = baseline is not None and baseline["of"] == of
-    before = baseline["ratios"] if comparable else {}
+    before = baseline["ratios"] if baseline is not None and comparable else {}
     lines, regressions = [f"{'ratio (less is better)':72}  now  baseline"], []
     for name, ratio in found.items():
         lines.append(f"{name:72}{ratio:5.2f}" + (f"{before[name]:10.2f}" if name in before else "         –"))

@@ -26,7 +26,7 @@ MASK75 = tiny.CONFIGS / "mask75.py"
 OPENMOJI = json.loads((Path(tiny.CONFIGS).parent / "micro_dit/assets/openmoji_vae/config.json").read_text())
 CHANNELS = {"openmoji_vae": OPENMOJI["latent_channels"]}
 # The others are the network of mask75 in another size or without a part: test_the_comparisons_cost_what_they_say.
-VARIANTS = [(tiny.CONFIGS / name, None) for name in ("finetune.py", "maskdit75.py")]
+VARIANTS: list[tuple[Path, str | None]] = [(tiny.CONFIGS / name, None) for name in ("finetune.py", "maskdit75.py")]
 MASK75_VARIANTS = ("demo", "small", "openmoji", "tiny", "xl")
 VARIANTS += [(MASK75, variant) for variant in MASK75_VARIANTS]
 

@@ -23,7 +23,7 @@ from micro_dit.evaluation.evaluate_model import EvaluationRequest, ModelEvaluati
 from micro_dit.evaluation.measures import Measure
 from tests.helpers.tiny import Blocks, Words
 
-STEPS = dict(steps=2, guidance=(2.0,), say=lambda text: None)
+STEPS: dict[str, Any] = dict(steps=2, guidance=(2.0,), say=lambda text: None)
 
 
 def evaluate(

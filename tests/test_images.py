@@ -113,7 +113,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypat
     save_png(red_pictures(1, 4)[0], path)
     before = path.read_bytes()
 
-    def half(self, file: Any, **options: Any) -> Never:
+    def half(self: Any, file: Any, **options: Any) -> Never:
         file.write_bytes(b"half a pic")
         raise OSError("disk full")
 

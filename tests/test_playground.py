@@ -113,7 +113,7 @@ def test_checkpoints_of_a_run_share_encoders_and_programs_and_few_stay_in_memory
 
 
 def test_drawings_follow_one_another(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, at_once, most = session.model(NEWEST), [], []
+    model, at_once, most = session.model(NEWEST), list[None](), list[int]()
     plain = type(model).generate
 
     def generate(self: Any, *arguments: Any, **settings: Any) -> Any:

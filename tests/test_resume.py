@@ -35,7 +35,7 @@ class Loop:
     def __init__(self, shards: Path, workdir: Path, restarts: int) -> None:
         self.workdir, self.metrics, self.out = workdir, workdir / "metrics.jsonl", workdir.with_name("out.txt")
         command = [sys.executable, "launch/until_done.py", f"--restarts={restarts}"]
-        command += [sys.executable, "-m", "tests.helpers.recorded_run", workdir.with_name("batches.jsonl")]
+        command += [sys.executable, "-m", "tests.helpers.recorded_run", str(workdir.with_name("batches.jsonl"))]
         command += [f"--config=tests/helpers/tiny.py:{shards}", f"--workdir={workdir}", "--config.checkpoint_every=4"]
         with open(self.out, "w") as out:
             self.process = subprocess.Popen(

@@ -77,7 +77,7 @@ def test_an_image_depends_on_its_caption_and_seed_and_not_on_the_batch(
 def test_the_engine_is_the_sampler_over_the_guided_denoiser(
     generator: Generator, params: dict[str, jax.Array], name: str
 ) -> None:
-    noise, D_x = draw_noise(CONFIG, [5, 6]), []
+    noise, D_x = draw_noise(CONFIG, [5, 6]), list[Any]()
     F = guide(generators.bind(CONFIG, params), 2.0)
 
     @jax.jit
@@ -101,7 +101,7 @@ def test_what_is_rehearsed_is_what_is_compiled(params: dict[str, jax.Array], gui
         programs.add(call.lower(*arguments, **static).as_text())
         return call(*arguments, **static)
 
-    generator._denoise = noted
+    generator._denoise = noted  # type: ignore[assignment]
     noise = draw_noise(CONFIG, [5, 6, 7, 8])
     generator.latents(jax.device_put(params, place), CAPTIONS, noise, Sampling(2, guidance))
     abstract = {n: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place) for n, p in params.items()}
@@ -155,7 +155,7 @@ def model(loaded: Model, words: Words) -> Model:
     return loaded
 
 
-SHORT = dict(steps=2, guidance=2.0)
+SHORT: dict[str, Any] = dict(steps=2, guidance=2.0)
 
 
 def picture(side: int = 16) -> Image.Image:

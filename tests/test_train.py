@@ -42,7 +42,7 @@ B = 1024
 
 def draws(monkeypatch: pytest.MonkeyPatch, step: int, seed: int = 0, **fields: Any) -> dict[str, np.ndarray]:
     """Everything random in a step, recorded where it reaches the loss."""
-    recorded: dict[str, np.ndarray] = {}
+    recorded: dict[str, Any] = {}
 
     def record(F: Any, x: Any, y: Any, sigma: Any, noise: Any, *, mask: TokenMask, **rest: Any) -> jax.Array:
         recorded.update(

@@ -29,8 +29,8 @@ def test_twin() -> None:
     pytest.importorskip("torch", reason="the twin is written in PyTorch: pip install torch")
     from benchmarks import torch_jobs
 
-    for job in (torch_jobs.Training, torch_jobs.Sampling):
-        job = job(SETTING)
+    for kind in (torch_jobs.Training, torch_jobs.Sampling):
+        job = kind(SETTING)
         assert job.prepare()["compile_s"] > 0
         assert 0 < job.run(times=2)["wall_s"] < 60
     assert job.once().shape == (4, 4, 8, 8)

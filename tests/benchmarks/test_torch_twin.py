@@ -42,7 +42,7 @@ def nhwc(x: Any) -> np.ndarray:
     return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def torch_mask(mask: TokenMask | None) -> torch_twin.Mask | None:
+def torch_mask(mask: TokenMask | None) -> Any:
     return mask and torch_twin.Mask(*(torch.from_numpy(np.array(a, np.int64)) for a in mask))
 
 
@@ -50,7 +50,7 @@ def in_release_layout(arrays: Any, config: DiTConfig) -> dict[str, np.ndarray]:
     return {release_name(name): to_release_layout(name, np.asarray(a), config) for name, a in arrays.items()}
 
 
-def make_training(config: DiTConfig, params: Any, **options: Any) -> torch_twin.Training:
+def make_training(config: DiTConfig, params: Any, **options: Any) -> Any:
     twin = torch_twin.TorchTwin(config)
     torch_twin.load_params(twin, params)
     return torch_twin.Training(

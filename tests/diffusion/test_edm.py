@@ -64,7 +64,9 @@ def test_the_loss_is_that_of_a_loop_over_the_kept_patches(masked: bool) -> None:
     mask = mask_from_noise(jax.random.uniform(jax.random.key(0), (B, 16)), 5) if masked else None
     loss = edm.loss(network, x, Y, sigma, noise, mask=mask)
     D_x = edm.denoise(network, x + sigma[:, None, None, None] * noise, sigma, Y)
-    expected = brute_force(*map(np.asarray, (x, D_x, sigma)), None if mask is None else np.asarray(mask.keep))
+    expected = brute_force(
+        np.asarray(x), np.asarray(D_x), np.asarray(sigma), None if mask is None else np.asarray(mask.keep)
+    )
     assert loss.shape == (B,)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 

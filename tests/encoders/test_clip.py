@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 from micro_dit.encoders.clip_tokenizer import ClipTokenizer
 from micro_dit.encoders.text import load_text_encoder
@@ -44,7 +51,7 @@ def test_same_numbers_as_transformers(activation: str, pad_token: Any, tmp_path:
 def test_the_text_tower_of_a_whole_model_is_taken(tmp_path: Path) -> None:
     reference = write_clip(tmp_path / "tower")
     text = CLIPTextConfig(**reference.config.to_dict())
-    whole = CLIPModel(CLIPModel.config_class(text_config=text.to_dict(), vision_config=CLIPVisionConfig(
+    whole = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=CLIPVisionConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
     ).to_dict()))  # fmt: skip
     whole.text_model.load_state_dict(reference.state_dict())

@@ -4,6 +4,7 @@ Run with `-s` to see the figures.
 """
 
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -82,7 +83,7 @@ def test_the_sdxl_autoencoder() -> None:
 def test_the_vit_h_text_tower() -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
         "hidden_act": "quick_gelu",
     }  # fmt: skip

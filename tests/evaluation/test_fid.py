@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -138,7 +139,7 @@ def test_statistics_are_gathered_batch_by_batch() -> None:
 
 
 @pytest.fixture(scope="module")
-def network(params: inception.Params) -> FidNetwork:
+def network(params: inception.Params) -> Iterator[FidNetwork]:
     """The network at a size that a CPU computes in no time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inception, "SIDE", 107)
@@ -190,7 +191,7 @@ def test_what_damage_does(network: FidNetwork) -> None:
 
 
 def test_a_number_says_how_it_came_about(network: FidNetwork, tmp_path: Path) -> None:
-    images, warnings = InMemory(drawings(20, 0)), []
+    images, warnings = InMemory(drawings(20, 0)), list[str]()
     real = network.statistics(InMemory(drawings(33, 1)), set="val2014")
     save_statistics(tmp_path / "real.npz", real)
     measure = fid(images, network, load_statistics(tmp_path / "real.npz"), warnings.append)
@@ -255,11 +256,9 @@ def test_statistics_of_a_folder_are_kept(
     for number, image in enumerate(drawings(5, 3)):
         Image.fromarray(image).resize((96, 80)).save(tmp_path / "real" / f"{number}.png")
     monkeypatch.setattr("micro_dit.evaluation.registry.FidNetwork", lambda *arguments: network)
-    said = []
+    said: list[str] = []
     for _ in range(2):
-        inputs = MetricInputs(
-            64, str(tmp_path / "real"), inception=weights, cache=tmp_path / "kept", say=said.append
-        )
+        inputs = MetricInputs(64, str(tmp_path / "real"), inception=weights, cache=tmp_path / "kept", say=said.append)
         reference = Fid(inputs).reference
         assert reference.n == 5
         assert "center crop" in reference.pipeline["crop"]

@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from micro_dit.models.config import DiTConfig
@@ -24,7 +25,8 @@ def under(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 
 def config_of(arguments: dict[str, Any]) -> DiTConfig:
     """The release's constructor arguments as our configuration."""
-    return DiTConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    return DiTConfig(**fields)
 
 
 def nhwc(x: np.ndarray) -> np.ndarray:
@@ -39,7 +41,7 @@ def caption(y: np.ndarray) -> np.ndarray:
 def mask_of(case: dict[str, np.ndarray]) -> TokenMask | None:
     if "ids_keep" not in case:
         return None
-    return TokenMask(case["ids_keep"].astype(np.int32), case["ids_restore"].astype(np.int32))
+    return TokenMask(jnp.asarray(case["ids_keep"], jnp.int32), jnp.asarray(case["ids_restore"], jnp.int32))
 
 
 def assert_close(ours: Any, golden: np.ndarray, tolerance: float, what: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from micro_dit.data.shard_writer import ShardFileWriter, latent_statistics, shard_name, write_manifest
-from micro_dit.data.shards import Manifest, Record, record_fields
+from micro_dit.data.shards import Manifest, Record, ShardFile, record_fields
 from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 from micro_dit.models.config import DiTConfig, make_config
 from micro_dit.models.dit import abstract_params
@@ -24,12 +24,14 @@ from micro_dit.training.checkpoint import Checkpoints
 CONFIGS = Path(__file__).parents[2] / "configs"
 VAE = ImageEncoderInfo("noise", "0123", channels=4, downsample=8)
 TEXT = TextEncoderInfo("noise", "4567", tokens=4, channels=12)
-SIZE = dict(
+SIZE: dict[str, Any] = dict(
     size="Nano", dim=32, depth=2, head_dim=16, patch_mixer_depth=2, patch_mixer_dim=48, multiple_of=16, num_experts=2,
     experts_every_n=1,
 )  # fmt: skip
-MASKED = dict(name="masked", resolution=64, mask_ratio=0.75, steps=48, batch_size=4, learning_rate=3e-3, warmup_steps=2)
-UNMASKED = dict(
+MASKED: dict[str, Any] = dict(
+    name="masked", resolution=64, mask_ratio=0.75, steps=48, batch_size=4, learning_rate=3e-3, warmup_steps=2
+)
+UNMASKED: dict[str, Any] = dict(
     name="unmasked", resolution=64, mask_ratio=0.0, steps=36, batch_size=4, learning_rate=1e-3, final_lr_ratio=0.1,
     ema_decay=0.9, ema_start=3,
 )  # fmt: skip
@@ -58,7 +60,8 @@ def inputs(config: DiTConfig, images: int = 3, seed: int = 0) -> tuple[jax.Array
     generator = np.random.default_rng(seed)
     side = config.input_size
     shapes = ((images, side, side, config.in_channels), (images,), (images, TEXT.tokens, config.caption_channels))
-    return tuple(jnp.asarray(generator.standard_normal(shape, dtype=np.float32)) for shape in shapes)
+    x, t, y = (jnp.asarray(generator.standard_normal(shape, dtype=np.float32)) for shape in shapes)
+    return x, t, y
 
 
 def make_manifest(
@@ -81,7 +84,8 @@ def write_folder(
 ) -> Path:
     """A folder of shards that holds these records."""
     out.mkdir(parents=True)
-    files, sums = {}, []
+    files: dict[str, tuple[ShardFile, ...]] = {}
+    sums = []
     for split, records in splits.items():
         starts = range(0, len(records), records_per_file)
         files[split] = ()
@@ -105,8 +109,8 @@ def write_shards(
 
     def record(split: str, number: int) -> Record:
         arrays = {f.name: generator.standard_normal(f.shape_in(1), dtype=np.float32) for f in manifest.fields}
-        arrays |= {name: 0.1 * np.abs(value) for name, value in arrays.items() if "_std_" in name}
-        arrays |= {name: scale * value for name, value in arrays.items() if name.startswith("latent_")}
+        arrays |= {name: np.float32(0.1) * np.abs(value) for name, value in arrays.items() if "_std_" in name}
+        arrays |= {name: np.float32(scale) * value for name, value in arrays.items() if name.startswith("latent_")}
         return Record(f"{split}-{number}", (f"number {number}",), arrays)
 
     counts = {"train": 23, "validation": 5}
@@ -121,6 +125,8 @@ def load_config_file(path: Path, argument: str | None = None) -> ConfigDict:
 
 def load_module(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

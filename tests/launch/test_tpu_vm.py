@@ -50,9 +50,9 @@ def tpu_vm(tmp_path: Path) -> Any:
 
 def actions(calls: list[list[str]]) -> list[str]:
     """What was done, without what was only asked."""
-    done = []
+    done: list[str] = []
     for call in calls:
-        verb = next(word for word in ("create", "delete", "list", "scp", "ssh") if word in call)
+        verb: str = next(word for word in ("create", "delete", "list", "scp", "ssh") if word in call)
         command = next((a.removeprefix("--command=") for a in call if a.startswith("--command=")), "")
         if verb == "ssh":
             verb = next(word for word in ("worker_install", "worker_train", "worker_status") if word in command)

@@ -109,8 +109,8 @@ def test_a_fresh_network_starts_at_zero_as_maskdits_does() -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_flops_are_those_of_all_products(masked: bool) -> None:
-    jaxpr = jax.make_jaxpr(lambda params: bind(CONFIG, params)(X[:1], T[:1], Y[:1], one_image if masked else None))
     one_image = TokenMask(MASK.keep[:1], MASK.restore[:1])
+    jaxpr = jax.make_jaxpr(lambda params: bind(CONFIG, params)(X[:1], T[:1], Y[:1], one_image if masked else None))
     counted = sum(product_flops(jaxpr(abstract_params(CONFIG)).jaxpr))
     assert counted == sum(forward_flops(CONFIG, 0.75 if masked else 0.0, tiny.TEXT.tokens).values())
 

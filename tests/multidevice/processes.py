@@ -22,8 +22,8 @@ def stand_in_encoders() -> None:
     encode = lambda prompts: np.ones((len(prompts), tiny.TEXT.tokens, tiny.TEXT.channels), np.float32)  # noqa: E731
     vae = SimpleNamespace(name="noise", fingerprint=tiny.VAE.fingerprint, decode=decode)
     captions = SimpleNamespace(name="noise", fingerprint=tiny.TEXT.fingerprint, encode=encode)
-    image.load_image_encoder = lambda name: vae
-    text.load_text_encoder = lambda name, tokens: captions
+    vars(image)["load_image_encoder"] = lambda name: vae
+    vars(text)["load_text_encoder"] = lambda name, tokens: captions
 
 
 def main(shards: str, workdir: str, coordinator: str, index: str, count: str, mesh: str) -> None:

@@ -70,7 +70,7 @@ def train(mesh: jax.sharding.Mesh, microbatch: int = 0) -> tuple[dict[str, Any],
         "average": list(state.ema["blocks.0.mlp.w1"].addressable_shards[0].data.shape),
         "gathers": gathered_activations(compiled.as_text()),
     }  # fmt: skip
-    return found, jax.tree.map(np.asarray, state), compiled.as_text()
+    return found, jax.tree.map(np.asarray, state), compiled.as_text() or ""
 
 
 def gathered_activations(program: str) -> list[str]:
@@ -118,7 +118,10 @@ def main() -> None:
     alone = make_mesh({}, jax.devices()[:1])
     one, end, _ = train(alone)
     meshes = {name: make_mesh(dict(zip(AXES, sizes, strict=True))) for name, sizes in MESHES.items()}
-    found = {"one": one, "fresh": {"one": fresh_state(alone), "experts": fresh_state(meshes["experts"])}}
+    found: dict[str, Any] = {
+        "one": one,
+        "fresh": {"one": fresh_state(alone), "experts": fresh_state(meshes["experts"])},
+    }
     start = jax.tree.map(np.asarray, tiny.random_params(NETWORK))
     for name, mesh, microbatch in [(*item, 0) for item in meshes.items()] + [("microbatch", meshes["experts"], 40)]:
         found[name], state, program = train(mesh, microbatch)

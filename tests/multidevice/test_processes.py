@@ -51,9 +51,9 @@ def run(shards: Path, workdir: Path, count: int, **mesh: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+def found(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("processes")
-    found = {count: run(tiny_shards, folder / str(count), count) for count in (1, 2)}
+    found: dict[Any, Any] = {count: run(tiny_shards, folder / str(count), count) for count in (1, 2)}
     return found | {"folder": folder}
 
 

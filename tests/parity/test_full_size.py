@@ -50,7 +50,7 @@ def test_full_size(full_file: Path) -> None:
     @jax.value_and_grad
     def loss_and_gradients(params: Any) -> jax.Array:
         network = bind(config, params)
-        return edm.loss(lambda *a: network(*a, mask), jnp.float32(0.9) * x, y, sigma, noise, mask=mask).mean()
+        return edm.loss(lambda x, t, y: network(x, t, y, mask), jnp.float32(0.9) * x, y, sigma, noise, mask=mask).mean()
 
     loss, gradients = loss_and_gradients(params)
     assert_close(loss, recorded["loss"], TOLERANCE, "loss")

@@ -126,7 +126,7 @@ assert torch.ones(1).sum() == 1
     from tensorboardX.proto.event_pb2 import Event
 
     (path,) = (tmp_path / "tensorboard").iterdir()
-    data, seen = path.read_bytes(), {}
+    data, seen = path.read_bytes(), dict[Any, Any]()
     while data:  # the record format: length, its checksum, the event, its checksum
         length = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + length])
@@ -146,7 +146,7 @@ def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monke
 def test_wandb_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Run:
         def __init__(self, **options: Any) -> None:
-            self.options, self.logged, self.finished = options, [], False
+            self.options, self.logged, self.finished = options, list[Any](), False
             self.define_metric = lambda name, step_metric: None
             runs.append(self)
 
@@ -156,7 +156,7 @@ def test_wandb_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.Mo
         def finish(self) -> None:
             self.finished = True
 
-    runs = []
+    runs: list[Any] = []
     wandb = types.SimpleNamespace(init=Run, Image=lambda image: ("image", image.shape))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):

@@ -6,7 +6,7 @@ import pytest
 from micro_dit.errors import UserError
 from micro_dit.training.phases import Phase, make_phases, phase_starts
 
-MINIMAL = dict(name="one", resolution=64, steps=100, batch_size=4, learning_rate=0.1, mask_ratio=0.75)
+MINIMAL: dict[str, Any] = dict(name="one", resolution=64, steps=100, batch_size=4, learning_rate=0.1, mask_ratio=0.75)
 
 
 def rates(**fields: Any) -> np.ndarray:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import math
 import re
-from typing import Any, Never
+from typing import Any
 
 import pytest
 
@@ -52,7 +52,7 @@ def test_rate_leaves_out_compilation_and_pauses(clock: Clock) -> None:
     assert progress.seconds_left == pytest.approx(89 * 0.5)
 
 
-def test_a_pause_that_fails_still_counts_as_a_pause(clock: Clock) -> Never:
+def test_a_pause_that_fails_still_counts_as_a_pause(clock: Clock) -> None:
     progress = make(clock)
     progress.update(1)
     with contextlib.suppress(RuntimeError), progress.paused():

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -51,7 +53,7 @@ class Others:
     """Two processes of which the other one is told to stop once its clock says so."""
 
     def __init__(self, told: bool = False, late: bool = False, steps: int = 999) -> None:
-        self.said, self.asked = [told, late, steps], []
+        self.said, self.asked = [told, late, steps], list[Any]()
 
     def gather(self, numbers: list[int]) -> np.ndarray:
         self.asked.append(list(map(int, numbers)))

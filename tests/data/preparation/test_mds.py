@@ -280,7 +280,7 @@ def test_interrupted_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert not (tmp_path / "out" / "manifest.json").exists()
     convert(folder, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    lines = []
+    lines: list[str] = []
     convert(folder, tmp_path / "out", report=lines.append)
     assert "nothing is left to do" in lines[0]
     with pytest.raises(UserError, match=r"begun with resolutions"):

@@ -64,7 +64,11 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
                 patch.setattr(name, stub)
             if isinstance(source, ListSource):
                 patch.setattr(prepare, "open_source", lambda spec, px: source)
-            values = {"source": source if isinstance(source, str) else "list", "resolutions": (16,), "vae": "stub"}
+            values: dict[str, Any] = {
+                "source": source if isinstance(source, str) else "list",
+                "resolutions": (16,),
+                "vae": "stub",
+            }
             values |= {"batch_size": 3, "clean_captions": False}
             fields = {field.name for field in dataclasses.fields(PreparationSettings)}
             settings = PreparationSettings(**values | {name: changed[name] for name in changed if name in fields})
@@ -209,7 +213,7 @@ def test_a_share_is_held_out_by_id(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_second_run_changes_nothing_and_other_settings_are_refused(run: Run, tmp_path: Path) -> None:
-    source, out, lines = ListSource(train=[[example("a")], [example("b")]]), tmp_path / "shards", []
+    source, out, lines = ListSource(train=[[example("a")], [example("b")]]), tmp_path / "shards", list[str]()
     manifest = run(source)
     before = contents(out)
     assert run(source, batch_size=8, report=lines.append) == manifest
@@ -265,7 +269,8 @@ def test_only_what_is_missing_is_made_again(run: Run, tmp_path: Path) -> None:
             raise UserError("the network is down")
 
     torn = ListSource(train=source._parts["train"])
-    torn.parts = lambda split: [part if part.name != "part 1" else Torn([0]) for part in source.parts(split)]
+    parts: list[Any] = [part if part.name != "part 1" else Torn([0]) for part in source.parts("train")]
+    torn.parts = lambda split: parts
     with pytest.raises(UserError, match="the network is down"):
         run(torn, out)
     assert not (out / "manifest.json").exists()
@@ -452,9 +457,9 @@ def write_odd_folder(folder: Path) -> dict[str, np.ndarray | str]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / f"{name}.png").write_bytes(kinds["png"][1])
         if number < 8:
-            caption, result = [(b"", QUADRANTS), (b" \n", QUADRANTS), (b"caf\xe9", "UTF-8"), (b"\xff\xfe", "UTF-8")][
-                number % 4
-            ]
+            choices: list[tuple[bytes, Any]] = [(b"", QUADRANTS), (b" \n", QUADRANTS)]
+            choices += [(b"caf\xe9", "UTF-8"), (b"\xff\xfe", "UTF-8")]
+            caption, result = choices[number % 4]
             (folder / f"{name}.txt").write_bytes(caption)
         else:
             result = "caption"  # there is none

@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pytest
@@ -14,7 +13,7 @@ ROWS = [("img/b.jpg", 'A "red", card'), ("a.png", "line one\nline two"), ("img/b
 ROWS.append(("img", "a folder, not a file"))
 
 
-def write_listing(path: Path, columns: dict[str, Any] = ("path", "caption")) -> None:
+def write_listing(path: Path, columns: tuple[str, ...] = ("path", "caption")) -> None:
     """Writes ROWS in the format that the ending of the path names, with a column that nobody asked for."""
     named = [dict(zip(columns, row, strict=True), width=3) for row in ROWS]
     match path.suffix:

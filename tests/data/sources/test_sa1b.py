@@ -30,7 +30,7 @@ def tars(tmp_path: Path) -> Path:
     """Two tars of images and masks; there is no caption for image 3."""
     masks = json.dumps({"image": {"image_id": 1}, "annotations": [{"segmentation": {"counts": "x"}}]}).encode()
     for tar, numbers in {"sa_000000": (1, 2, 3), "sa_000001": (5,)}.items():
-        members = {}
+        members: dict[str, bytes] = {}
         for number in numbers:
             members |= {f"./sa_{number}.jpg": picture("red"), f"./sa_{number}.json": masks}
         write_tar(tmp_path / "sa1b" / f"{tar}.tar", members)

@@ -45,6 +45,7 @@ def test_make_item_keeps_captions_that_are_text() -> None:
     assert make_item("1", b"x", "a") == Example("1", b"x", ("a",))
     assert make_item("1", b"x", "") == Example("1", b"x", ("",))
     assert make_item("1", b"x", ["a", None, "b", 3, "a"]) == Example("1", b"x", ("a", "b"))
+    nothing: Any
     for nothing in (None, [], 5, float("nan"), [None], {}):
         assert make_item("1", b"x", nothing) == Reject("1", "no caption")
     assert make_item("\udce9", b"x", ["fine", "\ud83d"]) == Reject("\\udce9", "caption is not valid UTF-8")

@@ -105,7 +105,7 @@ def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
 
 def test_a_truncated_tar_yields_what_is_whole_and_one_reject(tmp_path: Path) -> None:
     whole = tmp_path / "whole.tar"
-    members = {}
+    members: dict[str, bytes] = {}
     for number in range(4):
         members |= {f"{number}.txt": f"caption {number}".encode(), f"{number}.jpg": picture("red")}
     write_tar(whole, members)

@@ -16,16 +16,8 @@ from absl import flags
 from micro_dit.cli import run_command
 from micro_dit.data.pipeline import load_split
 from micro_dit.data.preparation.journal import PARTS, PLAN
-from micro_dit.data.shards import (
-    MANIFEST,
-    REJECTS,
-    STD_FACTOR,
-    Manifest,
-    Tally,
-    check_shards,
-    read_manifest,
-    shards_folder,
-)
+from micro_dit.data.shard_checks import STD_FACTOR, check_shards
+from micro_dit.data.shards import MANIFEST, REJECTS, Manifest, Tally, read_manifest, shards_folder
 from micro_dit.encoders.info import UNVERIFIED
 from micro_dit.errors import UserError
 

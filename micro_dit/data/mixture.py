@@ -12,11 +12,11 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from micro_dit.data.shards import Manifest, Tally, check_shards, read_manifest, record_fields
+from micro_dit.data.shard_checks import ShardExpectations, check_shards
+from micro_dit.data.shards import Manifest, Tally, read_manifest, record_fields
 from micro_dit.encoders.info import same_encoder
 from micro_dit.errors import UserError
 
@@ -90,10 +90,10 @@ class Mix:
         folders, manifests = zip(*((self.folders[k], self.manifests[k]) for k in kept), strict=True)
         return Mix(folders, manifests, self.proportions and tuple(self.proportions[k] for k in kept))
 
-    def check(self, **asked: Any) -> None:
-        """`check_shards` for every folder."""
+    def check(self, expected: ShardExpectations) -> None:
+        """Runs `check_shards` for every folder."""
         for folder, manifest in zip(self.folders, self.manifests, strict=True):
-            check_shards(manifest, folder, **asked)
+            check_shards(manifest, folder, expected)
 
     def manifest(self) -> Manifest:
         """One manifest for all: records, tallies and files added up, and the statistics of what training draws."""

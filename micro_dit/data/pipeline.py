@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from micro_dit.data.mixture import Mix, deal, read_mix
+from micro_dit.data.shard_checks import ShardExpectations
 from micro_dit.data.shards import Manifest, Record, SplitReader
 from micro_dit.errors import UserError
 
@@ -126,7 +127,7 @@ class _Batches:
 
 def _open(mix: Mix, split: str, resolution: int) -> tuple[list[SplitReader], dict[str, str]]:
     """Checks the folders and opens a split of each; also returns which field is which array of a batch."""
-    mix.check(resolution=resolution)
+    mix.check(ShardExpectations(resolution))
     names = batch_fields(mix.manifests[0], resolution)
     folders = zip(mix.folders, mix.manifests, strict=True)
     return [SplitReader(folder, manifest, split, list(names.values())) for folder, manifest in folders], names

@@ -10,11 +10,11 @@ A record is a header (magic, version, bytes of id, captions n, bytes of each cap
 and the arrays back to back, little-endian, in the order of the manifest's `fields`; an array of a field that is `per
 caption` is there n times.
 
-The manifest is written last: a folder without one is still in the making. `shard_writer.py` writes what this reads.
+The manifest is written last: a folder without one is still in the making. `shard_writer.py` writes the files, and
+`shard_checks.py` compares them with their manifest.
 """
 
 import bisect
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -22,17 +22,15 @@ import json
 import math
 import struct
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordReader
 
-from micro_dit.encoders.info import UNVERIFIED, Encoder, ImageEncoderInfo, TextEncoderInfo
+from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 from micro_dit.errors import UserError
-from micro_dit.files import hash_file, hash_text
+from micro_dit.files import hash_text
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -42,8 +40,6 @@ HEADER = struct.Struct("<4sIII")
 CAPTION_BYTES = np.dtype("<u4")
 MAGIC = b"mDiT"
 IDS_NAMED = 20  # of each kind of irregular input, the manifest names this many
-FILES_AT_ONCE = 16  # when they are checked
-STD_FACTOR = 2.0  # by which the latents may differ from sigma_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,91 +283,6 @@ def read_manifest(shards: str | Path) -> Manifest:
     if manifest is None:
         raise UserError(f"{path} has format {version}, and this code reads {FORMAT_VERSION}: make the shards again.")
     return manifest
-
-
-def check_shards(
-    manifest: Manifest,
-    shards: str | Path,
-    *,
-    resolution: int | None = None,
-    channels: int | None = None,
-    vae: str | None = None,
-    vae_fingerprint: str | None = None,
-    sigma_data: float | None = None,
-    caption_tokens: int | None = None,
-    caption_channels: int | None = None,
-    text_encoder: str | None = None,
-    text_fingerprint: str | None = None,
-    checksums: bool = False,
-) -> None:
-    """Checks that a folder's files are those of its manifest, and that they hold what is asked for.
-
-    Args:
-        manifest: the folder's manifest.
-        shards: the folder.
-        resolution: side in pixels that must be among the manifest's.
-        channels: latent channels C.
-        vae: name of the image encoder; looked at where fingerprints are not known.
-        vae_fingerprint: fingerprint of the image encoder.
-        sigma_data: standard deviation that the latents at `resolution` should have, within a factor of two.
-        caption_tokens: caption tokens L.
-        caption_channels: caption channels Y.
-        text_encoder: name of the text encoder; looked at where fingerprints are not known.
-        text_fingerprint: fingerprint of the text encoder.
-        checksums: read every file and compare its sha256; the sizes and record counts are always compared.
-
-    Raises:
-        UserError: the first difference found.
-    """
-    if resolution is not None and resolution not in manifest.resolutions:
-        sides = ", ".join(map(str, manifest.resolutions))
-        raise UserError(f"{shards} holds latents for {sides} px, not {resolution} px: prepare those, or use {sides}.")
-    comparisons: list[tuple[str, int | str | None, int | str]] = [
-        ("latent channels", channels, manifest.vae.channels),
-        ("caption tokens", caption_tokens, manifest.text_encoder.tokens),
-        ("caption channels", caption_channels, manifest.text_encoder.channels),
-    ]
-    encoders: tuple[tuple[str, str | None, str | None, Encoder], ...] = (
-        ("image encoder", vae, vae_fingerprint, manifest.vae),
-        ("text encoder", text_encoder, text_fingerprint, manifest.text_encoder),
-    )
-    for kind, name, fingerprint, encoder in encoders:
-        if fingerprint is None or UNVERIFIED in (fingerprint, encoder.fingerprint):
-            comparisons.append((kind, name, encoder.name))
-        else:
-            comparisons.append((f"{kind} fingerprint", fingerprint, encoder.fingerprint))
-    for what, asked, held in comparisons:
-        if asked is not None and asked != held:
-            raise UserError(f"{shards} was made with {what} {held}, not {asked}: use {held}, or make the shards again.")
-    if sigma_data is not None and resolution is not None:
-        std = manifest.latent_std(resolution)
-        if not sigma_data / STD_FACTOR <= std <= sigma_data * STD_FACTOR:
-            raise UserError(
-                f"{shards} holds latents of standard deviation {std:.2g} at {resolution} px, but sigma_data is "
-                f"{sigma_data:.2g}: set sigma_data to about theirs, or make the shards again with other scaling."
-            )
-    folder = shards_folder(shards)
-    files = itertools.chain.from_iterable(manifest.splits.values())
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # a set of millions has thousands of files, perhaps far away
-        for _ in pool.map(lambda file: _check_file(folder / file.name, file, checksums), files):
-            pass
-
-
-def _check_file(path: Path, file: ShardFile, checksums: bool) -> None:
-    """Compares a file with what the manifest says of it."""
-    again = "copy it again, or make the shards again"
-    if not path.exists():
-        raise UserError(f"The shard {path} is missing: {again}.")
-    if path.stat().st_size != file.bytes:
-        raise UserError(f"The shard {path} has {path.stat().st_size} bytes instead of {file.bytes}: {again}.")
-    reader = ArrayRecordReader(str(path))
-    records = reader.num_records()  # 0 if the file is damaged; only closing it would then raise
-    with contextlib.suppress(RuntimeError):
-        reader.close()
-    if records != file.records:
-        raise UserError(f"The shard {path} has {records} records instead of {file.records}: {again}.")
-    if checksums and hash_file(path) != file.sha256:
-        raise UserError(f"The shard {path} has been altered (its sha256 differs from the manifest's): {again}.")
 
 
 class SplitReader:

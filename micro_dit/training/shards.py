@@ -1,5 +1,6 @@
 """The shards that a run trains on: made if they are missing and can be, and checked against its config."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from micro_dit.data.mixture import check_alike, read_mix
 from micro_dit.data.preparation.prepare import make_shards
 from micro_dit.data.preparation.settings import PreparationSettings
+from micro_dit.data.shard_checks import ShardExpectations
 from micro_dit.data.shards import MANIFEST, Manifest, shards_folder
 from micro_dit.training.phases import Phase
 
@@ -27,24 +29,25 @@ def prepare_shards(config: Any, phases: Sequence[Phase], say: Callable[[str], No
     names = [phase.shards or data.shards for phase in phases]
     mixes = [read_mix(name) for name in names]
     manifests = [mix.manifest() for mix in mixes]
-    encoders = asked_encoders(data.vae, data.text_encoder)
+    expected = dataclasses.replace(
+        expected_encoders(data.vae, data.text_encoder),
+        sigma_data=config.diffusion.sigma_data,
+        caption_tokens=data.caption_tokens,
+    )
     for phase, mix in zip(phases, mixes, strict=True):
-        mix.check(
-            resolution=phase.resolution, sigma_data=config.diffusion.sigma_data, caption_tokens=data.caption_tokens,
-            **encoders,
-        )  # fmt: skip
+        mix.check(dataclasses.replace(expected, resolution=phase.resolution))
     check_alike(names, manifests)
     return manifests
 
 
-def asked_encoders(vae: str, text_encoder: str) -> dict[str, str]:
-    """What `check_shards` shall find of the config's encoders: names, and a fingerprint of what is there to be read."""
+def expected_encoders(vae: str, text_encoder: str) -> ShardExpectations:
+    """Returns the names of the config's encoders, and the fingerprint of an image encoder that is a local folder."""
     from micro_dit.encoders.hub import ASSETS
     from micro_dit.encoders.image import load_image_encoder
 
-    local = Path(text_encoder).expanduser().is_dir()
-    asked = {"vae": vae, "text_encoder": Path(text_encoder).expanduser().resolve().name if local else text_encoder}
+    folder = Path(text_encoder).expanduser()
+    text_name = folder.resolve().name if folder.is_dir() else text_encoder
     if Path(vae).expanduser().is_dir() or (ASSETS / vae).is_dir():
         encoder = load_image_encoder(vae)
-        asked |= {"vae": encoder.name, "vae_fingerprint": encoder.fingerprint}
-    return asked
+        return ShardExpectations(vae=encoder.name, vae_fingerprint=encoder.fingerprint, text_encoder=text_name)
+    return ShardExpectations(vae=vae, text_encoder=text_name)

@@ -14,7 +14,8 @@ import zstandard
 
 from micro_dit.data.preparation import mds
 from micro_dit.data.preparation.mds import Layout, convert_mds, list_mds
-from micro_dit.data.shards import Manifest, Record, SplitReader, check_shards, read_manifest
+from micro_dit.data.shard_checks import check_shards
+from micro_dit.data.shards import Manifest, Record, SplitReader, read_manifest
 from micro_dit.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "mds"

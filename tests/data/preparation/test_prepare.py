@@ -17,7 +17,8 @@ from micro_dit.data.preparation.prepare import make_shards
 from micro_dit.data.preparation.progress import PreparationProgress
 from micro_dit.data.preparation.settings import PreparationSettings
 from micro_dit.data.preparation.stages import ENDED_WORKER, Label, make_batches
-from micro_dit.data.shards import Manifest, SplitReader, check_shards, read_manifest
+from micro_dit.data.shard_checks import ShardExpectations, check_shards
+from micro_dit.data.shards import Manifest, SplitReader, read_manifest
 from micro_dit.data.sources import Example, Item, Reject
 from micro_dit.errors import UserError
 from tests.helpers import stub_encoders
@@ -94,7 +95,8 @@ def test_images_and_captions_arrive_in_order(run: Run, tmp_path: Path) -> None:
     items: list[Item] = [example(color, image=plain(16, 16, color)) for color in colors]
     manifest = run(ListSource(train=[items[:4], items[4:]], validation=[items[:1]], empty=[]))
     assert manifest == read_manifest(tmp_path / "shards")
-    check_shards(manifest, tmp_path / "shards", resolution=16, channels=3, caption_tokens=5, checksums=True)
+    check_shards(manifest, tmp_path / "shards", ShardExpectations(16, caption_tokens=5), checksums=True)
+    assert manifest.vae.channels == 3
     assert [(file.name, file.records) for file in manifest.splits["train"]] == [
         ("train-00000-of-00002.array_record", 4),
         ("train-00001-of-00002.array_record", 1),

@@ -1,4 +1,4 @@
-"""A trained model in three lines:
+"""A trained model in three lines.
 
 >>> from micro_dit import load
 >>> model = load("runs/mask75")
@@ -271,7 +271,8 @@ class Model:
 
         Args:
             settings: Settings that the image was generated with.
-            image, mask: Names of the files of the settings' image and mask.
+            image: Name of the file of the settings' image.
+            mask: Name of the file of the settings' mask.
         """
         about, sampling, interval = self.about, settings.sampling(self.about), settings.guidance_interval
         recorded = {

@@ -203,6 +203,7 @@ def _write_programs(folder: Path, model: "Model", dtype: str, sampling: "Samplin
 
 
 def main() -> None:
+    """Exports the model that the flags name."""
     if not FLAGS.stablehlo and (FLAGS.sampler is not None or FLAGS.steps is not None):
         raise UserError("--sampler and --steps are those of the program: give --stablehlo too, or leave them out.")
     export(
@@ -216,6 +217,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Work directory of a run, or a model folder.", required=True)
     flags.DEFINE_string("out", None, "The model folder to make.", required=True)
     flags.DEFINE_integer("step", None, "Checkpoint of the run to use; by default the newest.")

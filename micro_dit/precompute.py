@@ -1,6 +1,6 @@
-"""Prepares a data set: every image becomes latents, every caption an embedding, and both go into shards.
+r"""Prepares a data set: every image becomes latents, every caption an embedding, and both go into shards.
 
-    python -m micro_dit.precompute --source=openmoji:smileys-emotion --resolutions=128 \\
+    python -m micro_dit.precompute --source=openmoji:smileys-emotion --resolutions=128 \
         --vae=micro_dit/assets/openmoji_vae --out=shards/smileys
 
 Training reads the shards and runs neither encoder. An input that cannot be used is left out, counted, and named with

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
+    """Samples the prompts that the flags name."""
     from micro_dit.api import GenerationSettings, load
     from micro_dit.images import caption_grid, file_name, save_png
 
@@ -91,6 +92,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Work directory of a run, or a model folder.", required=True)
     flags.DEFINE_multi_string("prompt", [], "What to draw; may be given several times.")
     flags.DEFINE_string("prompts_file", "", "A text file with a prompt on each line.")

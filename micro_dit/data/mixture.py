@@ -1,4 +1,6 @@
-"""Several folders of shards read as one. A mix is written as a string:
+"""Several folders of shards read as one.
+
+A mix is written as a string:
 
     data/a                     one folder
     data/a,data/b              two as if they were one: every record is equally likely

@@ -85,6 +85,7 @@ class ShardFileWriter:
 
     @property
     def latent_sums(self) -> LatentSums:
+        """Returns the sums of the latents written so far, by resolution."""
         return {resolution: sums.tolist() for resolution, sums in self._sums.items()}
 
     def _finish(self) -> None:

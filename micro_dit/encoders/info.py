@@ -46,9 +46,12 @@ class Encoder(Protocol):
     """An encoder, or what a manifest says of one."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Returns the name that shards record."""
+
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Returns the hash of weights and settings."""
 
 
 def same_encoder(one: Encoder, other: Encoder) -> bool:
@@ -78,8 +81,11 @@ def known_image_encoder(name: str) -> ImageEncoderInfo:
 
 
 def known_text_encoder(name: str, tokens: int) -> TextEncoderInfo:
-    """What is known of a text encoder that embeds captions as `tokens` tokens; UserError if it is none of
-    TEXT_ENCODERS."""
+    """Returns what is known of a text encoder that embeds captions as `tokens` tokens.
+
+    Raises:
+        UserError: The encoder is not one of TEXT_ENCODERS.
+    """
     if name not in TEXT_ENCODERS:
         raise UserError(
             f"nothing is known of the text encoder {name!r} and the config's shards are not there; make the shards "

@@ -43,12 +43,17 @@ def make_training_evaluation(
         every: after how many steps it will be called; if that is 0, never: there is none.
         metrics: some of registry.METRICS.
         num_images: how many are drawn; image i has seed i, and the captions of the split in turn.
-        shards, split: whose captions are drawn.
+        shards: folder of shards whose captions are sampled.
+        split: split of the shards.
         resolution: side of the images in pixels.
         vae: name of the image encoder.
         sampling: Sampler settings.
-        sigma_data, dtype, sharding: As for `micro_dit.diffusion.generate.Generator`.
-        reference, clip, inception: as of `registry.MetricInputs`.
+        sigma_data: as for `micro_dit.diffusion.generate.Generator`.
+        dtype: likewise.
+        sharding: likewise.
+        reference: as of `registry.MetricInputs`.
+        clip: likewise.
+        inception: likewise.
         warn: is told what should be known of the numbers, the first time.
 
     Returns:

@@ -40,9 +40,11 @@ class Previews:
             workdir: of the run.
             prompts: what is drawn; none draws nothing.
             manifest: of the shards; its encoders must be the ones given here.
-            vae, text_encoder: names of the encoders.
+            vae: name of the image encoder.
+            text_encoder: name of the text encoder.
             sampling: Sampler settings.
-            sigma_data, dtype: as in training.
+            sigma_data: as in training.
+            dtype: as in training.
             sharding: of the latents, on all devices of the parameters; None with a single device.
 
         Raises:

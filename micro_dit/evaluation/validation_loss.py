@@ -36,8 +36,10 @@ def make_heldout_loss(
     Args:
         config: the network.
         data: 'latent_mean' (n, h, w, C) and 'caption' (n, L, Y), as `load_split` returns them.
-        P_mean, P_std: of the logarithm of the training noise level.
-        sigma_data, dtype: as in training.
+        P_mean: mean of the logarithm of the training noise level.
+        P_std: standard deviation of the same.
+        sigma_data: as in training.
+        dtype: as in training.
         seed: of the noise.
         sharding: where the data and the result live, on all devices of the parameters; None with a single device.
 

@@ -202,7 +202,8 @@ def compile_ahead(
         function: to be jitted.
         arguments: pytrees of ShapeDtypeStructs with shardings on devices of `describe_devices`.
         topology: whose devices these are.
-        out_shardings, donate_argnums: of `jax.jit`.
+        out_shardings: as of `jax.jit`.
+        donate_argnums: as of `jax.jit`.
         optimization: 'default', or 'O0', which is several times faster and finds nearly the same memory.
         cache: a folder where what was found is kept, for the same program never to be compiled twice.
         progress: called every few seconds with the seconds that have passed.

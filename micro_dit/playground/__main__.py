@@ -33,6 +33,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def main() -> None:
+    """Serves the page until it is interrupted."""
     import_gradio()
     from micro_dit.playground.session import Session
 
@@ -221,10 +222,12 @@ def heading(model: Any) -> str:
 
 
 def invitation() -> str:
+    """Returns the text in place of images before the first prompt."""
     return '<div class="easel"><p class="invitation">Write a prompt, and press Draw.</p></div>'
 
 
 def waiting() -> str:
+    """Returns the text in place of images while another prompt is sampled."""
     return '<div class="easel"><p class="invitation">Waiting for the device …</p></div>'
 
 
@@ -303,6 +306,7 @@ def thumbnails(history: Sequence["Picture"]) -> list[tuple[str, str]]:
 
 
 def data_url(data: bytes, kind: str) -> str:
+    """Returns an encoded image as a URL that holds its bytes."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
@@ -310,6 +314,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
+    """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Work directory of a run, or a model folder.", required=True)
     flags.DEFINE_multi_string("compare", [], "Another one, whose checkpoints can be chosen too.")
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets in whoever can reach this machine.")

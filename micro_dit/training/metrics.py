@@ -98,6 +98,7 @@ class MetricWriter:
             self._wandb.log(pictures | {"step": int(step)})
 
     def flush(self) -> None:
+        """Writes what is buffered to disk."""
         if self._enabled:
             self._file.flush()
         if self._tensorboard:
@@ -164,7 +165,7 @@ def _mend_last_line(path: pathlib.Path) -> None:
 
 
 def _summary_writer_class() -> Any:
-    """tensorboardX's SummaryWriter, imported without PyTorch.
+    """Returns the SummaryWriter of tensorboardX, imported without PyTorch.
 
     tensorboardX imports torch, if it is installed, for a type annotation: seconds of start-up and a second thread pool
     in a process that trains with JAX. A None in `sys.modules` makes that import fail, which it allows for.

@@ -58,7 +58,9 @@ class Start:
         Args:
             network: of the run's first phase.
             manifest: of its shards.
-            sigma_data, vae, text_encoder: of its config.
+            sigma_data: of its config.
+            vae: of its config.
+            text_encoder: of its config.
         """
         fields = [field.name for field in dataclasses.fields(DiTConfig) if field.name not in FREE_FIELDS]
         theirs, ours = (dataclasses.asdict(config) for config in (self.network, network))

@@ -39,6 +39,7 @@ class Recipe:
     lora: LoRA | None = None
 
     def optimizer(self, phase: Phase) -> optax.GradientTransformation:
+        """Returns the optimizer of a phase."""
         return make_optimizer(phase.clip, **self.adam)
 
     def check_batch(self, phase: Phase, mesh: jax.sharding.Mesh) -> None:

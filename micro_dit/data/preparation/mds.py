@@ -83,6 +83,7 @@ class MdsPart:
 
     @property
     def name(self) -> str:
+        """Returns the names of the first and the last file."""
         return " to ".join(dict.fromkeys((self.files[0].name, self.files[-1].name)))
 
     def __len__(self) -> int:

@@ -62,8 +62,11 @@ def make_parts(
     decoders: Decoders,
     progress: PreparationProgress,
 ) -> None:
-    """Makes parts, one after the other, in stages that work at the same time: while a batch is on the device, the next
-    one is waiting there, the images of those to follow are read and decoded, and those that went before are written."""
+    """Makes parts, one after the other, in stages that work at the same time.
+
+    While a batch is on the device, the next one is waiting there, the images of those to follow are read and decoded,
+    and those that went before are written.
+    """
     prepare = partial(
         prepare_example,
         resolutions=settings.resolutions,

@@ -53,7 +53,7 @@ def start(archives: Path, out: Path, *more: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 
@@ -93,7 +93,7 @@ def test_killed_three_times(archives: Path, undisturbed: dict[str, bytes], tmp_p
     out, chance, done = tmp_path / "shards", random.Random(), 0
     for _ in range(3):
         process = start(archives, out)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while parts_done(out) < done + 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.2))
@@ -103,7 +103,7 @@ def test_killed_three_times(archives: Path, undisturbed: dict[str, bytes], tmp_p
         assert not (out / "manifest.json").exists(), "killed too late"
         before, done = done, parts_done(out)
         assert before < done < PARTS
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while any(map(runs, workers)):
             assert time.monotonic() < deadline, "a worker outlives the killed process"
             time.sleep(0.05)

@@ -42,7 +42,7 @@ def test_who_is_late_is_ended(contender: Contender) -> None:
     started = time.monotonic()
     with pytest.raises(OutOfTime):
         contender.ask("sleep", deadline=started + 0.2, seconds=60)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 50
     assert contender.process.returncode is not None
 
 

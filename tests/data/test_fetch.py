@@ -346,7 +346,7 @@ def test_sizes_that_are_not_known_are_estimated(tmp_path: Path) -> None:
 
 def test_killed_and_started_again(server: Server, tmp_path: Path) -> None:
     server.files["/large.tar"] = CONTENT * 5
-    server.delay = 0.01  # 1 MB a second
+    server.delay = 0.05  # 0.2 MB a second: on a busy machine, too, there is time for the kill
     (tmp_path / "links").write_text(f"large.tar\t{server.url}/large.tar\n")
     flags = ["--dataset=sa1b", f"--links={tmp_path / 'links'}", f"--out={tmp_path / 'out'}"]
     command = [sys.executable, "-m", "micro_dit.data.fetch", *flags]

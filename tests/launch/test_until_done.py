@@ -45,12 +45,12 @@ def test_the_exit_status_says_what_to_do(
     tmp_path: Path, saves: list[Any], status: int, expected: int, restarts_seen: int
 ) -> None:
     loop = start(sys.executable, "-c", FAKE, f"--workdir={tmp_path}", json.dumps(saves), str(status), restarts=2)
-    _, err = loop.communicate(timeout=60)
+    _, err = loop.communicate(timeout=300)
     assert loop.returncode == expected, err
     assert err.count("starting it again") == restarts_seen
 
 
 def test_without_a_work_directory_nothing_is_started() -> None:
     loop = start(sys.executable, "-m", "micro_dit.main", "--config=configs/mask75.py")
-    assert loop.communicate(timeout=60)[1].startswith("error: the command has no --workdir=FOLDER")
+    assert loop.communicate(timeout=300)[1].startswith("error: the command has no --workdir=FOLDER")
     assert loop.returncode == 1

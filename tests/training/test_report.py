@@ -27,7 +27,7 @@ def test_what_is_there_is_told(tmp_path: Path) -> None:
 def test_a_long_compilation_shows_that_it_goes_on() -> None:
     @jax.jit
     def double(x: jax.Array) -> jax.Array:
-        time.sleep(0.2)
+        time.sleep(1.0)  # long enough for two heartbeats on a busy machine
         return 2 * x
 
     said: list[str] = []

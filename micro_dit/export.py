@@ -3,9 +3,10 @@
 See docs/export.md. The folder's format is that of micro_dit/interop/model_folder.py, in the hub's layout.
 """
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,62 +37,97 @@ VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 LICENSES = {"CC BY-SA 4.0": "cc-by-sa-4.0", "CC BY 4.0": "cc-by-4.0", "CC0": "cc0-1.0"}  # in attributions: on the hub
 
 
-def export(
-    workdir: str | Path,
-    out: str | Path,
-    *,
-    step: int | None = None,
-    params: str | None = None,
-    dtype: str = "float32",
-    vae: str | None = None,
-    text_encoder: str | None = None,
-    license: str | None = None,
-    stablehlo: bool = False,
-    sampler: str = "heun",
-    steps: int | None = None,
-    report: Callable[[str], None] = print,
-) -> None:
-    """Makes a model folder of a run; all of it, or nothing.
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+    """Contents of an exported model folder.
 
-    Args:
-        workdir: the run's, or a model folder.
-        out: the folder to make.
-        step: the run's checkpoint; the newest if None.
-        params: 'ema' or 'raw'; by default the moving average where there is one.
-        dtype: of the weights' file, one of DTYPES.
-        vae: the image encoder, in place of the name that it was trained under. A folder is copied in, the name of a
-            repository on the hub only told.
-        text_encoder: likewise; it is only told.
-        license: of the weights, an identifier of the hub; by default that of the data's attribution, if it names one.
-        stablehlo: also write a call of the sampler, and the decoder if it is in the folder, as programs.
-        sampler: of that program, one of SAMPLERS.
-        steps: of the noise levels told beside the program; by default the model's.
-        report: is told what was written.
+    Attributes:
+        dtype: dtype of the weights' file, one of DTYPES.
+        vae: Image encoder, in place of the name that it was trained under. A folder is copied; a repository on the hub
+            is only named.
+        text_encoder: Text encoder, in place of the name that it was trained under; it is only named.
+        license: License of the weights, an identifier of the hub; by default that of the data's attribution, if it
+            names one.
+        stablehlo: Whether to write the denoiser, and the decoder if it is in the folder, as programs.
+        sampler: Default sampler in the programs' signature, one of SAMPLERS.
+        steps: Number of noise levels in the programs' signature; by default the model's.
 
     Raises:
-        UserError: there is no model, `out` holds something, the encoder is not the one it was trained with, or a
-            setting makes no sense.
+        UserError: The weights can't be written in this dtype.
+    """
+
+    dtype: str = "float32"
+    vae: str | None = None
+    text_encoder: str | None = None
+    license: str | None = None
+    stablehlo: bool = False
+    sampler: str = "heun"
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"weights can't be written as {self.dtype!r}; choose {', '.join(DTYPES)}.")
+
+
+def export(
+    workdir: str | Path, out: str | Path, settings: ExportSettings = ExportSettings(), *, step: int | None = None,
+    params: str | None = None, report: Callable[[str], None] = print,
+) -> None:  # fmt: skip
+    """Exports a run as a model folder; all of it, or nothing.
+
+    Args:
+        workdir: Work directory of a run, or a model folder.
+        out: New folder.
+        settings: Contents of the folder.
+        step: Checkpoint of the run; by default the newest.
+        params: 'ema' or 'raw'; by default the EMA weights where there are some.
+        report: Called with lines that describe what was written.
+
+    Raises:
+        UserError: There is no model, `out` is not empty, the encoder is not the one of the training, or a setting makes
+            no sense.
     """
     from micro_dit.api import load
     from micro_dit.diffusion.generate import Sampling
     from micro_dit.interop.model_card import model_card
 
     workdir, out = Path(workdir), Path(out).resolve()
-    if dtype not in DTYPES:
-        raise UserError(f"weights can't be written as {dtype!r}; choose {', '.join(DTYPES)}.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there and not empty: give a new folder.")
     model = load(workdir, step, params=params)
-    sampling = Sampling(model.about.steps if steps is None else steps, model.about.guidance, sampler)
-    about, vae_files = _with_encoders(model.about, vae, text_encoder)
-    model.about = about
-    recipe = _recipe(workdir, about.step, params) if not is_model_folder(workdir) else None
+    steps = model.about.steps if settings.steps is None else settings.steps
+    sampling = Sampling(steps, model.about.guidance, settings.sampler)
+    model.about, vae_files = _with_encoders(model.about, settings.vae, settings.text_encoder)
+    recipe = _recipe(workdir, model.about.step, params) if not is_model_folder(workdir) else None
     pixels = recipe.phase["resolution"] if recipe else None
-    if vae_files:  # what is given away must be the encoder of the training: this reads it, and checks
+    if vae_files:  # reading the encoder checks that it is the one of the training
         pixels = model.image_encoder.downsample * model.config.input_size
-    told = _told(about)
-    license = license or next((known for words, known in LICENSES.items() if words in about.source), "unknown")
+    named = (known for words, known in LICENSES.items() if words in model.about.source)
+    license, told = settings.license or next(named, "unknown"), _told(model.about)
+    with _new_folder(out) as folder:
+        save_model_folder(folder, _on_host(model.params), model.config, told, settings.dtype, vae_files)
+        picture = _picture(workdir, model.about.step, params)
+        if picture is not None:
+            shutil.copyfile(picture, folder / PICTURE)
+        if settings.stablehlo:
+            _write_programs(folder, model, settings.dtype, sampling, bool(vae_files))
+        card = model_card(
+            out.name, parameters=_count(model), pixels=pixels, dtype=settings.dtype, license=license, about=told,
+            vae_included=bool(vae_files), recipe=recipe, picture=PICTURE if picture else "",
+            programs=settings.stablehlo,
+        )  # fmt: skip
+        (folder / CARD).write_text(card, encoding="utf-8")
+    for line in _summary(workdir, out, model, settings.dtype, bool(vae_files), license):
+        report(line)
 
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder that becomes `out` at the end, and is removed on an error.
+
+    Raises:
+        UserError: The folder can't be created.
+    """
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
@@ -99,32 +135,32 @@ def export(
     except OSError as error:
         raise UserError(f"{out} can't be made ({error.strerror}): give another folder.") from error
     try:
-        save_model_folder(partial, _on_host(model.params), model.config, told, dtype, vae_files)
-        picture = _picture(workdir, about.step, params)
-        if picture is not None:
-            shutil.copyfile(picture, partial / PICTURE)
-        if stablehlo:
-            _write_programs(partial, model, dtype, sampling, bool(vae_files))
-        count = sum(value.size for value in model.params.values())
-        card = model_card(
-            out.name, parameters=count, pixels=pixels, dtype=dtype, license=license, about=told,
-            vae_included=bool(vae_files), recipe=recipe, picture=PICTURE if picture else "", programs=stablehlo,
-        )  # fmt: skip
-        (partial / CARD).write_text(card, encoding="utf-8")
+        yield partial
         partial.replace(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _summary(
+    workdir: Path, out: Path, model: "Model", dtype: str, vae_included: bool, license: str
+) -> Iterator[str]:  # fmt: skip
+    """Yields lines that describe an exported folder."""
+    about = model.about
     where = f"step {about.step} of {workdir.name}" if about.step is not None else workdir.name
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    report(f"{out}: {where}, {count:,} parameters as {dtype}, {size / 1e6:.1f} MB in all")
-    report(f"image encoder: {about.vae}, {f'copied to {out / VAE}' if vae_files else 'found by that name on the hub'}")
+    yield f"{out}: {where}, {_count(model):,} parameters as {dtype}, {size / 1e6:.1f} MB in all"
+    yield f"image encoder: {about.vae}, {f'copied to {out / VAE}' if vae_included else 'found by that name on the hub'}"
     if Path(about.text_encoder).expanduser().is_dir():
-        report(
+        yield (
             f"warning: the text encoder {about.text_encoder} is a folder here, and not copied: where the hub has it, "
             "name it by --text_encoder=owner/repository."
         )
     unstated = "; give --license before you share it" if license == "unknown" else ""
-    report(f"license in {out / CARD}: {license}{unstated}")
+    yield f"license in {out / CARD}: {license}{unstated}"
+
+
+def _count(model: "Model") -> int:
+    return sum(value.size for value in model.params.values())
 
 
 def _with_encoders(about: "About", vae: str | None, text_encoder: str | None) -> tuple["About", Path | None]:
@@ -206,11 +242,10 @@ def main() -> None:
     """Exports the model that the flags name."""
     if not FLAGS.stablehlo and (FLAGS.sampler is not None or FLAGS.steps is not None):
         raise UserError("--sampler and --steps are those of the program: give --stablehlo too, or leave them out.")
-    export(
-        FLAGS.workdir, FLAGS.out, step=FLAGS.step, params=FLAGS.params, dtype=FLAGS.dtype, vae=FLAGS.vae,
-        text_encoder=FLAGS.text_encoder, license=FLAGS.license, stablehlo=FLAGS.stablehlo,
-        sampler=FLAGS.sampler or "heun", steps=FLAGS.steps,
-    )  # fmt: skip
+    settings = ExportSettings(
+        FLAGS.dtype, FLAGS.vae, FLAGS.text_encoder, FLAGS.license, FLAGS.stablehlo, FLAGS.sampler or "heun", FLAGS.steps
+    )
+    export(FLAGS.workdir, FLAGS.out, settings, step=FLAGS.step, params=FLAGS.params)
 
 
 FLAGS = flags.FLAGS
@@ -226,9 +261,9 @@ def define_flags() -> None:
     flags.DEFINE_string("vae", None, "The image encoder: a folder, which is copied in, or a repository on the hub.")
     flags.DEFINE_string("text_encoder", None, "The text encoder's name, where the one of the run means nothing.")
     flags.DEFINE_string("license", None, "Of the weights, as the hub names it; by default that of the attribution.")
-    flags.DEFINE_boolean("stablehlo", False, "Also write a call of the sampler as a program that needs no micro_dit.")
-    flags.DEFINE_enum("sampler", None, list(SAMPLERS), "Of the program; by default heun.")
-    flags.DEFINE_integer("steps", None, "Of the table of noise levels beside the program; by default the model's.")
+    flags.DEFINE_boolean("stablehlo", False, "Also write the denoiser as a program that needs no micro_dit.")
+    flags.DEFINE_enum("sampler", None, list(SAMPLERS), "Default in the signature; by default heun.")
+    flags.DEFINE_integer("steps", None, "Of the noise levels in the signature; by default the model's.")
 
 
 if __name__ == "__main__":

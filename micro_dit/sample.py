@@ -1,4 +1,4 @@
-"""Pictures from a trained model: `python -m micro_dit.sample --workdir=runs/mask75 --prompt="red heart"`.
+"""Generates images with a trained model: `python -m micro_dit.sample --workdir=runs/mask75 --prompt="red heart"`.
 
 See docs/sampling.md. The work is done by micro_dit/api.py.
 """

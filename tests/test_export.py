@@ -25,7 +25,7 @@ from micro_dit.encoders import text
 from micro_dit.encoders.autoencoder import AutoencoderConfig, AutoencoderKL
 from micro_dit.encoders.image import load_image_encoder, save_autoencoder
 from micro_dit.errors import UserError
-from micro_dit.export import export
+from micro_dit.export import ExportSettings, export
 from micro_dit.interop.stablehlo import write_programs
 from tests.helpers.tiny import Words
 
@@ -71,7 +71,7 @@ def run(finished_run: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory)
 def folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run exported with programs, and moved."""
     made, moved = tmp_path_factory.mktemp("made") / "emoji", tmp_path_factory.mktemp("elsewhere") / "emoji"
-    export(run, made, stablehlo=True, report=lambda line: None)
+    export(run, made, ExportSettings(stablehlo=True), report=lambda line: None)
     shutil.move(made, moved)
     return moved
 
@@ -139,7 +139,7 @@ def test_raw_parameters_of_an_earlier_step(run: Path, tmp_path: Path) -> None:
 
 
 def test_weights_may_be_narrow(folder: Path, tmp_path: Path) -> None:
-    export(folder, tmp_path / "m", dtype="bfloat16", report=lambda line: None)
+    export(folder, tmp_path / "m", ExportSettings(dtype="bfloat16"), report=lambda line: None)
     size, narrow = ((f / "model.safetensors").stat().st_size for f in (folder, tmp_path / "m"))
     assert narrow < 0.6 * size
     again = load(tmp_path / "m")
@@ -153,7 +153,7 @@ def test_weights_may_be_narrow(folder: Path, tmp_path: Path) -> None:
 def test_an_encoder_on_the_hub_is_named_and_not_copied(run: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     names = {"vae": "somebody/vae", "text_encoder": "somebody/clip", "license": "mit"}
-    export(run, tmp_path / "m", report=lines.append, **names)
+    export(run, tmp_path / "m", ExportSettings(**names), report=lines.append)
     assert not (tmp_path / "m" / "vae").exists()
     about = load(tmp_path / "m").about
     assert (about.vae, about.vae_folder, about.text_encoder) == ("somebody/vae", "", "somebody/clip")
@@ -189,15 +189,16 @@ def test_what_makes_no_sense_is_refused_and_leaves_nothing(run: Path, folder: Pa
     ]
     there = sorted(tmp_path.rglob("*"))
     for settings, message in wrong:
+        places = {name: settings.pop(name) for name in ("workdir", "out", "step", "params") if name in settings}
         with pytest.raises(UserError, match=message):
-            export(**{"workdir": folder, "out": tmp_path / "m"} | settings)
+            export(**{"workdir": folder, "out": tmp_path / "m"} | places, settings=ExportSettings(**settings))
         assert sorted(tmp_path.rglob("*")) == there, settings
 
 
 def test_without_flatbuffers_there_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(UserError, match="pip install flatbuffers"):
-        export(folder, tmp_path / "m", stablehlo=True)
+        export(folder, tmp_path / "m", ExportSettings(stablehlo=True))
     assert not list(tmp_path.iterdir())
 
 

@@ -76,7 +76,7 @@ def test_a_notebook_draws_it(workdir: Path, drawn: np.ndarray, monkeypatch: pyte
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     cell = nbformat.v4.new_code_cell(
-        "from micro_dit.api import load\n"
+        "from micro_dit import load\n"
         f"model = load({str(workdir)!r})\n"
         f"model.generate({PROMPT!r}, seed={SEED}, steps={STEPS}, guidance={GUIDANCE})[0]"
     )

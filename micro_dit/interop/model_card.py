@@ -91,7 +91,7 @@ def _usage(guidance: float, steps: int, programs: bool) -> str:
     text = f"""## Use
 
 ```python
-from micro_dit.api import load
+from micro_dit import load
 model = load("FOLDER")  # this one
 model.generate("a caption", seed=0)[0].save("picture.png")
 ```

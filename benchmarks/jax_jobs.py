@@ -129,7 +129,7 @@ class Training(Job):
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options()).lower(self.state(), batch, key)
 
     def state(self) -> Any:
-        return abstract_state(self.network, self.recipe.optimizer(self.phase), with_ema=False)
+        return abstract_state(self.recipe.trainable(self.network), self.recipe.optimizer(self.phase), with_ema=False)
 
     def make_arguments(self) -> Any:
         state = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), self.state())

@@ -14,8 +14,7 @@ from micro_dit.planning.chips import CHIPS
 from micro_dit.planning.cost import estimate_cost
 from micro_dit.planning.networks import phase_networks
 from micro_dit.planning.paper_costs import paper_rows, paper_table
-from micro_dit.training.phases import make_phases
-from micro_dit.training.recipe import with_mask_ratio
+from micro_dit.training.phases import make_phases, with_mask_ratio
 
 
 def main() -> None:
@@ -23,8 +22,7 @@ def main() -> None:
     config = FLAGS.config
     if config is None:
         raise UserError("no config given; try --config=configs/mask75.py:xl.")
-    config = with_mask_ratio(config)
-    phases = make_phases(config.phases)
+    phases = make_phases(with_mask_ratio(config.phases, config.masking.ratio))
     networks, tokens = phase_networks(phases, config.model, config.data)
     mfu = config.cost.mfu if FLAGS.mfu is None else FLAGS.mfu
     price = config.cost.dollars_per_device_hour or None if FLAGS.price_per_hour is None else FLAGS.price_per_hour

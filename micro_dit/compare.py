@@ -33,8 +33,7 @@ from micro_dit.models.flops import training_flops
 from micro_dit.planning.networks import phase_networks
 from micro_dit.train import train
 from micro_dit.training.checkpoint import Checkpoints
-from micro_dit.training.phases import make_phases
-from micro_dit.training.recipe import with_mask_ratio
+from micro_dit.training.phases import make_phases, with_mask_ratio
 from micro_dit.training.save_schedule import Interrupt
 
 RESULT = "result.json"
@@ -185,9 +184,8 @@ def plan_runs(configs: Sequence[Any], budgets: Sequence[float], seeds: Sequence[
 
 def _within(config: Any, budget: float) -> tuple[Any, dict[str, int]]:
     """Returns the config with steps that cost the budget, and its FLOPs, steps, images and parameters."""
-    asked = with_mask_ratio(config)
-    phases = make_phases(asked.phases)
-    networks, tokens = phase_networks(phases, asked.model, asked.data)
+    phases = make_phases(with_mask_ratio(config.phases, config.masking.ratio))
+    networks, tokens = phase_networks(phases, config.model, config.data)
     costs = [
         phase.batch_size * training_flops(network, phase.mask_ratio, tokens, phase.mask_position)
         for phase, network in zip(phases, networks, strict=True)

@@ -28,8 +28,8 @@ from micro_dit.planning.aot import GPUS, Topology, compiler_versions, describe_d
 from micro_dit.planning.chips import CHIPS, Chip, measure_chip
 from micro_dit.planning.networks import phase_networks
 from micro_dit.planning.rehearsal import Rehearsal, Target, rehearsal_table, rehearse_phases
-from micro_dit.training.phases import make_phases
-from micro_dit.training.recipe import make_recipe, with_mask_ratio
+from micro_dit.training.phases import make_phases, with_mask_ratio
+from micro_dit.training.recipe import make_recipe
 
 
 def rehearse(
@@ -53,8 +53,7 @@ def rehearse(
     Raises:
         UserError: The config can't be trained on this topology, or the compiler for it is missing.
     """
-    config = with_mask_ratio(config)
-    phases, recipe = make_phases(config.phases), make_recipe(config)
+    phases, recipe = make_phases(with_mask_ratio(config.phases, config.masking.ratio)), make_recipe(config)
     names = [phase.name for phase in phases]
     if only is not None and only not in names:
         raise UserError(f"there is no phase {only!r}; the phases are {', '.join(names)}.")

@@ -1,10 +1,10 @@
-"""The training of a model, top to bottom: one step, and the loop around it.
+"""The training loop. A run is a list of phases that share one work directory.
 
-A run is a list of phases that hand over to each other in one work directory. Everything a phase needs is checked before
-the first step; whatever happens afterwards (an interrupt, a kill, a NaN), the same command goes on from the last whole
-checkpoint, exactly.
+Everything a phase needs is checked before the first step. After an interrupt, a kill or a NaN, the same command resumes
+from the newest complete checkpoint, bitwise.
 """
 
+import copy
 import dataclasses
 import math
 import time
@@ -13,274 +13,344 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from micro_dit.data.mixture import read_mix
-from micro_dit.data.pipeline import load_split, make_train_iterator
+from micro_dit.data.pipeline import make_train_iterator
 from micro_dit.data.shards import Manifest
 from micro_dit.diffusion.generate import Sampling
 from micro_dit.errors import UserError
-from micro_dit.evaluation.during_training import make_training_evaluation
-from micro_dit.evaluation.previews import Previews
-from micro_dit.evaluation.validation_loss import make_heldout_loss
+from micro_dit.evaluation.during_training import EvaluationSettings, ImageMetrics, TrainingEvaluation
+from micro_dit.evaluation.evaluator import Results, Weights
+from micro_dit.images import save_png
 from micro_dit.models.config import DiTConfig
-from micro_dit.models.dit import abstract_params
+from micro_dit.models.dit import Params, abstract_params
 from micro_dit.models.flops import training_flops
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel import sharding
 from micro_dit.parallel.cpu import compiler_options, register_lowerings
 from micro_dit.parallel.distributed import main_first
 from micro_dit.planning.chips import Chip, chip_of, measure_chip
-from micro_dit.training import report
-from micro_dit.training.checkpoint import Checkpoints
+from micro_dit.planning.cost import estimate_cost
+from micro_dit.training.checkpoint import Checkpoints, Meta
+from micro_dit.training.curves import finish
 from micro_dit.training.metrics import MetricWriter
-from micro_dit.training.phases import Phase, make_phases, phase_starts
-from micro_dit.training.pretrained import has_checkpoints, load_start, load_under, place
+from micro_dit.training.phases import Phase, make_phases, phase_starts, with_mask_ratio
+from micro_dit.training.pretrained import Start, has_checkpoints, load_start, load_under, place
 from micro_dit.training.progress import Progress
-from micro_dit.training.recipe import Recipe, make_recipe, with_mask_ratio
-from micro_dit.training.save_schedule import Interrupt, Saving
-from micro_dit.training.shards import prepare_shards
+from micro_dit.training.recipe import Recipe, make_recipe
+from micro_dit.training.report import compile_step, parameter_table
+from micro_dit.training.save_schedule import Interrupt, SaveSchedule
+from micro_dit.training.shards import TrainingData, prepare_shards
 from micro_dit.training.state import TrainState, enter_phase, init_state, state_from
 from micro_dit.training.step import Metrics, abstract_train_state, make_train_step, network_of
 from micro_dit.training.workdir import claim_workdir
 
 
 def train(config: Any, workdir: str | Path) -> Path:
-    """Trains by a config (see configs/mask75.py); goes on where the last run in the work directory stopped.
+    """Trains a config (see configs/mask75.py), or resumes its run in the work directory.
 
     Returns:
         The work directory.
 
     Raises:
-        UserError: the config, the shards or the work directory needs the user's hand, or the loss is not finite.
+        UserError: The config, the shards or the work directory needs a correction, or the loss is not finite.
     """
-    workdir = Path(workdir).absolute()
-    main_process = jax.process_index() == 0
-    say: Callable[[str], None] = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
-
     # 1. Check everything that can be checked before the first step.
-    config = with_mask_ratio(config)
-    phases = make_phases(config.phases)
-    starts = phase_starts(phases)
-    mesh = meshes.make_mesh(config.mesh)
-    recipe = make_recipe(config)
-    for phase in phases:
-        recipe.check_batch(phase, mesh)
-    manifests = main_first(lambda: prepare_shards(config, phases, say))
-    manifest = manifests[0]
-    networks = [network_of(phase, config.model, manifest.vae, manifest.text_encoder) for phase in phases]
-    text = manifest.text_encoder
-    about_shards = {
-        "vae": manifest.vae.fingerprint, "text_encoder": text.fingerprint, "caption_tokens": text.tokens,
-        "caption_cleaning": manifest.caption_cleaning, "attribution": manifest.attribution,
-        "files": [m.fingerprint for m in manifests],
-    }  # fmt: skip
-    overview = sharding.sharding_table(mesh, abstract_params(networks[0]))
-    start = load_start(config.init_from) if config.init_from and not has_checkpoints(workdir) else None
-    if start:
-        start.check(networks[0], manifest, recipe.sigma_data, config.data.vae, config.data.text_encoder)
-        if recipe.lora:
-            recipe.lora.abstract(start.params)  # says now if nothing can be adapted
-    main_first(lambda: claim_workdir(workdir, config.to_dict(), about_shards) if main_process else None)
+    run, start = check(config, Path(workdir).absolute())
 
-    # 2. Say what is going to happen.
-    chip = chip_of(jax.devices()[0].device_kind) or measure_chip()
-    say(report.parameter_table(abstract_params(networks[0])))
-    if mesh.size > 1:
-        say(overview)
-    device_price = config.cost.dollars_per_device_hour
-    say(report.plan_table(networks, phases, chip, mesh.size, config.cost.mfu, device_price, text.tokens))
+    # 2. Report the plan.
+    report_plan(run)
 
     # 3. Restore, or start.
-    checkpoints = Checkpoints(workdir, keep_steps=tuple(starts[1:]), keep_every=config.keep_every, clean=True)
-
-    def abstract_of(meta: Mapping[str, Any]) -> TrainState:
-        return abstract_train_state(networks[meta["phase"]], phases[meta["phase"]], recipe, mesh)
-
-    restored = checkpoints.restore(abstract_of, warn=say)
-    meta: dict[str, Any]
-    if restored is None:
-        places = sharding.shardings_of(abstract_of({"phase": 0}))
-        optimizer, with_ema = recipe.optimizer(phases[0]), phases[0].ema_decay > 0
-        meta = {"step": 0, "phase": 0, "images": 0, "seconds": 0.0, "dollars": 0.0, "data": None}
-        if start and not recipe.lora:
-            state = state_from(place(start.params, places.params), optimizer, places, with_ema)
-        else:
-            state = init_state(networks[0], optimizer, config.seed, places, with_ema, recipe.lora)
-        if start:
-            say(f"starting from {start}")
-            meta |= {"lora": start.under(recipe.lora)} if recipe.lora else {}
-    else:
-        state, meta = restored
-        say(f"continuing from step {meta['step']} of {starts[-1]} ({checkpoints.folder / str(meta['step'])})")
-        start = load_under(meta["lora"]) if recipe.lora else None
-    base = None
-    if start and recipe.lora:
-        base = place(start.params, sharding.param_shardings(mesh, start.params))
-    start = None  # the host's copy
+    total = run.starts[-1]
+    keep_steps = tuple(run.starts[1:])
+    checkpoints = Checkpoints(run.workdir, keep_steps=keep_steps, keep_every=run.config.keep_every, clean=True)
+    state, meta, base = restore_or_start(run, start, checkpoints)
+    del start  # the copy on the host
 
     # 4. Train phase after phase.
     writer = MetricWriter(
-        workdir, tensorboard=config.logging.tensorboard, wandb_project=config.logging.wandb_project or None,
-        config=config.to_dict(), enabled=main_process,
+        run.workdir, tensorboard=run.config.logging.tensorboard, wandb_project=run.config.logging.wandb_project or None,
+        config=run.config.to_dict(), enabled=jax.process_index() == 0,
     )  # fmt: skip
-    sampling = config.sampling
-    previews = main_first(lambda: Previews(
-        workdir, sampling.prompts, manifest, vae=config.data.vae, text_encoder=config.data.text_encoder,
-        sampling=Sampling(sampling.steps, sampling.guidance), sigma_data=recipe.sigma_data, dtype=recipe.dtype,
-        sharding=meshes.replicated(mesh),
-    ))  # fmt: skip
-    price = device_price * mesh.size
-    run = _Run(config, workdir, mesh, recipe, manifests, chip, price, checkpoints, writer, previews, say, base)
+    evaluation = main_first(lambda: load_evaluation(run))
     with Interrupt() as interrupt:
-        saving = Saving(
-            interrupt, every=config.checkpoint_every, keep_every=config.keep_every, minutes=config.checkpoint_minutes
-        )
-        for index, (phase, network) in enumerate(zip(phases, networks, strict=True)):
-            if meta["step"] >= starts[index + 1]:
-                continue  # done before the restart
-            if index > meta["phase"]:
-                places = sharding.shardings_of(abstract_of({"phase": index}))
-                state = enter_phase(state, recipe.optimizer(phase), phase.ema_decay > 0, phase.fresh_optimizer, places)
-                meta |= {"phase": index, "data": None}
-            state, meta = run.phase(phase, network, starts[index], state, meta, saving)
-            if saving.told_to_stop() and meta["step"] < starts[-1]:
-                checkpoints.close()
-                writer.close()
-                done = f"step {meta['step']:,} of {starts[-1]:,}"
-                say(f"stopped at {done}, saved in {workdir}: resumable by running the same command again.")
-                return workdir
-
-    # 5. Leave something to look at.
+        saves = SaveSchedule(
+            interrupt, every=run.config.checkpoint_every, keep_every=run.config.keep_every,
+            minutes=run.config.checkpoint_minutes,
+        )  # fmt: skip
+        for index, phase in enumerate(run.phases):
+            if meta.step >= run.starts[index + 1]:
+                continue  # finished before the restart
+            if index > meta.phase:
+                meta = dataclasses.replace(meta, phase=index, data=None)
+                places = sharding.shardings_of(run.abstract_state(index))
+                optimizer = run.recipe.optimizer(phase)
+                state = enter_phase(state, optimizer, phase.ema_decay > 0, phase.fresh_optimizer, places)
+            state, meta = PhaseLoop(run, index, checkpoints, writer, saves, evaluation, base).train(state, meta)
+            if saves.stop_requested() and meta.step < total:
+                break
     checkpoints.close()
     writer.close()
-    if main_process:
-        spans = [(phase.name, first, last) for phase, first, last in zip(phases, starts, starts[1:], strict=False)]
-        example = previews.prompts[0] if previews.prompts else None
-        say(report.finish(workdir, spans, meta, example))
-    return workdir
+
+    # 5. Finish.
+    if meta.step < total:
+        done = f"step {meta.step:,} of {total:,}"
+        run.say(f"stopped at {done}, saved in {run.workdir}: resumable by running the same command again.")
+    elif jax.process_index() == 0:
+        spans = [(phase.name, run.starts[i], run.starts[i + 1]) for i, phase in enumerate(run.phases)]
+        run.say(finish(run.workdir, spans, meta, next(iter(run.config.sampling.prompts), None)))
+    return run.workdir
 
 
-@dataclasses.dataclass
-class _Run:
-    """What the phases of a run share."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run whose settings are checked.
+
+    Attributes:
+        config: The config, with masking.ratio applied to its phases.
+        workdir: The work directory.
+        mesh: The devices.
+        recipe: Settings that all phases share.
+        phases: The phases.
+        starts: First step of each phase, and the total number of steps.
+        networks: Network of each phase.
+        manifests: Manifest of each phase's shards.
+        chip: The kind of device.
+        say: Prints a line, on the first process only.
+    """
 
     config: Any
     workdir: Path
     mesh: jax.sharding.Mesh
     recipe: Recipe
+    phases: tuple[Phase, ...]
+    starts: list[int]
+    networks: list[DiTConfig]
     manifests: list[Manifest]
     chip: Chip
-    price: float
+    say: Callable[[str], None]
+
+    def abstract_state(self, phase: int) -> TrainState:
+        """Returns shapes, dtypes and shardings of the state in a phase."""
+        return abstract_train_state(self.networks[phase], self.phases[phase], self.recipe, self.mesh)
+
+
+def check(config: Any, workdir: Path) -> tuple[Run, Start | None]:
+    """Checks everything that can be checked before the first step, and claims the work directory.
+
+    Returns:
+        The run, and the weights that it starts from, if the config names any and nothing is saved yet.
+
+    Raises:
+        UserError: Something is wrong. Nothing is written then.
+    """
+    main_process = jax.process_index() == 0
+    say: Callable[[str], None] = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
+    config = copy.deepcopy(config)
+    config.phases = with_mask_ratio(config.phases, config.masking.ratio)
+    phases, recipe, mesh = make_phases(config.phases), make_recipe(config), meshes.make_mesh(config.mesh)
+    for phase in phases:
+        recipe.check_batch(phase, mesh)
+    manifests = main_first(lambda: prepare_shards(TrainingData(**config.data), phases, recipe.sigma_data, say))
+    vae, text = manifests[0].vae, manifests[0].text_encoder
+    networks = [network_of(phase, config.model, vae, text) for phase in phases]
+    sharding.param_shardings(mesh, abstract_params(networks[0]))
+    recipe.trainable(networks[0]).abstract()
+    start = load_start(config.init_from) if config.init_from and not has_checkpoints(workdir) else None
+    if start:
+        start.check(networks[0], manifests[0], recipe.sigma_data, config.data.vae, config.data.text_encoder)
+    shards = {
+        "vae": vae.fingerprint, "text_encoder": text.fingerprint, "caption_tokens": text.tokens,
+        "caption_cleaning": manifests[0].caption_cleaning, "attribution": manifests[0].attribution,
+        "files": [manifest.fingerprint for manifest in manifests],
+    }  # fmt: skip
+    main_first(lambda: claim_workdir(workdir, config.to_dict(), shards) if main_process else None)
+    chip = chip_of(jax.devices()[0].device_kind) or measure_chip()
+    return Run(config, workdir, mesh, recipe, phases, phase_starts(phases), networks, manifests, chip, say), start
+
+
+def report_plan(run: Run) -> None:
+    """Prints the parameters, how they are sharded, and predicted time and cost."""
+    params, cost = abstract_params(run.networks[0]), run.config.cost
+    run.say(parameter_table(params))
+    if run.mesh.size > 1:
+        run.say(sharding.sharding_table(run.mesh, params))
+    predicted = estimate_cost(
+        run.networks, run.phases, run.chip, run.mesh.size, mfu=cost.mfu, price=cost.dollars_per_device_hour,
+        caption_tokens=run.manifests[0].text_encoder.tokens,
+    )  # fmt: skip
+    run.say(predicted.table())
+
+
+def restore_or_start(
+    run: Run, start: Start | None, checkpoints: Checkpoints
+) -> tuple[TrainState, Meta, dict[str, jax.Array] | None]:
+    """Restores the newest readable checkpoint, or makes the state of step 0.
+
+    Args:
+        run: The run.
+        start: Weights to start from, for a run without checkpoints.
+        checkpoints: The run's checkpoints.
+
+    Returns:
+        The state, its meta, and the parameters under a LoRA adapter (None without LoRA), all on the devices.
+    """
+    restored = checkpoints.restore(lambda meta: run.abstract_state(meta["phase"]), warn=run.say)
+    if restored is not None:
+        state, meta = restored[0], Meta.from_dict(restored[1])
+        run.say(f"continuing from step {meta.step} of {run.starts[-1]} ({checkpoints.folder / str(meta.step)})")
+        start = load_under(meta.lora) if meta.lora else None
+    else:
+        places, phase = sharding.shardings_of(run.abstract_state(0)), run.phases[0]
+        optimizer, with_ema = run.recipe.optimizer(phase), phase.ema_decay > 0
+        if start and not run.recipe.lora:
+            state, meta = state_from(place(start.params, places.params), optimizer, places, with_ema), Meta()
+        else:
+            trainable = run.recipe.trainable(run.networks[0])
+            state = init_state(trainable, optimizer, run.config.seed, places, with_ema)
+            meta = Meta(lora=start.under(run.recipe.lora) if start and run.recipe.lora else None)
+        if start:
+            run.say(f"starting from {start}")
+    if start is None or not meta.lora:
+        return state, meta, None
+    return state, meta, place(start.params, sharding.param_shardings(run.mesh, start.params))
+
+
+def load_evaluation(run: Run) -> TrainingEvaluation:
+    """Loads what the evaluators of all phases share."""
+    data, sampling, metrics = run.config.data, run.config.sampling, run.config.evaluation.to_dict()
+    settings = EvaluationSettings(
+        loss_every=run.config.evaluate_every, split=data.heldout, loss_images=data.heldout_images,
+        previews_every=sampling.every, prompts=sampling.prompts, sampling=Sampling(sampling.steps, sampling.guidance),
+        metrics_every=metrics.pop("every"), metrics=ImageMetrics(**metrics), vae=data.vae,
+        text_encoder=data.text_encoder, sigma_data=run.recipe.sigma_data, dtype=run.recipe.dtype,
+    )  # fmt: skip
+    return TrainingEvaluation(settings, run.manifests[0], run.workdir, meshes.replicated(run.mesh), run.say)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseLoop:
+    """The loop over the steps of one phase.
+
+    Attributes:
+        run: The run.
+        index: Number of the phase.
+        checkpoints: Where states are saved.
+        writer: Where metrics are written.
+        saves: When to save and when to stop.
+        evaluation: Makes the phase's evaluators.
+        base: The parameters under a LoRA adapter.
+    """
+
+    run: Run
+    index: int
     checkpoints: Checkpoints
     writer: MetricWriter
-    previews: Previews
-    say: Callable[[str], None]
-    base: dict[str, jax.Array] | None  # the parameters under a LoRA adapter
+    saves: SaveSchedule
+    evaluation: TrainingEvaluation
+    base: dict[str, jax.Array] | None
 
-    def whole(self, params: Any) -> Any:
-        """The network's parameters, of what is trained."""
-        return self.recipe.lora.merge(self.base, params) if self.recipe.lora and self.base else params
-
-    def phase(
-        self, phase: Phase, network: DiTConfig, first_step: int, state: TrainState, meta: dict[str, Any],
-        saving: Saving,
-    ) -> tuple[TrainState, dict[str, Any]]:  # fmt: skip
-        """Trains one phase, from wherever `state` is in it; returns early on an interrupt, with everything saved."""
-        config, last_step = self.config, first_step + phase.steps
-        share, shares = meshes.share_of_batch(self.mesh)
-        iterator = make_train_iterator(
-            phase.shards or config.data.shards, "train", phase.resolution, phase.batch_size,
-            seed=config.seed + meta["phase"], process_index=share, process_count=shares,
-        )  # fmt: skip
-        if meta["data"] is not None:
-            iterator.set_state(meta["data"])
-        heldout, measure = self._heldout_loss(phase, network), self._evaluation(phase, network)
-        progress = Progress(
-            phase.name, phase.steps, meta["step"] - first_step, phase.batch_size,
-            flops_per_image=training_flops(
-                network, phase.mask_ratio, self.manifests[0].text_encoder.tokens, phase.mask_position
-            ),
-            peak_flops=self.chip.peak_flops * self.mesh.size if self.chip.name != "cpu" else self.chip.peak_flops,
-            dollars_per_hour=self.price, dollars_before=meta["dollars"], enabled=jax.process_index() == 0,
-        )  # fmt: skip
-        before, started = dict(meta), time.monotonic()
-
-        def meta_at(step: int) -> dict[str, Any]:
-            """Counters at a step; the data's position is that of the batches taken until now."""
-            return before | {
-                "step": step,
-                "images": before["images"] + (step - before["step"]) * phase.batch_size,
-                "seconds": before["seconds"] + time.monotonic() - started,
-                "dollars": progress.dollars,
-                "data": iterator.get_state(),
-                "model": dataclasses.asdict(network),
-            }
-
-        key = jax.jit(jax.random.key, out_shardings=meshes.replicated(self.mesh))(np.uint32(config.seed))
-        batch = meshes.to_device(next(iterator), self.mesh)
-        register_lowerings()
-        step_function = jax.jit(
-            make_train_step(network, phase, first_step, self.recipe, self.mesh),
-            donate_argnums=0,
-            out_shardings=(sharding.shardings_of(state), meshes.replicated(self.mesh)),
-            compiler_options=compiler_options(),
+    def train(self, state: TrainState, meta: Meta) -> tuple[TrainState, Meta]:
+        """Trains the phase from `state` on; returns early after a signal, with everything saved."""
+        run, phase, last_step = self.run, self.run.phases[self.index], self.run.starts[self.index + 1]
+        iterator = self._data(meta)
+        shards = phase.shards or run.config.data.shards
+        evaluators = self.evaluation.evaluators(
+            run.networks[self.index], phase, shards, last_step, self.saves.stop_requested
         )
-        compiled = report.compile_step(phase.name, step_function, (state, batch, key, self.base), self.say)
+        progress, start, started = self._progress(meta), meta, time.monotonic()
 
-        step, previous = meta["step"], None
+        def meta_at(step: int) -> Meta:
+            """Returns the counters after a step; the data position is that of the batches taken until now."""
+            return dataclasses.replace(
+                start, step=step, images=start.images + (step - start.step) * phase.batch_size,
+                seconds=start.seconds + time.monotonic() - started, dollars=progress.dollars,
+                data=iterator.get_state(), model=dataclasses.asdict(run.networks[self.index]),
+            )  # fmt: skip
+
+        key = jax.jit(jax.random.key, out_shardings=meshes.replicated(run.mesh))(np.uint32(run.config.seed))
+        batch = meshes.to_device(next(iterator), run.mesh)
+        compiled = self._compile(state, batch, key)
+        step, previous = meta.step, None
         while True:
             # The order matters: dispatch the step, and only then read the metrics of the one before, so that the device
             # never waits; the iterator's position is saved before the next batch is taken, so that it fits the state.
             state, metrics = compiled(state, batch, key, self.base)
             step += 1
             if previous is not None:
-                self._record(step - 1, first_step, previous, progress, phase)
+                self._record(step - 1, previous, progress)
             previous = metrics
-            saves, stops = saving.after(step)
-            ends = stops or step == last_step
-            saves = saves or ends
-            evaluates = step == last_step or (config.evaluate_every and step % config.evaluate_every == 0)
-            samples = step == last_step or (config.sampling.every and step % config.sampling.every == 0)
-            measures = measure is not None and (step == last_step or step % config.evaluation.every == 0)
-            if saves or evaluates or samples or measures:
+            saving, stopping = self.saves.after(step)
+            ending = stopping or step == last_step
+            due = [evaluator for evaluator in evaluators if evaluator.due(step)]
+            if saving or ending or due:
                 # Nothing is saved or shown before this step's loss is known to be finite.
-                self._record(step, first_step, previous, progress, phase)
+                self._record(step, previous, progress)
                 previous = None
                 with progress.paused():
-                    if saves:
-                        self.checkpoints.save(state, meta_at(step), wait=ends)
-                        saving.saved()
-                    if evaluates and heldout is not None:
-                        self._evaluate(step, state, heldout, saving)
-                    if samples and not saving.told_to_stop():
-                        grid = self.previews.draw(network, self.whole(state.best_params), step)
-                        if grid is not None:
-                            self.writer.write_images(step, {"samples": grid})
-                    if measure and measures and not saving.told_to_stop():
-                        self.writer.write_scalars(step, measure(self.whole(state.best_params)))
-                    if (evaluates or samples or measures) and not ends and saving.told_to_stop():  # meanwhile
-                        ends = True
-                        self.checkpoints.save(state, meta_at(step), wait=True)
-            if ends:
-                break
-            batch = meshes.to_device(next(iterator), self.mesh)
-        progress.close()
-        return state, meta_at(step)
+                    if saving or ending:
+                        self.checkpoints.save(state, meta_at(step).to_dict(), wait=ending)
+                        self.saves.saved()
+                    weights = Weights(state.params, state.ema, self._merge)
+                    for evaluator in due:
+                        if not self.saves.stop_requested():
+                            self._write(step, evaluator.run(weights, step))
+                    if due and not ending and self.saves.stop_requested():  # a signal came during an evaluation
+                        ending = True
+                        self.checkpoints.save(state, meta_at(step).to_dict(), wait=True)
+            if ending:
+                progress.close()
+                return state, meta_at(step)
+            batch = meshes.to_device(next(iterator), run.mesh)
 
-    def _evaluate(self, step: int, state: TrainState, heldout: Callable[..., dict[str, float]], saving: Saving) -> None:
-        """Writes the held-out losses, unless told to stop before they are there."""
-        scalars = heldout(self.whole(state.params), saving.told_to_stop)
-        if scalars and state.ema is not None:
-            raw, averaged = scalars["heldout_loss"], heldout(self.whole(state.ema), saving.told_to_stop)
-            scalars = averaged and averaged | {"heldout_loss": raw, "heldout_loss_ema": averaged["heldout_loss"]}
-        if scalars:
-            self.writer.write_scalars(step, scalars)
+    def _data(self, meta: Meta) -> Any:
+        """Returns the iterator over batches, at the position where the run continues."""
+        config, phase = self.run.config, self.run.phases[self.index]
+        share, shares = meshes.share_of_batch(self.run.mesh)
+        iterator = make_train_iterator(
+            phase.shards or config.data.shards, "train", phase.resolution, phase.batch_size,
+            seed=config.seed + self.index, process_index=share, process_count=shares,
+        )  # fmt: skip
+        if meta.data is not None:
+            iterator.set_state(meta.data)
+        return iterator
 
-    def _record(self, step: int, first_step: int, metrics: Metrics, progress: Progress, phase: Phase) -> None:
-        """Shows and writes a step's metrics; a loss that is not finite ends the run before anything is saved."""
-        values = {name: float(value) for name, value in metrics.items()}
+    def _progress(self, meta: Meta) -> Progress:
+        """Returns the progress display of the phase."""
+        run, phase, chip = self.run, self.run.phases[self.index], self.run.chip
+        tokens = run.manifests[0].text_encoder.tokens
+        return Progress(
+            phase.name, phase.steps, meta.step - run.starts[self.index], phase.batch_size,
+            flops_per_image=training_flops(run.networks[self.index], phase.mask_ratio, tokens, phase.mask_position),
+            peak_flops=chip.peak_flops * run.mesh.size if chip.name != "cpu" else chip.peak_flops,
+            dollars_per_hour=run.config.cost.dollars_per_device_hour * run.mesh.size, dollars_before=meta.dollars,
+            enabled=jax.process_index() == 0,
+        )  # fmt: skip
+
+    def _compile(self, state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
+        """Compiles the train step, which takes the place of its state in memory."""
+        run, phase = self.run, self.run.phases[self.index]
+        register_lowerings()
+        step = jax.jit(
+            make_train_step(run.networks[self.index], phase, run.starts[self.index], run.recipe, run.mesh),
+            donate_argnums=0,
+            out_shardings=(sharding.shardings_of(state), meshes.replicated(run.mesh)),
+            compiler_options=compiler_options(),
+        )
+        return compile_step(phase.name, step, (state, batch, key, self.base), run.say)
+
+    def _merge(self, params: Params) -> Params:
+        """Returns the network's parameters."""
+        return self.run.recipe.trainable(self.run.networks[self.index]).merge(params, self.base)
+
+    def _record(self, step: int, metrics: Metrics, progress: Progress) -> None:
+        """Shows and writes a step's metrics.
+
+        Raises:
+            UserError: The loss or the gradient is not finite. Nothing of this step is saved then.
+        """
+        run, values = self.run, {name: float(value) for name, value in metrics.items()}
         if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
             progress.close()
             self.checkpoints.close()
@@ -288,27 +358,17 @@ class _Run:
             kept = f"the last good checkpoint is {folder / str(steps[0])}" if steps else "no checkpoint was saved yet"
             raise UserError(
                 f"the loss is {values['loss']} (gradient norm {values['gradient_norm']}) at step {step}, in phase "
-                f"{phase.name!r}; {kept}; lower learning_rate or clip and start anew in another --workdir."
+                f"{run.phases[self.index].name!r}; {kept}; lower learning_rate or clip and restart in a new --workdir."
             )
-        progress.update(step - first_step, values)
-        if (every := self.config.logging.every) and (step % every == 0 or step == first_step + phase.steps):
+        progress.update(step - run.starts[self.index], values)
+        if (every := run.config.logging.every) and (step % every == 0 or step == run.starts[self.index + 1]):
             self.writer.write_scalars(step, values | progress.scalars())
 
-    def _heldout_loss(self, phase: Phase, network: DiTConfig) -> Callable[..., dict[str, float]] | None:
-        split = self.config.data.heldout
-        shards = phase.shards or self.config.data.shards
-        if not split or not read_mix(shards).manifest().records(split):
-            return None
-        data = load_split(shards, split, phase.resolution, self.config.data.heldout_images)
-        return make_heldout_loss(
-            network, data, P_mean=phase.P_mean, P_std=phase.P_std, sigma_data=self.recipe.sigma_data,
-            dtype=jnp.dtype(self.recipe.dtype), sharding=meshes.replicated(self.mesh),
-        )  # fmt: skip
-
-    def _evaluation(self, phase: Phase, network: DiTConfig) -> Callable[[Any], dict[str, float]] | None:
-        data, sampling, recipe = self.config.data, self.config.sampling, self.recipe
-        return make_training_evaluation(
-            network, shards=phase.shards or data.shards, split=data.heldout or "train", resolution=phase.resolution,
-            vae=data.vae, sampling=Sampling(sampling.steps, sampling.guidance), sigma_data=recipe.sigma_data,
-            dtype=recipe.dtype, sharding=meshes.replicated(self.mesh), warn=self.say, **self.config.evaluation,
-        )  # fmt: skip
+    def _write(self, step: int, results: Results) -> None:
+        """Writes scalars, and images with their files."""
+        if results.scalars:
+            self.writer.write_scalars(step, results.scalars)
+        for name, picture in results.images.items():
+            self.writer.write_images(step, {name: picture.pixels})
+            if jax.process_index() == 0:
+                save_png(picture.pixels, self.run.workdir / name / f"step_{step:08d}.png", picture.metadata)

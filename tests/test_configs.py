@@ -16,8 +16,8 @@ from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 from micro_dit.models.dit import abstract_params
 from micro_dit.planning.chips import CHIPS
 from micro_dit.planning.cost import estimate_cost
-from micro_dit.training.phases import make_phases
-from micro_dit.training.recipe import make_recipe, with_mask_ratio
+from micro_dit.training.phases import make_phases, with_mask_ratio
+from micro_dit.training.recipe import make_recipe
 from micro_dit.training.state import TrainState
 from micro_dit.training.step import make_train_step, network_of
 from tests.helpers import tiny
@@ -42,8 +42,8 @@ def manifest_of(config: ConfigDict) -> Manifest:
 
 @pytest.mark.parametrize(("path", "variant"), VARIANTS, ids=[f"{path.stem}:{variant}" for path, variant in VARIANTS])
 def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str | None) -> None:
-    config = with_mask_ratio(tiny.load_config_file(path, variant))
-    manifest, phases = manifest_of(config), make_phases(config.phases)
+    config = tiny.load_config_file(path, variant)
+    manifest, phases = manifest_of(config), make_phases(with_mask_ratio(config.phases, config.masking.ratio))
     recipe = make_recipe(config)
     assert {resolution for resolution in config.data.resolutions} <= set(manifest.resolutions)
     networks = [network_of(phase, config.model, manifest.vae, manifest.text_encoder) for phase in phases]  # checks them
@@ -124,8 +124,8 @@ def test_the_comparisons_cost_what_they_say(variant: str) -> None:
     """Networks are checked by `network_of`; FLOPs are those of the whole recipe, relative to mask75's."""
     flops, names = {}, set()
     for name in COMPARISONS:
-        config = with_mask_ratio(tiny.load_config_file(tiny.CONFIGS / f"{name}.py", variant))
-        manifest, phases = manifest_of(config), make_phases(config.phases)
+        config = tiny.load_config_file(tiny.CONFIGS / f"{name}.py", variant)
+        manifest, phases = manifest_of(config), make_phases(with_mask_ratio(config.phases, config.masking.ratio))
         networks = [network_of(phase, config.model, manifest.vae, manifest.text_encoder) for phase in phases]
         costs = estimate_cost(networks, phases, CHIPS["h100"], caption_tokens=manifest.text_encoder.tokens).phases
         flops[name] = sum(cost.flops for cost in costs)
@@ -145,10 +145,10 @@ def test_the_comparisons_cost_what_they_say(variant: str) -> None:
 def test_the_mask_ratio_of_all_masked_phases_can_be_set(ratio: float) -> None:
     config = tiny.load_config_file(MASK75, "xl")
     config.masking.ratio = ratio
-    changed = with_mask_ratio(config)
-    assert [phase["mask_ratio"] for phase in changed.phases] == [ratio, 0.0, ratio, 0.0]
+    changed = with_mask_ratio(config.phases, config.masking.ratio)
+    assert [phase["mask_ratio"] for phase in changed] == [ratio, 0.0, ratio, 0.0]
     assert [phase["mask_ratio"] for phase in config.phases] == [0.75, 0.0, 0.75, 0.0]  # ours is left alone
-    assert make_phases(changed.phases)[0].steps == 250_000
+    assert make_phases(changed)[0].steps == 250_000
 
 
 def test_a_config_survives_being_written_down() -> None:

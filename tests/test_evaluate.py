@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -15,11 +14,12 @@ from PIL import Image
 
 from micro_dit import evaluate as command
 from micro_dit.api import load
-from micro_dit.diffusion.generate import Sampling
+from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
-from micro_dit.evaluation.during_training import make_training_evaluation
+from micro_dit.evaluation.during_training import GeneratedImageMetrics, ImageMetrics
 from micro_dit.evaluation.evaluate_model import EvaluationRequest, ModelEvaluation, Stopped
+from micro_dit.evaluation.evaluator import Schedule, Weights
 from micro_dit.evaluation.measures import Measure
 from tests.helpers.tiny import Blocks, Words
 
@@ -207,23 +207,29 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture, monkeypatch: pyte
 
 
 def test_while_training(run: Path, finished_run: Path) -> None:
-    from micro_dit.api import load
-
     shards = json.loads((run / "config.json").read_text())["config"]["data"]["shards"]
     model = load(run)
-    settings: dict[str, Any] = dict(
-        every=1, num_images=6, shards=shards, split="validation", resolution=64, vae="noise",
-        sampling=Sampling(2, 2.0), sigma_data=0.9, dtype=jnp.float32,
-    )  # fmt: skip
+    generator = Generator(model.config, sigma_data=0.9)
+
+    def sample(params: Any, captions: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+        return generator.images(params, captions, seeds, Sampling(2, 2.0), Blocks().decode)
+
+    def evaluator(*metrics: str, num_images: int = 6) -> GeneratedImageMetrics:
+        return GeneratedImageMetrics(
+            ImageMetrics(metrics, num_images), Schedule(1, 1), sample, Blocks(), shards=shards,
+            split="validation", resolution=64, warn=told.append,
+        )  # fmt: skip
+
     told: list[str] = []
-    evaluation = make_training_evaluation(model.config, metrics=("domain",), warn=told.append, **settings)
-    assert evaluation is not None
-    found = evaluation(model.params)
+    weights = Weights(model.params, None, merge=lambda params: params)
+    domain = evaluator("domain")
+    found = domain.run(weights, 1).scalars
     assert set(found) == {
         "evaluation/caption_retrieval_top1", "evaluation/caption_retrieval_top5", "evaluation/latent_frechet"
     }  # fmt: skip
-    assert evaluation(model.params) == found
+    assert domain.run(weights, 1).scalars == found
     assert len(told) == 1
     with pytest.raises(UserError, match="there is no metric 'geneval'"):
-        make_training_evaluation(model.config, metrics=("geneval",), **settings)
-    assert make_training_evaluation(model.config, metrics=("domain",), **settings | {"every": 0}) is None
+        evaluator("geneval")
+    with pytest.raises(UserError, match="num_images is 0: use at least 1"):
+        evaluator("domain", num_images=0)

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from micro_dit import train as loop
 from micro_dit.data.shards import read_manifest
 from micro_dit.diffusion import edm
 from micro_dit.errors import UserError
-from micro_dit.evaluation.previews import Previews
+from micro_dit.evaluation.evaluator import Results
 from micro_dit.models.masking import TokenMask
 from micro_dit.train import train
 from micro_dit.training import step as step_module
@@ -235,36 +236,43 @@ def test_a_phase_takes_the_weights_alone_to_another_resolution(
     assert 0 < moved < 4e-3  # three steps of at most 1e-3, not a new network
 
 
-@pytest.mark.parametrize("when", ["evaluating", "drawing"])
-def test_told_to_stop_between_steps_it_saves_without_finishing_them(
-    config: ConfigDict, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, when: str
+@dataclasses.dataclass
+class Evaluation:
+    """Evaluators of a phase that each receive a signal at one of their calls, and note the steps that they ran at."""
+
+    steps: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    signal_in: str = ""
+
+    def evaluators(self, *arguments: Any) -> list[Any]:
+        def run(name: str, step: int) -> Results:
+            self.steps.append((name, step))
+            if name == self.signal_in:
+                signal.raise_signal(signal.SIGTERM)
+            return Results({name: 1.0})
+
+        return [
+            SimpleNamespace(due=lambda step: step in (79, 84), run=lambda weights, step, name=name: run(name, step))
+            for name in ("first", "second")
+        ]
+
+
+@pytest.mark.parametrize("signal_in", ["first", "second", ""])
+def test_a_signal_during_an_evaluation_skips_the_others_and_saves(
+    config: ConfigDict, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, signal_in: str
 ) -> None:
-    drawn: list[int] = []
-
-    def told_meanwhile(stops: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        assert not stops()
-        signal.raise_signal(signal.SIGTERM)
-        assert stops()
-        return {}
-
-    def draw(self: Previews, network: Any, params: Any, step: int) -> None:
-        drawn.append(step)
-        if when == "drawing":
-            signal.raise_signal(signal.SIGTERM)
-
-    if when == "evaluating":
-        monkeypatch.setattr(loop._Run, "_heldout_loss", lambda *arguments: lambda params, stops: told_meanwhile(stops))
-    monkeypatch.setattr(Previews, "draw", draw)
-    config.evaluate_every = config.sampling.every = 79
+    evaluation = Evaluation(signal_in=signal_in)
+    monkeypatch.setattr(loop, "load_evaluation", lambda run: evaluation)
     workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
     for later in (80, 84):
         shutil.rmtree(workdir / "checkpoints" / str(later))
     train(config, workdir)
-    assert "stopped at step 79 of 84, saved in" in (out := capfd.readouterr().out)
-    assert "resumable" in out
-    assert Checkpoints(workdir).steps[0] == 79
-    assert drawn == ([79] if when == "drawing" else [])
-    assert not [record for record in read_metrics(workdir / "metrics.jsonl") if "heldout_loss" in record]
+    out = capfd.readouterr().out
+    at_79 = [("first", 79)] if signal_in == "first" else [("first", 79), ("second", 79)]
+    assert evaluation.steps == at_79 + ([] if signal_in else [("first", 84), ("second", 84)])
+    assert Checkpoints(workdir).steps[0] == (79 if signal_in else 84)
+    assert ("stopped at step 79 of 84, saved in" in out) is ("resumable" in out) is bool(signal_in)
+    written = [(name, record["step"]) for record in read_metrics(workdir / "metrics.jsonl") for name in record]
+    assert [item for item in written if item[0] in ("first", "second")] == evaluation.steps
 
 
 class Poisoned:

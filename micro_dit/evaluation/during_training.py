@@ -1,93 +1,215 @@
-"""The same metrics while a run trains, on a small set of images that is drawn anew each time, with the same seeds."""
+"""Everything that is evaluated while a model trains: held-out loss, previews, and metrics of generated images."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split
+from micro_dit.data.shards import Manifest
 from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.errors import UserError
 from micro_dit.evaluation.domain import real_images
+from micro_dit.evaluation.evaluator import Evaluator, Results, Schedule, Weights
 from micro_dit.evaluation.image_sets import InMemory, numbered
+from micro_dit.evaluation.previews import Previews, Sample, embed_prompts, load_matching_image_encoder
 from micro_dit.evaluation.registry import MetricInputs, load_metrics
+from micro_dit.evaluation.validation_loss import HeldoutLoss, make_heldout_loss
 from micro_dit.models.config import DiTConfig
-from micro_dit.models.dit import Params
+from micro_dit.training.phases import Phase
 
 
-def make_training_evaluation(
-    network: DiTConfig,
-    *,
-    every: int,
-    metrics: Sequence[str],
-    num_images: int,
-    shards: str | Path,
-    split: str,
-    resolution: int,
-    vae: str,
-    sampling: Sampling,
-    sigma_data: float,
-    dtype: Any,
-    sharding: Any = None,
-    reference: str = "",
-    clip: str = "",
-    inception: str = "",
-    warn: Callable[[str], object] = lambda text: None,
-) -> Callable[[Params], dict[str, float]] | None:
-    """A function from parameters to numbers, by the name of the metric.
+@dataclasses.dataclass(frozen=True)
+class ImageMetrics:
+    """Settings of the metrics of generated images.
 
-    Args:
-        network: that is trained.
-        every: after how many steps it will be called; if that is 0, never: there is none.
-        metrics: some of registry.METRICS.
-        num_images: how many are drawn; image i has seed i, and the captions of the split in turn.
-        shards: folder of shards whose captions are sampled.
-        split: split of the shards.
-        resolution: side of the images in pixels.
-        vae: name of the image encoder.
-        sampling: Sampler settings.
-        sigma_data: as for `micro_dit.diffusion.generate.Generator`.
-        dtype: likewise.
-        sharding: likewise.
-        reference: as of `registry.MetricInputs`.
-        clip: likewise.
-        inception: likewise.
-        warn: is told what should be known of the numbers, the first time.
-
-    Returns:
-        parameters → {'evaluation/fid': 12.7, …}; {} on all processes but the first, which draw along.
-
-    Raises:
-        UserError: something that a metric needs is missing.
+    Attributes:
+        metrics: Names of metrics, from `registry.METRICS`.
+        num_images: Number of images; image i has seed i, and the captions of the split are used in turn.
+        reference: Real images for the FID and CMMD, as for `registry.MetricInputs`.
+        clip: CLIP checkpoint.
+        inception: File of Inception weights.
     """
-    from micro_dit.encoders.image import load_image_encoder
 
-    if not every:
-        return None
-    if num_images < 1:
-        raise UserError(f"evaluation.num_images is {num_images}: use at least 1.")
-    image_encoder = load_image_encoder(vae)
-    told: set[str] = set()
+    metrics: Sequence[str]
+    num_images: int
+    reference: str = ""
+    clip: str = ""
+    inception: str = ""
 
-    def once(text: str) -> None:
-        if text not in told:
-            warn(text)
-        told.add(text)
 
-    main = jax.process_index() == 0
-    measure_images = load_metrics(metrics if main else (), MetricInputs(
-        side=resolution, reference=reference, clip=clip, inception=inception, warn=once,
-        real=real_images(shards, resolution) if main and "domain" in metrics else None, image_encoder=image_encoder,
-    ))  # fmt: skip
-    data = load_split(shards, split, resolution, num_images)
-    captions = data["caption"][np.arange(num_images) % len(data["text"])]
-    generator = Generator(network, sigma_data=sigma_data, dtype=dtype, sharding=sharding)
+class GeneratedImageMetrics:
+    """Samples images for the captions of a split and measures them."""
 
-    def evaluation(params: Params) -> dict[str, float]:
-        images = generator.images(params, captions, range(num_images), sampling, image_encoder.decode)
-        measures = measure_images(InMemory(images, numbered(data["text"], num_images))) if main else []
-        return {f"evaluation/{measure.name}": measure.value for measure in measures}
+    def __init__(
+        self,
+        settings: ImageMetrics,
+        schedule: Schedule,
+        sample: Sample,
+        image_encoder: Any,
+        *,
+        shards: str | Path,
+        split: str,
+        resolution: int,
+        warn: Callable[[str], object] = lambda text: None,
+    ):
+        """Loads captions, reference and the metrics' networks.
 
-    return evaluation
+        Args:
+            settings: What to measure.
+            schedule: When to run.
+            sample: Samples images with the phase's network.
+            image_encoder: Image encoder of the latents.
+            shards: Folder of shards, or a mix, with the captions.
+            split: Split of the captions.
+            resolution: Side of the images in pixels.
+            warn: Called once with each remark on the numbers.
+
+        Raises:
+            UserError: There are no images to measure, or something that a metric needs is missing.
+        """
+        if settings.num_images < 1:
+            raise UserError(f"evaluation.num_images is {settings.num_images}: use at least 1.")
+        self._schedule, self._sample, self._main = schedule, sample, jax.process_index() == 0
+        warned: set[str] = set()
+
+        def warn_once(text: str) -> None:
+            if text not in warned:
+                warn(text)
+            warned.add(text)
+
+        metrics = settings.metrics if self._main else ()
+        self._measure = load_metrics(metrics, MetricInputs(
+            side=resolution, reference=settings.reference, clip=settings.clip, inception=settings.inception,
+            real=real_images(shards, resolution) if "domain" in metrics else None, image_encoder=image_encoder,
+            warn=warn_once,
+        ))  # fmt: skip
+        data, self._seeds = load_split(shards, split, resolution, settings.num_images), range(settings.num_images)
+        self._captions = data["caption"][np.arange(settings.num_images) % len(data["text"])]
+        self._texts = numbered(data["text"], settings.num_images)
+
+    def due(self, step: int) -> bool:
+        """Returns whether to run after a step."""
+        return self._schedule.due(step)
+
+    def run(self, weights: Weights, step: int) -> Results:
+        """Returns {'evaluation/fid': 12.7, …}; nothing in other processes than the first, which take part."""
+        images = self._sample(weights.best, self._captions, self._seeds)
+        measures = self._measure(InMemory(images, self._texts)) if self._main else []
+        return Results({f"evaluation/{measure.name}": measure.value for measure in measures})
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """What is evaluated while a model trains.
+
+    Held-out loss and previews come every so many steps, and at the end of each phase; metrics of generated images too,
+    unless their number of steps is 0.
+
+    Attributes:
+        loss_every: Steps between held-out losses; 0 evaluates at the ends of phases only.
+        split: Split of the held-out loss, and of the captions of the metrics; empty for no held-out loss.
+        loss_images: Largest number of images for the held-out loss.
+        previews_every: Steps between previews; 0 samples at the ends of phases only.
+        prompts: Prompts of the previews; none samples no previews.
+        sampling: Sampler settings.
+        metrics_every: Steps between metrics of generated images; 0 computes none.
+        metrics: The metrics of generated images.
+        vae: Name of the image encoder.
+        text_encoder: Name of the text encoder.
+        sigma_data: Standard deviation of the latents, as in training.
+        dtype: Dtype of the matrix products.
+    """
+
+    loss_every: int
+    split: str
+    loss_images: int
+    previews_every: int
+    prompts: Sequence[str]
+    sampling: Sampling
+    metrics_every: int
+    metrics: ImageMetrics
+    vae: str
+    text_encoder: str
+    sigma_data: float
+    dtype: str
+
+
+class TrainingEvaluation:
+    """Makes the evaluators of each phase; holds what they share."""
+
+    def __init__(
+        self, settings: EvaluationSettings, manifest: Manifest, workdir: Path, sharding: Any,
+        warn: Callable[[str], object],
+    ):  # fmt: skip
+        """Loads the image encoder and embeds the prompts, if any images are to be sampled.
+
+        Args:
+            settings: What is evaluated.
+            manifest: Manifest of the run's shards.
+            workdir: The work directory.
+            sharding: Placement of latents and losses, on all devices of the parameters.
+            warn: Called once with each remark on the numbers.
+
+        Raises:
+            UserError: The shards were made with other encoders.
+        """
+        self._settings, self._manifest, self._run_name = settings, manifest, workdir.name
+        self._sharding, self._warn = sharding, warn
+        if settings.prompts or settings.metrics_every:
+            self._image_encoder = load_matching_image_encoder(settings.vae, manifest)
+        if settings.prompts:
+            self._captions = embed_prompts(
+                settings.prompts, settings.text_encoder, manifest, workdir / "prompts.npz"
+            )  # fmt: skip
+        self._sampler = functools.cache(self._make_sampler)  # phases with the same network share compiled programs
+
+    def evaluators(
+        self, network: DiTConfig, phase: Phase, shards: str, last_step: int, stop_requested: Callable[[], bool]
+    ) -> list[Evaluator]:
+        """Returns the evaluators of a phase, in the order in which they run.
+
+        Args:
+            network: The phase's network.
+            phase: The phase.
+            shards: Folder of its shards, or a mix.
+            last_step: Step at which it ends.
+            stop_requested: Asked now and then whether to interrupt an evaluation.
+
+        Raises:
+            UserError: Something that a metric needs is missing.
+        """
+        settings, evaluators = self._settings, list[Evaluator]()
+        if settings.split and read_mix(shards).manifest().records(settings.split):
+            loss = make_heldout_loss(
+                network, load_split(shards, settings.split, phase.resolution, settings.loss_images),
+                P_mean=phase.P_mean, P_std=phase.P_std, sigma_data=settings.sigma_data,
+                dtype=jnp.dtype(settings.dtype), sharding=self._sharding,
+            )  # fmt: skip
+            evaluators.append(HeldoutLoss(loss, Schedule(settings.loss_every, last_step), stop_requested))
+        if settings.prompts:
+            schedule, metadata = Schedule(settings.previews_every, last_step), {
+                "sampler": f"{settings.sampling.sampler}, {settings.sampling.steps} steps",
+                "guidance": str(settings.sampling.guidance), "attribution": self._manifest.attribution,
+            }  # fmt: skip
+            evaluators.append(
+                Previews(settings.prompts, self._captions, self._sampler(network), schedule, self._run_name, metadata)
+            )
+        if settings.metrics_every:
+            evaluators.append(GeneratedImageMetrics(
+                settings.metrics, Schedule(settings.metrics_every, last_step), self._sampler(network),
+                self._image_encoder, shards=shards, split=settings.split or "train", resolution=phase.resolution,
+                warn=self._warn,
+            ))  # fmt: skip
+        return evaluators
+
+    def _make_sampler(self, network: DiTConfig) -> Sample:
+        settings, decode = self._settings, self._image_encoder.decode
+        generator = Generator(network, sigma_data=settings.sigma_data, dtype=settings.dtype, sharding=self._sharding)
+        return lambda params, captions, seeds: generator.images(params, captions, seeds, settings.sampling, decode)

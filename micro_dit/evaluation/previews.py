@@ -1,7 +1,8 @@
-"""Sample grids while training: the same prompts and seeds each time, so that progress can be seen."""
+"""Samples the same prompts with the same seeds again and again while a model trains, so that progress can be seen."""
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,113 +11,100 @@ import numpy as np
 
 from micro_dit.data.captions import clean_captions
 from micro_dit.data.shards import Manifest
-from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.encoders.info import same_encoder
 from micro_dit.errors import UserError
+from micro_dit.evaluation.evaluator import Picture, Results, Schedule, Weights
 from micro_dit.files import replacing
-from micro_dit.models.config import DiTConfig
-from micro_dit.models.dit import Params
+from micro_dit.images import caption_grid
+
+# (parameters, captions (n, L, Y), n seeds) → images (n, H, W, 3) uint8.
+Sample = Callable[[Any, np.ndarray, Sequence[int]], np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
 class Previews:
-    """Draws workdir/samples/step_00000500.png."""
+    """Samples a captioned grid of images.
 
-    def __init__(
-        self,
-        workdir: Path,
-        prompts: Sequence[str],
-        manifest: Manifest,
-        *,
-        vae: str,
-        text_encoder: str,
-        sampling: Sampling,
-        sigma_data: float,
-        dtype: Any,
-        sharding: Any = None,
-    ):
-        """Checks the encoders against the shards and embeds the prompts, once for a work directory.
+    Attributes:
+        prompts: The prompts; image i has seed i.
+        captions: (n, L, Y) embeddings of the prompts.
+        sample: Samples images with the phase's network.
+        schedule: When to run.
+        run_name: Name of the run, for the PNG's metadata.
+        metadata: Further fields of the PNG's metadata.
+    """
 
-        Args:
-            workdir: of the run.
-            prompts: what is drawn; none draws nothing.
-            manifest: of the shards; its encoders must be the ones given here.
-            vae: name of the image encoder.
-            text_encoder: name of the text encoder.
-            sampling: Sampler settings.
-            sigma_data: as in training.
-            dtype: as in training.
-            sharding: of the latents, on all devices of the parameters; None with a single device.
+    prompts: Sequence[str]
+    captions: np.ndarray
+    sample: Sample
+    schedule: Schedule
+    run_name: str
+    metadata: Mapping[str, str]
 
-        Raises:
-            UserError: the shards were made with other encoders.
-        """
-        from micro_dit.encoders.image import load_image_encoder
+    def due(self, step: int) -> bool:
+        """Returns whether to run after a step."""
+        return self.schedule.due(step)
 
-        self.workdir, self.prompts, self.manifest = workdir, list(prompts), manifest
-        self._sampling, self._sigma_data, self._dtype = sampling, sigma_data, dtype
-        self._sharding = sharding
-        self._generators: dict[DiTConfig, Generator] = {}
-        if not self.prompts:
-            return
-        self._image_encoder = load_image_encoder(vae)
-        if not same_encoder(self._image_encoder, manifest.vae):
-            raise UserError(
-                f"the shards were made with image encoder {manifest.vae.name} ({manifest.vae.fingerprint}), but {vae} "
-                f"is {self._image_encoder.fingerprint}: make the shards again, or set --config.data.vae to theirs."
-            )
-        self._captions = self._embed(text_encoder)
-
-    def _embed(self, name: str) -> np.ndarray:
-        """Embeddings of the prompts (n, L, Y), cleaned as the shards' captions were.
-
-        They are kept in the work directory, so that a restart needs no text encoder.
-        """
-        about, cache = self.manifest.text_encoder, self.workdir / "prompts.npz"
-        prompts = clean_captions(self.prompts, self.manifest.caption_cleaning)
-        key = json.dumps([prompts, about.name, about.fingerprint])
-        if cache.exists():
-            with np.load(cache) as saved:
-                if str(saved["key"]) == key:
-                    return saved["captions"]
-        from micro_dit.encoders.text import load_text_encoder
-
-        encoder = load_text_encoder(name, about.tokens)
-        if not same_encoder(encoder, about):
-            raise UserError(
-                f"the shards were made with text encoder {about.name} ({about.fingerprint}), but {name} is "
-                f"{encoder.fingerprint}: make the shards again, or set --config.data.text_encoder to theirs."
-            )
-        captions = encoder.encode(prompts)
-        if jax.process_index() == 0:
-            with replacing(cache) as temporary, temporary.open("wb") as file:
-                np.savez(file, key=key, captions=captions)
-        return captions
-
-    def draw(self, network: DiTConfig, params: Params, step: int) -> np.ndarray | None:
-        """Saves the grid of a step and returns it, uint8 (H, W, 3); None if there are no prompts."""
-        if not self.prompts:
-            return None
-        from micro_dit.images import caption_grid, save_png
-
-        if network not in self._generators:
-            self._generators[network] = Generator(
-                network, sigma_data=self._sigma_data, dtype=self._dtype, sharding=self._sharding
-            )
-        images = self._generators[network].images(
-            params, self._captions, range(len(self.prompts)), self._sampling, self._image_encoder.decode
-        )
+    def run(self, weights: Weights, step: int) -> Results:
+        """Returns the grid, as image 'samples'."""
+        images = self.sample(weights.best, self.captions, range(len(self.prompts)))
         grid = caption_grid(images, self.prompts, title=f"step {step:,}")
-        if jax.process_index() == 0:
-            save_png(grid, self.workdir / "samples" / f"step_{step:08d}.png", self.metadata(step))
-        return np.asarray(grid)
-
-    def metadata(self, step: int) -> dict[str, str]:
-        """What a PNG should tell of itself."""
-        return {
+        metadata = {
             "prompts": " | ".join(self.prompts),
             "seeds": f"0 to {len(self.prompts) - 1}",
-            "sampler": f"{self._sampling.sampler}, {self._sampling.steps} steps",
-            "guidance": str(self._sampling.guidance),
-            "checkpoint": f"step {step} of {self.workdir.name}",
-            "attribution": self.manifest.attribution,
+            "checkpoint": f"step {step} of {self.run_name}",
         }
+        return Results(images={"samples": Picture(np.asarray(grid), metadata | dict(self.metadata))})
+
+
+def load_matching_image_encoder(vae: str, manifest: Manifest) -> Any:
+    """Loads an image encoder.
+
+    Raises:
+        UserError: The shards were made with another one.
+    """
+    from micro_dit.encoders.image import load_image_encoder
+
+    encoder = load_image_encoder(vae)
+    if not same_encoder(encoder, manifest.vae):
+        raise UserError(
+            f"the shards were made with image encoder {manifest.vae.name} ({manifest.vae.fingerprint}), but {vae} "
+            f"is {encoder.fingerprint}: make the shards again, or set --config.data.vae to theirs."
+        )
+    return encoder
+
+
+def embed_prompts(prompts: Sequence[str], text_encoder: str, manifest: Manifest, cache: Path) -> np.ndarray:
+    """Embeds prompts, cleaned as the shards' captions were.
+
+    Args:
+        prompts: The prompts.
+        text_encoder: Name of the text encoder.
+        manifest: Manifest of the shards.
+        cache: File that keeps the embeddings, so that a restart needs no text encoder.
+
+    Returns:
+        Embeddings (n, L, Y).
+
+    Raises:
+        UserError: The shards were made with another text encoder.
+    """
+    from micro_dit.encoders.text import load_text_encoder
+
+    about, prompts = manifest.text_encoder, clean_captions(prompts, manifest.caption_cleaning)
+    key = json.dumps([prompts, about.name, about.fingerprint])
+    if cache.exists():
+        with np.load(cache) as saved:
+            if str(saved["key"]) == key:
+                return saved["captions"]
+    encoder = load_text_encoder(text_encoder, about.tokens)
+    if not same_encoder(encoder, about):
+        raise UserError(
+            f"the shards were made with text encoder {about.name} ({about.fingerprint}), but {text_encoder} is "
+            f"{encoder.fingerprint}: make the shards again, or set --config.data.text_encoder to theirs."
+        )
+    captions = encoder.encode(prompts)
+    if jax.process_index() == 0:
+        with replacing(cache) as temporary, temporary.open("wb") as file:
+            np.savez(file, key=key, captions=captions)
+    return captions

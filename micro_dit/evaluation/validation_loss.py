@@ -1,5 +1,6 @@
 """The loss on images that training never sees; everything random is held fixed, so that numbers can be compared."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from statistics import NormalDist
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from micro_dit.diffusion import edm
+from micro_dit.evaluation.evaluator import Results, Schedule, Weights
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import Params, bind
 from micro_dit.rng import stream
@@ -72,3 +74,34 @@ def make_heldout_loss(
         return {"heldout_loss": float(np.mean(by_level))} | named
 
     return heldout_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutLoss:
+    """Evaluates the held-out loss of the trained weights and of their EMA.
+
+    The losses at single noise levels are those of the EMA weights if there are any.
+
+    Attributes:
+        loss: The function that `make_heldout_loss` returns.
+        schedule: When to run.
+        stop_requested: Asked before each noise level; an interrupted evaluation returns no results.
+    """
+
+    loss: Callable[..., dict[str, float]]
+    schedule: Schedule
+    stop_requested: Callable[[], bool]
+
+    def due(self, step: int) -> bool:
+        """Returns whether to run after a step."""
+        return self.schedule.due(step)
+
+    def run(self, weights: Weights, step: int) -> Results:
+        """Returns the held-out losses."""
+        raw = self.loss(weights.merge(weights.trained), self.stop_requested)
+        if not raw or weights.ema is None:
+            return Results(raw)
+        ema = self.loss(weights.best, self.stop_requested)
+        if not ema:
+            return Results()
+        return Results(ema | {"heldout_loss": raw["heldout_loss"], "heldout_loss_ema": ema["heldout_loss"]})

@@ -4,6 +4,7 @@ XLA compiles for a description of devices as well as for devices: libtpu describ
 describes GPUs from a few figures; neither needs a driver or a chip. Fake CPU devices need nothing at all.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -14,7 +15,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,24 @@ def abstract_train_step(
     return make_train_step(network, phase, 0, recipe, mesh), state, batch, key, (shardings_of(state), whole)
 
 
+@contextlib.contextmanager
+def heartbeat(beat: Callable[[float], object], every: float) -> Iterator[None]:
+    """Calls `beat` every `every` seconds with the seconds that have passed, from a thread of its own."""
+    started, done = time.monotonic(), threading.Event()
+
+    def run() -> None:
+        while not done.wait(every):
+            beat(time.monotonic() - started)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def compile_ahead(
     function: Callable[..., Any], arguments: Sequence[Any], topology: Topology, *, out_shardings: Any = None,
     donate_argnums: tuple[int, ...] = (), optimization: str = "default", cache: Path | None = None,
@@ -226,20 +245,13 @@ def compile_ahead(
     known = cache and cache / f"{_fingerprint(lowered, topology, optimization, options)}.json"
     if known and known.exists():
         return Compiled.from_json(json.loads(known.read_text()))
-    finished = threading.Event()
-
-    def report() -> None:
-        while not finished.wait(10):
-            progress(time.monotonic() - started)
-
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
     settings: Any = jax.config
     level = settings.jax_optimization_level
     try:
         if optimization == "O0":
             settings.update("jax_optimization_level", "O0")
-        program = lowered.compile()
+        with heartbeat(progress, 10):
+            program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
         if used is None:
@@ -250,8 +262,6 @@ def compile_ahead(
         found = _read(program, topology, time.monotonic() - started)
     finally:
         settings.update("jax_optimization_level", level)
-        finished.set()
-        thread.join()
     if known:
         write_atomically(known, json.dumps(dataclasses.asdict(found)))
     return found

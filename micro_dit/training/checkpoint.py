@@ -5,6 +5,7 @@ counters and the position in the data. Parameters alone can be read from it with
 """
 
 import contextlib
+import dataclasses
 import errno
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,40 @@ from micro_dit.training.state import TrainState
 
 KEEP_LATEST = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """Where a run stands, saved with each of its states.
+
+    Attributes:
+        step: Optimizer steps done, over all phases.
+        phase: Number of the phase.
+        images: Images trained on.
+        seconds: Time spent training.
+        dollars: Money spent.
+        data: Position in the data of the phase, as its iterator returns it; None at the start of a phase.
+        model: Fields of the phase's network.
+        lora: Settings of a LoRA adapter and the origin of the weights under it; None without LoRA.
+    """
+
+    step: int = 0
+    phase: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    dollars: float = 0.0
+    data: Any = None
+    model: Mapping[str, Any] | None = None
+    lora: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Meta":
+        """Reads the meta of a checkpoint."""
+        return cls(**{name: fields[name] for name in cls.__dataclass_fields__ if name in fields})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the meta to be saved."""
+        return {name: value for name, value in vars(self).items() if name != "lora" or value is not None}
 
 
 class Checkpoints:

@@ -1,16 +1,52 @@
-"""The curves of a run: losses and learning rate over steps, as one figure."""
+"""Draws the curves of a run, and everything else that a finished run leaves to look at."""
 
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from micro_dit.errors import UserError
 from micro_dit.files import replacing
-from micro_dit.images import FAINT, HELDOUT, HELDOUT_EMA, INK, PAPER, STYLE, TRAIN
+from micro_dit.images import FAINT, HELDOUT, HELDOUT_EMA, INK, PAPER, STYLE, TRAIN, save_gif
+from micro_dit.training.checkpoint import Meta
+from micro_dit.training.metrics import read_metrics
+
+
+def finish(workdir: pathlib.Path, phases: Sequence[tuple[str, int, int]], meta: Meta, example: str | None) -> str:
+    """Writes final.png, progress.gif and curves.png.
+
+    Args:
+        workdir: The work directory.
+        phases: Name, first and last step of each phase.
+        meta: Counters at the end of the run.
+        example: A prompt for the last line.
+
+    Returns:
+        A summary, with the files in the work directory.
+    """
+    made = []
+    if frames := sorted((workdir / "samples").glob("step_*.png")):
+        shutil.copyfile(frames[-1], workdir / "final.png")
+        save_gif([Image.open(frame) for frame in frames], workdir / "progress.gif", seconds_per_frame=0.4)
+        made += ["final.png (samples)", "progress.gif (how they came about)"]
+    if (metrics := workdir / "metrics.jsonl").exists():  # not if nothing was to be logged
+        plot_curves(read_metrics(metrics), workdir / "curves.png", phases)
+        made += ["curves.png", "metrics.jsonl", "tensorboard/"]
+    made.append("checkpoints/")
+    spent = f", ${meta.dollars:.2f}" if meta.dollars else ""
+    lines = [
+        f"done: {meta.step:,} steps, {meta.images:,} images, {meta.seconds / 60:.1f} minutes{spent}",
+        f"in {workdir}: {', '.join(made)}",
+    ]
+    if example:
+        command = f'python -m micro_dit.sample --workdir={workdir} --prompt="{example}" --out=picture.png'
+        lines.append(f"draw your own: {command}")
+    return "\n".join(lines)
 
 
 def plot_curves(

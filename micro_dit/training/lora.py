@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from micro_dit.errors import UserError
-from micro_dit.models.dit import Params
+from micro_dit.models.config import DiTConfig
+from micro_dit.models.dit import Params, abstract_params, init_params
 
 A, B = ".lora_a", ".lora_b"  # behind the name of the kernel that they adapt
 
@@ -82,15 +83,45 @@ class LoRA:
         return merged
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to an adapter."""
-    return name.endswith((A, B))
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """The parameters that a run trains: those of the network, or a LoRA adapter for them.
+
+    Attributes:
+        network: The network.
+        lora: The adapter; None trains the parameters of the network.
+    """
+
+    network: DiTConfig
+    lora: LoRA | None = None
+
+    def abstract(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Returns names and shapes of the trained parameters.
+
+        Raises:
+            UserError: The adapter does not fit the network.
+        """
+        params = abstract_params(self.network)
+        return self.lora.abstract(params) if self.lora else params
+
+    def init(self, key: jax.Array) -> Params:
+        """Initializes the trained parameters."""
+        return self.lora.init(abstract_params(self.network), key) if self.lora else init_params(self.network, key)
+
+    def merge(self, params: Params, base: Mapping[str, Any] | None) -> Params:
+        """Returns the parameters of the network.
+
+        Args:
+            params: The trained parameters.
+            base: The parameters under the adapter; None without LoRA.
+        """
+        return params if self.lora is None or base is None else self.lora.merge(base, params)
 
 
 def make_lora(rank: int, alpha: float, targets: str) -> LoRA | None:
-    """Rank 0 is no LoRA: everything is trained.
+    """Returns the adapter's settings; None for rank 0, which trains the parameters of the network.
 
     Raises:
-        UserError: an impossible value.
+        UserError: A value is out of range.
     """
     return None if rank == 0 else LoRA(rank, float(alpha), targets)

@@ -65,6 +65,12 @@ class Phase:
         return optax.join_schedules([warmup, after], [self.warmup_steps])
 
 
+def with_mask_ratio(configs: Sequence[Mapping[str, Any]], ratio: float | None) -> tuple[dict[str, Any], ...]:
+    """Returns the fields of phases with `mask_ratio` replaced in all phases that mask; None replaces nothing."""
+    changed = {} if ratio is None else {"mask_ratio": ratio}
+    return tuple({**config, **(changed if config.get("mask_ratio") else {})} for config in configs)
+
+
 def make_phases(configs: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
     """Phases from the config's list.
 

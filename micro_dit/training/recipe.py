@@ -1,6 +1,5 @@
 """What all phases of a run have in common, read from its config and checked."""
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +8,9 @@ import jax
 import optax
 
 from micro_dit.errors import UserError, removed_field
-from micro_dit.models.config import REMAT
+from micro_dit.models.config import REMAT, DiTConfig
 from micro_dit.parallel import mesh as meshes
-from micro_dit.training.lora import LoRA, make_lora
+from micro_dit.training.lora import LoRA, Trainable, make_lora
 from micro_dit.training.optimizer import make_optimizer
 from micro_dit.training.phases import Phase
 
@@ -38,9 +37,18 @@ class Recipe:
     microbatch: int = 0
     lora: LoRA | None = None
 
+    def __post_init__(self) -> None:
+        """Raises UserError for an unknown `remat`."""
+        if self.remat not in REMAT:
+            raise UserError(f"remat {self.remat!r} is unknown; use one of {', '.join(REMAT)}.")
+
     def optimizer(self, phase: Phase) -> optax.GradientTransformation:
-        """Returns the optimizer of a phase."""
+        """Returns the optimizer of a phase, without its learning rate."""
         return make_optimizer(phase.clip, **self.adam)
+
+    def trainable(self, network: DiTConfig) -> Trainable:
+        """Returns the parameters to train: those of the network, or a LoRA adapter for them."""
+        return Trainable(network, self.lora)
 
     def check_batch(self, phase: Phase, mesh: jax.sharding.Mesh) -> None:
         """Raises UserError if a phase's batch can't be split evenly over microbatches and devices."""
@@ -54,25 +62,21 @@ class Recipe:
                 )
 
 
-def with_mask_ratio(config: Any) -> Any:
-    """The config with its masking.ratio, if that is set, as mask_ratio of all phases that mask."""
-    if config.masking.ratio is None:
-        return config
-    config, ratio = copy.deepcopy(config), {"mask_ratio": config.masking.ratio}
-    config.phases = tuple({**phase, **(ratio if phase.get("mask_ratio") else {})} for phase in config.phases)
-    return config
+def make_recipe(config: Mapping[str, Any]) -> Recipe:
+    """Builds the recipe from the fields of a config.
 
+    Args:
+        config: A nested mapping with the fields of configs/mask75.py.
 
-def make_recipe(config: Any) -> Recipe:
-    """The recipe of a config; raises UserError for an unknown `remat`, a removed field, or a LoRA that can't be."""
-    if config.remat not in REMAT:
-        raise UserError(f"remat {config.remat!r} is unknown; use one of {', '.join(REMAT)}.")
+    Raises:
+        UserError: A value is unknown or out of range, a field was removed, or there are no weights for LoRA to adapt.
+    """
     if config.get("quantize"):
         raise removed_field("quantize")
-    diffusion, lora = config.diffusion, make_lora(**config.lora)
-    if lora and not config.init_from:
-        raise UserError("LoRA adapts weights that are there: name them with --config.init_from, or set lora.rank 0.")
+    lora = make_lora(**config["lora"])
+    if lora and not config["init_from"]:
+        raise UserError("LoRA adapts existing weights: name them with --config.init_from, or set lora.rank 0.")
     return Recipe(
-        diffusion.sigma_data, diffusion.caption_drop, config.dtype, config.remat, dict(config.adam), config.microbatch,
-        lora,
+        **config["diffusion"], dtype=config["dtype"], remat=config["remat"], adam=dict(config["adam"]),
+        microbatch=config["microbatch"], lora=lora,
     )  # fmt: skip

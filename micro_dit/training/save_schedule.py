@@ -1,4 +1,4 @@
-"""When a run saves and when it stops: by its steps, by the clock, or because it was told to; in all processes alike."""
+"""Decides when a run saves and stops: by step, by clock or by signal, at the same step in all processes."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ ASK_SECONDS = 2.0
 
 
 class Interrupt:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; a second SIGINT interrupts as usual."""
+    """Handles signals while entered: the first SIGINT or SIGTERM sets `requested`; a second SIGINT interrupts."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -39,12 +39,12 @@ class Interrupt:
         os.write(1, b"\nstopping after this step, saving first (Ctrl-C again stops at once, unsaved)\n")
 
 
-class Saving:
-    """Says after each step whether to save and whether to stop.
+class SaveSchedule:
+    """Decides after each step whether to save and whether to stop.
 
-    Several processes must do both at the same step. The number of the step is known to all; what time it is and who was
-    told to stop they tell each other. The answer waits for the steps that the devices have yet to do, so they ask every
-    few seconds only, by process 0's clock.
+    Several processes must do both at the same step. The step number is the same in all of them; clocks and signals are
+    not, so the processes exchange them. The exchange waits for the steps that the devices have not finished, so it
+    happens only every few seconds, by the clock of process 0.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Saving:
         """Starts the clock.
 
         Args:
-            interrupt: knows whether this process was told to stop.
-            every: save at the multiples of so many steps; 0 does not.
-            keep_every: likewise; which of them are kept is for `Checkpoints` to know.
-            minutes: save if nothing was saved for so long; 0 does not.
-            clock: seconds.
+            interrupt: Holds whether this process received a signal to stop.
+            every: Save at the multiples of this number of steps; 0 does not.
+            keep_every: Save at the multiples of this number of steps too; `Checkpoints` keeps these.
+            minutes: Save if nothing was saved for this long; 0 does not.
+            clock: Returns seconds.
         """
         self._interrupt, self._clock, self._minutes = interrupt, clock, minutes
         self._multiples = [steps for steps in (every, keep_every) if steps]
@@ -72,7 +72,7 @@ class Saving:
         self._next_step = 0  # none asks before this
 
     def after(self, step: int) -> tuple[bool, bool]:
-        """Whether to save and whether to stop after a step; every process must ask after every step."""
+        """Returns whether to save and whether to stop after a step. Every process must call it after every step."""
         saves = any(step % steps == 0 for steps in self._multiples)
         if step < self._next_step:
             return saves, False
@@ -91,10 +91,10 @@ class Saving:
         seconds_per_step = max((now - self._asked_at) / (step - self._asked_step), 1e-3)
         return max(1, round(ASK_SECONDS / seconds_per_step))
 
-    def told_to_stop(self) -> bool:
-        """Whether any process was, by now: for work between two steps. All must ask at the same point."""
+    def stop_requested(self) -> bool:
+        """Returns whether any process has received a signal to stop. All processes must call it at the same point."""
         return any_process(self._interrupt.requested)
 
     def saved(self) -> None:
-        """Starts the minutes anew."""
+        """Restarts the clock of `minutes`."""
         self._saved_at = self._clock()

@@ -1,9 +1,8 @@
-"""The shards that a run trains on: made if they are missing and can be, and checked against its config."""
+"""Prepares the shards of a run if they are missing, and checks them against its settings."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from micro_dit.data.mixture import check_alike, read_mix
 from micro_dit.data.preparation.prepare import make_shards
@@ -13,13 +12,48 @@ from micro_dit.data.shards import MANIFEST, Manifest, shards_folder
 from micro_dit.training.phases import Phase
 
 
-def prepare_shards(config: Any, phases: Sequence[Phase], say: Callable[[str], None]) -> list[Manifest]:
-    """The manifest of each phase's shards; those of the embedded data are made first if they are missing.
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """The data that a run trains and is evaluated on.
+
+    Attributes:
+        shards: Folder of shards, or a mix of folders; a phase may have its own.
+        source: Source to prepare missing shards from; empty if there is none.
+        resolutions: Resolutions to prepare.
+        vae: Name of the image encoder.
+        text_encoder: Name of the text encoder.
+        caption_tokens: Tokens of a caption.
+        heldout: Split for the held-out loss; empty for none.
+        heldout_images: Largest number of its images.
+    """
+
+    shards: str
+    source: str
+    resolutions: Sequence[int]
+    vae: str
+    text_encoder: str
+    caption_tokens: int
+    heldout: str
+    heldout_images: int
+
+
+def prepare_shards(
+    data: TrainingData, phases: Sequence[Phase], sigma_data: float, say: Callable[[str], None]
+) -> list[Manifest]:
+    """Prepares the shards if they are missing and have a source, and checks them.
+
+    Args:
+        data: The run's data.
+        phases: The run's phases.
+        sigma_data: Standard deviation that the latents should have.
+        say: Prints a line.
+
+    Returns:
+        The manifest of each phase's shards.
 
     Raises:
-        UserError: shards are missing, damaged, lack the phase's resolution, or contradict the config or each other.
+        UserError: Shards are missing, damaged, lack the phase's resolution, or contradict the config or each other.
     """
-    data = config.data
     if data.source and "," not in data.shards and not (shards_folder(data.shards) / MANIFEST).exists():
         say(f"preparing {data.shards} from {data.source} (once)")
         settings = PreparationSettings(
@@ -31,7 +65,7 @@ def prepare_shards(config: Any, phases: Sequence[Phase], say: Callable[[str], No
     manifests = [mix.manifest() for mix in mixes]
     expected = dataclasses.replace(
         expected_encoders(data.vae, data.text_encoder),
-        sigma_data=config.diffusion.sigma_data,
+        sigma_data=sigma_data,
         caption_tokens=data.caption_tokens,
     )
     for phase, mix in zip(phases, mixes, strict=True):

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from micro_dit.models.config import DiTConfig
-from micro_dit.models.dit import Params, abstract_params, init_params
+from micro_dit.models.dit import Params
 from micro_dit.rng import stream
-from micro_dit.training.lora import LoRA
+from micro_dit.training.lora import Trainable
 
 
 class TrainState(NamedTuple):
@@ -35,21 +34,20 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    config: DiTConfig,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    sharding: Any,
-    with_ema: bool,
-    lora: LoRA | None = None,
+    trainable: Trainable, optimizer: optax.GradientTransformation, seed: int, sharding: Any, with_ema: bool
 ) -> TrainState:
-    """A fresh state, made where it will live: no full copy on the host or on any device.
+    """Initializes a state on its devices, without a full copy on the host or on any device.
 
-    `sharding` is that of everything, or a TrainState of shardings. With `lora`, an adapter is trained.
+    Args:
+        trainable: The parameters to train.
+        optimizer: The optimizer.
+        seed: Seed of the initialization.
+        sharding: The sharding of every array, or a TrainState of shardings.
+        with_ema: Whether the state holds EMA weights.
     """
 
     def init(seed: jax.Array) -> TrainState:
-        key = stream(jax.random.key(seed), "init")
-        params = lora.init(abstract_params(config), key) if lora else init_params(config, key)
+        params = trainable.init(stream(jax.random.key(seed), "init"))
         ema = jax.tree.map(jnp.copy, params) if with_ema else None
         return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
 
@@ -70,11 +68,9 @@ def state_from(
     return jax.jit(rest, out_shardings=sharding._replace(params={}))(params)._replace(params=params)
 
 
-def abstract_state(
-    config: DiTConfig, optimizer: optax.GradientTransformation, with_ema: bool, lora: LoRA | None = None
-) -> TrainState:
-    """Shapes and dtypes of a state, without making it."""
-    params: Any = lora.abstract(abstract_params(config)) if lora else abstract_params(config)
+def abstract_state(trainable: Trainable, optimizer: optax.GradientTransformation, with_ema: bool) -> TrainState:
+    """Returns shapes and dtypes of a state, without making it."""
+    params: Any = trainable.abstract()
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     return TrainState(step, params, jax.eval_shape(optimizer.init, params), dict(params) if with_ema else None)
 

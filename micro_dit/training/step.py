@@ -123,7 +123,7 @@ def make_train_step(
         (state, batch, key, base) → (state, metrics). `base` holds the parameters under a LoRA adapter, which is what
         the state then trains; None without LoRA.
     """
-    schedule, optimizer = phase.schedule(), recipe.optimizer(phase)
+    schedule, optimizer, trainable = phase.schedule(), recipe.optimizer(phase), recipe.trainable(network)
     constrain = sharding.constrain_to(mesh) if mesh is not None and mesh.size > 1 else unconstrained
     parts = phase.batch_size // recipe.microbatch if recipe.microbatch else 1
 
@@ -134,8 +134,8 @@ def make_train_step(
         return jax.lax.with_sharding_constraint(tree, sharding.param_shardings(mesh, tree))
 
     def loss(params: Any, base: Any, draws: Draws) -> jax.Array:
-        if recipe.lora:
-            params = as_params(recipe.lora.merge(base, params))
+        if base is not None:
+            params = as_params(trainable.merge(params, base))
         model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain)
         image_losses = maskdit.loss if network.decoder_depth else edm.loss
         return image_losses(
@@ -166,7 +166,7 @@ def make_train_step(
 
 def abstract_train_state(network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns shapes, dtypes and shardings of the state in a phase."""
-    state = abstract_state(network, recipe.optimizer(phase), phase.ema_decay > 0, recipe.lora)
+    state = abstract_state(recipe.trainable(network), recipe.optimizer(phase), phase.ema_decay > 0)
     return sharding.placed_as(state, sharding.state_shardings(mesh, state))
 
 

@@ -2,17 +2,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from micro_dit.diffusion.generate import Sampling
 from micro_dit.encoders import image, text
 from micro_dit.errors import UserError
-from micro_dit.evaluation.previews import Previews
+from micro_dit.evaluation.evaluator import Schedule, Weights
+from micro_dit.evaluation.previews import Previews, embed_prompts, load_matching_image_encoder
 from tests.helpers import tiny
 
 PROMPTS = ["A <b>Red</b> Heart #12", "plain"]
-SETTINGS = dict(vae="noise", text_encoder="noise", sampling=Sampling(1), sigma_data=0.9, dtype="float32")
 
 
 @pytest.fixture
@@ -31,39 +31,64 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
-def previews(workdir: Path, prompts: list[str] = PROMPTS, **manifest: Any) -> Previews:
-    return Previews(workdir, prompts, tiny.make_manifest((64,), **manifest), **SETTINGS)
+def embed(workdir: Path, prompts: list[str] = PROMPTS, **manifest: Any) -> np.ndarray:
+    return embed_prompts(prompts, "noise", tiny.make_manifest((64,), **manifest), workdir / "prompts.npz")
 
 
-def test_prompts_are_cleaned_as_the_shards_captions_were_and_shown_in_the_users_words(
-    tmp_path: Path, encoded: list[list[str]]
-) -> None:
-    made = previews(tmp_path, caption_cleaning="deepfloyd-2")
+def test_prompts_are_cleaned_as_the_shards_captions_were(tmp_path: Path, encoded: list[list[str]]) -> None:
+    embed(tmp_path, caption_cleaning="deepfloyd-2")
     assert encoded == [["a red heart", "plain"]]
-    assert made.prompts == PROMPTS
-    assert made.metadata(3)["prompts"] == "A <b>Red</b> Heart #12 | plain"
+
+
+def test_a_preview_shows_the_ema_weights_samples_of_the_prompts_in_the_users_words() -> None:
+    sampled: list[tuple[Any, ...]] = []
+
+    def sample(params: Any, captions: np.ndarray, seeds: Any) -> np.ndarray:
+        sampled.append((params, captions, list(seeds)))
+        return np.zeros((2, 8, 8, 3), np.uint8)
+
+    captions = np.ones((2, 4, 12), np.float32)
+    previews = Previews(PROMPTS, captions, sample, Schedule(4, last_step=6), "run", {"guidance": "3.0"})
+    assert [step for step in range(1, 7) if previews.due(step)] == [4, 6]
+    raw, ema, base = jnp.ones(1), jnp.zeros(1), jnp.zeros(2)
+    results = previews.run(Weights({"w": raw}, {"w": ema}, merge=lambda params: params | {"base": base}), 4)
+    ((params, given, seeds),) = sampled
+    assert params["w"] is ema
+    assert params["base"] is base
+    assert given is captions
+    assert seeds == [0, 1]
+    picture = results.images["samples"]
+    assert picture.pixels.dtype == np.uint8
+    assert picture.metadata == {
+        "prompts": "A <b>Red</b> Heart #12 | plain", "seeds": "0 to 1", "checkpoint": "step 4 of run", "guidance": "3.0"
+    }  # fmt: skip
+    assert not results.scalars
 
 
 def test_embeddings_are_kept_for_the_same_prompts_and_cleaning_only(tmp_path: Path, encoded: list[list[str]]) -> None:
-    previews(tmp_path)
-    previews(tmp_path)
+    first, second = embed(tmp_path), embed(tmp_path)
+    np.testing.assert_array_equal(first, second)
     assert encoded == [PROMPTS]
-    previews(tmp_path, caption_cleaning="deepfloyd-2")
+    embed(tmp_path, caption_cleaning="deepfloyd-2")
     assert encoded == [PROMPTS, ["a red heart", "plain"]]
-    previews(tmp_path, PROMPTS[:1])
+    embed(tmp_path, PROMPTS[:1])
     assert encoded[2:] == [PROMPTS[:1]]
-    previews(tmp_path, [])
-    assert len(encoded) == 3
 
 
 def test_unknown_rules_of_cleaning_are_refused(tmp_path: Path, encoded: list[list[str]]) -> None:
     with pytest.raises(UserError, match="were cleaned by 'other-1', and this code knows 'deepfloyd-2' and 'none'"):
-        previews(tmp_path, caption_cleaning="other-1")
+        embed(tmp_path, caption_cleaning="other-1")
 
 
 @pytest.mark.parametrize("which", ["image", "text"])
 def test_other_encoders_are_refused(tmp_path: Path, encoded: list[list[str]], which: str) -> None:
     other = {"image": dict(vae=tiny.VAE), "text": dict(text=tiny.TEXT)}[which]
     other = {name: type(info)(**vars(info) | {"fingerprint": "89ab"}) for name, info in other.items()}
+    manifest = tiny.make_manifest((64,), **other)
+
+    def load() -> None:
+        load_matching_image_encoder("noise", manifest)
+        embed_prompts(PROMPTS, "noise", manifest, tmp_path / "prompts.npz")
+
     with pytest.raises(UserError, match=rf"made with {which} encoder noise \(89ab\), but noise is"):
-        previews(tmp_path, **other)
+        load()

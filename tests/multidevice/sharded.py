@@ -17,6 +17,7 @@ from micro_dit.parallel import sharding
 from micro_dit.parallel.cpu import compiler_options, register_lowerings
 from micro_dit.parallel.mesh import AXES, batch_sharding, check_batch, make_mesh, replicated, to_device
 from micro_dit.planning.aot import abstract_train_step
+from micro_dit.training.lora import Trainable
 from micro_dit.training.phases import Phase
 from micro_dit.training.recipe import Recipe
 from micro_dit.training.state import TrainState, init_state
@@ -87,7 +88,7 @@ def gathered_activations(program: str) -> list[str]:
 def fresh_state(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """A state made where it lives: what a device holds of it, and its sum."""
     abstract = abstract_train_state(NETWORK, PHASE, recipe(), mesh)
-    state = init_state(NETWORK, recipe().optimizer(PHASE), 0, sharding.shardings_of(abstract), with_ema=True)
+    state = init_state(Trainable(NETWORK), recipe().optimizer(PHASE), 0, sharding.shardings_of(abstract), with_ema=True)
     values = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.params)]
     return {
         "held": sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)),

@@ -1,13 +1,16 @@
+import dataclasses
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from micro_dit.training.checkpoint import Meta
+from micro_dit.training.curves import finish
 from micro_dit.training.metrics import MetricWriter
-from micro_dit.training.report import compile_step, finish
+from micro_dit.training.report import compile_step
 
-META = {"step": 6, "images": 24, "seconds": 90.0, "dollars": 0.0}
+META = Meta(step=6, images=24, seconds=90.0)
 
 
 def test_what_is_there_is_told(tmp_path: Path) -> None:
@@ -17,7 +20,7 @@ def test_what_is_there_is_told(tmp_path: Path) -> None:
     for step in (3, 6):
         writer.write_scalars(step, {"loss": 1 / step, "learning_rate": 0.1})
     writer.close()
-    told = finish(tmp_path, [("masked", 0, 6)], META | {"dollars": 1.5}, "a cat")
+    told = finish(tmp_path, [("masked", 0, 6)], dataclasses.replace(META, dollars=1.5), "a cat")
     assert "1.5 minutes, $1.50" in told
     assert "curves.png, metrics.jsonl" in told
     assert (tmp_path / "curves.png").exists()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from micro_dit.training import save_schedule as module
-from micro_dit.training.save_schedule import Interrupt, Saving
+from micro_dit.training.save_schedule import Interrupt, SaveSchedule
 
 
 class Clock:
@@ -18,9 +18,9 @@ class Clock:
         return self.now
 
 
-def make(clock: Clock, every: int = 0, keep_every: int = 0, minutes: float = 0.0) -> tuple[Saving, Interrupt]:
+def make(clock: Clock, every: int = 0, keep_every: int = 0, minutes: float = 0.0) -> tuple[SaveSchedule, Interrupt]:
     interrupt = Interrupt()
-    return Saving(interrupt, every=every, keep_every=keep_every, minutes=minutes, clock=clock), interrupt
+    return SaveSchedule(interrupt, every=every, keep_every=keep_every, minutes=minutes, clock=clock), interrupt
 
 
 def test_it_saves_at_multiples_of_both() -> None:
@@ -45,10 +45,10 @@ def test_it_saves_when_nothing_was_saved_for_long() -> None:
 def test_it_stops_when_told_to() -> None:
     saving, interrupt = make(Clock())
     assert saving.after(1) == (False, False)
-    assert not saving.told_to_stop()
+    assert not saving.stop_requested()
     interrupt.requested = True
     assert saving.after(2) == (False, True)
-    assert saving.told_to_stop()
+    assert saving.stop_requested()
 
 
 class Others:

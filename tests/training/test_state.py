@@ -7,6 +7,7 @@ import pytest
 
 from micro_dit.models.dit import abstract_params
 from micro_dit.rng import stream
+from micro_dit.training.lora import Trainable
 from micro_dit.training.optimizer import make_optimizer
 from micro_dit.training.state import TrainState, enter_phase, init_state
 from tests.helpers import tiny
@@ -29,7 +30,7 @@ def test_streams_differ_by_name_and_step_and_repeat_by_seed() -> None:
 @pytest.mark.parametrize("with_ema", [True, False])
 def test_a_fresh_state(with_ema: bool) -> None:
     network, optimizer = tiny.network(), make_optimizer(1.0)
-    state = jax.eval_shape(lambda: init_state(network, optimizer, 0, None, with_ema))
+    state = jax.eval_shape(lambda: init_state(Trainable(network), optimizer, 0, None, with_ema))
     assert (state.step.shape, state.step.dtype) == ((), np.int32)
     assert (state.ema is None) is not with_ema
     floats = [leaf for leaf in jax.tree.leaves(state) if leaf.shape]

@@ -60,7 +60,7 @@ def download_all(files: Sequence[RemoteFile], folder: Path, workers: int, terms:
     """
     stop = threading.Event()
     failures = []
-    with Progress(files, folder) as progress, ThreadPoolExecutor(workers) as pool:
+    with DownloadProgress(files, folder) as progress, ThreadPoolExecutor(workers) as pool:
         downloads = {pool.submit(Download(file, folder, progress, stop, terms).run): file for file in files}
         try:
             for future in as_completed(downloads):
@@ -77,7 +77,7 @@ def download_all(files: Sequence[RemoteFile], folder: Path, workers: int, terms:
         raise UserError(f"{len(failures)} of {len(files)} files could not be downloaded: {named}; run it again.")
 
 
-class Progress:
+class DownloadProgress:
     """One bar for all files; a file whose size is not known yet counts as much as those known do on average."""
 
     def __init__(self, files: Sequence[RemoteFile], folder: Path):
@@ -120,7 +120,7 @@ class Progress:
 class Download:
     """One file on its way: `NAME.partial` holds what has come, `NAME.partial.etag` the version it is part of."""
 
-    def __init__(self, file: RemoteFile, folder: Path, progress: Progress, stop: threading.Event, terms: str):
+    def __init__(self, file: RemoteFile, folder: Path, progress: DownloadProgress, stop: threading.Event, terms: str):
         self.file, self.progress, self.stop, self.terms = file, progress, stop, terms
         self.path = folder / file.name
         self.partial = partial_path(self.path)

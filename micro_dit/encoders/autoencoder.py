@@ -70,6 +70,7 @@ class Conv(nnx.Module):
         self.bias = uniform_parameter((channels_out,), inputs, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         around = (self.weight.shape[0] // 2,) * 2
         return convolve(x, self.weight[...], (around, around)) + self.bias[...].astype(x.dtype)
 
@@ -88,6 +89,7 @@ class Linear(nnx.Module):
         self.bias = uniform_parameter((channels_out,), channels_in, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         return x @ self.weight[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
@@ -100,6 +102,8 @@ class GroupNorm(nnx.Module):
         self.groups = groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
+
         def group_mean(value: jax.Array) -> jax.Array:  # (B, H, W, C) -> (B, 1, 1, C), equal within a group
             per_channel = value.mean((1, 2))
             per_group = per_channel.reshape(value.shape[0], self.groups, -1).mean(-1)
@@ -123,6 +127,7 @@ class ResnetBlock(nnx.Module):
             self.conv_shortcut = Conv(channels_in, channels_out, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         h = self.conv1(nnx.silu(self.norm1(x)))
         h = self.conv2(nnx.silu(self.norm2(h)))
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
@@ -139,6 +144,7 @@ class Attention(nnx.Module):
         self.to_out = nnx.List([Linear(channels, channels, rngs=rngs)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         B, H, W, channels = x.shape
         h = self.group_norm(x).reshape(B, H * W, 1, channels)
         h = jax.nn.dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
@@ -152,6 +158,7 @@ class Downsample(nnx.Module):
         self.conv = Conv(channels, channels, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         h = convolve(x, self.conv.weight[...], ((0, 1), (0, 1)), stride=2)
         return h + self.conv.bias[...].astype(x.dtype)
 
@@ -168,6 +175,7 @@ class Upsample(nnx.Module):
         self.conv = Conv(channels, channels, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         weight = self.conv.weight[...]
 
         def fold(weight: jax.Array, axis: int, parity: int) -> jax.Array:
@@ -198,6 +206,7 @@ class DownBlock(nnx.Module):
         self.downsamplers = nnx.List([] if last else [Downsample(channels_out, rngs=rngs)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         for layer in [*alternate(self.resnets, self.attentions), *self.downsamplers]:
             x = layer(x)
         return x
@@ -216,6 +225,7 @@ class UpBlock(nnx.Module):
         self.upsamplers = nnx.List([] if last else [Upsample(channels_out, rngs=rngs)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         for layer in [*alternate(self.resnets, self.attentions), *self.upsamplers]:
             x = layer(x)
         return x
@@ -236,6 +246,7 @@ class MidBlock(nnx.Module):
         self.attentions = nnx.List([Attention(channels, groups, rngs=rngs)] if attention else [])
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         for layer in [self.resnets[0], *self.attentions, self.resnets[1]]:
             x = layer(x)
         return x
@@ -258,6 +269,7 @@ class Encoder(nnx.Module):
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -280,6 +292,7 @@ class Decoder(nnx.Module):
         self.conv_out = Conv(widths[-1], config.out_channels, 3, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (B, h, w, C)."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)

@@ -78,6 +78,7 @@ class Embeddings(nnx.Module):
         self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size, rngs=rngs)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
+        """Embeds token ids (n, L)."""
         return self.token_embedding.weight[...][ids] + self.position_embedding.weight[...][: ids.shape[1]]
 
 
@@ -90,6 +91,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (n, L, D)."""
         x = x - x.mean(-1, keepdims=True)
         return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * self.weight[...] + self.bias[...]
 
@@ -104,6 +106,7 @@ class SelfAttention(nnx.Module):
         self.v_proj, self.out_proj = Linear(width, width, rngs=rngs), Linear(width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (n, L, D)."""
         B, L, Y = x.shape
         q, k, v = (layer(x).reshape(B, L, self.heads, -1) for layer in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(B, L, Y))
@@ -118,6 +121,7 @@ class Mlp(nnx.Module):
         self.activation = config.hidden_act
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the module to (n, L, D)."""
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
@@ -131,6 +135,7 @@ class Layer(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
+        """Applies the module to (n, L, D)."""
         x = x + self.self_attn(self.layer_norm1(x).astype(dtype))
         return x + self.mlp(self.layer_norm2(x).astype(dtype))
 
@@ -142,6 +147,7 @@ class Layers(nnx.Module):
         self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
+        """Applies the module to (n, L, D)."""
         for layer in self.layers:
             x = layer(x, dtype)
         return x
@@ -156,6 +162,7 @@ class ClipTextModel(nnx.Module):
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, ids: jax.Array, dtype: str = "float32") -> jax.Array:
+        """Embeds token ids (n, L)."""
         return self.final_layer_norm(self.encoder(self.embeddings(ids), dtype))
 
 

@@ -5,8 +5,9 @@ keeps track of them. A run that was interrupted continues with the missing parts
 can share a folder: each takes every n-th part, and the last one to finish completes it.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from micro_dit.data.captions import CLEANING_VERSION, clean_caption
 from micro_dit.data.preparation.journal import Journal
@@ -56,10 +57,7 @@ def make_shards(
 
     started = time.monotonic()
     together = process_count is None and jax.process_count() > 1
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
-    if not 0 <= index < count:
-        raise UserError(f"The process index must be from 0 to {count - 1} among {count} processes, not {index}.")
+    index, count = process_place(process_index, process_count)
     source = open_checked(settings)
     encoders = load_encoders(settings)
     report(f"loaded {encoders.image.name} and {encoders.text.name} in {time.monotonic() - started:.1f} s")
@@ -75,14 +73,8 @@ def make_shards(
     if len(left) < len(own):
         report(f"{len(own) - len(left)} of {len(own)} parts are done already")
     progress = PreparationProgress(len(left), dollars_per_hour, report)
-    try:
-        with Decoders(workers) as decoders:
-            make_parts(left, journal, manifest, settings, encoders, decoders, progress)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        size = settings.batch_size
-        raise UserError(f"The device's memory is too small for batches of {size} images: take less.") from error
+    with memory_errors(settings.batch_size), Decoders(workers) as decoders:
+        make_parts(left, journal, manifest, settings, encoders, decoders, progress)
 
     if not journal.missing():
         manifest = journal.merge(manifest)
@@ -96,6 +88,34 @@ def make_shards(
         manifest = read_manifest(out)
     report(summary(manifest, out, time.monotonic() - started))
     return manifest
+
+
+def process_place(index: int | None, count: int | None) -> tuple[int, int]:
+    """Returns this host's index and the number of hosts, by default JAX's.
+
+    Raises:
+        UserError: The index is out of range.
+    """
+    import jax
+
+    index = jax.process_index() if index is None else index
+    count = jax.process_count() if count is None else count
+    if not 0 <= index < count:
+        raise UserError(f"The process index must be from 0 to {count - 1} among {count} processes, not {index}.")
+    return index, count
+
+
+@contextlib.contextmanager
+def memory_errors(batch_size: int) -> Iterator[None]:
+    """Turns JAX's error about a full device into a UserError."""
+    import jax
+
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(f"The device's memory is too small for batches of {batch_size} images: take less.") from error
 
 
 def open_checked(settings: PreparationSettings) -> Source:

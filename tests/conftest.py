@@ -19,9 +19,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 GOLDEN = Path(__file__).parent / "golden"
 # What takes longest comes first, so that with several workers none of them is left alone with it at the end.
 LONGEST = (
-    "test_train", "parity/test_network", "test_resume", "test_evaluate", "test_playground", "parity/test_full_size",
-    "multidevice/test_processes", "launch/test_notebooks", "test_sample", "multidevice/test_sharded", "test_export",
-    "test_finetune", "test_four_ways", "test_rehearse", "test_configs", "encoders/test_published_sizes",
+    "test_train", "parity/test_network", "test_resume", "test_evaluate", "playground/test_playground",
+    "parity/test_full_size", "multidevice/test_processes", "launch/test_notebooks", "test_sample",
+    "multidevice/test_sharded", "test_export", "test_finetune", "test_four_ways", "test_rehearse", "test_configs",
+    "encoders/test_published_sizes", "test_old_runs",
 )  # fmt: skip
 
 

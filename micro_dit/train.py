@@ -4,11 +4,10 @@ Everything a phase needs is checked before the first step. After an interrupt, a
 from the newest complete checkpoint, bitwise.
 """
 
-import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +15,25 @@ import jax
 import numpy as np
 
 from micro_dit.data.pipeline import make_train_iterator
-from micro_dit.data.shards import Manifest
-from micro_dit.diffusion.generate import Sampling
 from micro_dit.errors import UserError
-from micro_dit.evaluation.during_training import EvaluationSettings, ImageMetrics, TrainingEvaluation
+from micro_dit.evaluation.during_training import TrainingEvaluation
 from micro_dit.evaluation.evaluator import Results, Weights
 from micro_dit.images import save_png
-from micro_dit.models.config import DiTConfig
-from micro_dit.models.dit import Params, abstract_params
+from micro_dit.models.dit import Params
 from micro_dit.models.flops import training_flops
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel import sharding
 from micro_dit.parallel.cpu import compiler_options, register_lowerings
 from micro_dit.parallel.distributed import main_first
-from micro_dit.planning.chips import Chip, chip_of, measure_chip
-from micro_dit.planning.cost import estimate_cost
+from micro_dit.run import Run, check, load_evaluation, report_plan, restore_or_start
 from micro_dit.training.checkpoint import Checkpoints, Meta
 from micro_dit.training.curves import finish
 from micro_dit.training.metrics import MetricWriter
-from micro_dit.training.phases import Phase, make_phases, phase_starts, with_mask_ratio
-from micro_dit.training.pretrained import Start, has_checkpoints, load_start, load_under, place
 from micro_dit.training.progress import Progress
-from micro_dit.training.recipe import Recipe, make_recipe
-from micro_dit.training.report import compile_step, parameter_table
+from micro_dit.training.report import compile_step
 from micro_dit.training.save_schedule import Interrupt, SaveSchedule
-from micro_dit.training.shards import TrainingData, prepare_shards
-from micro_dit.training.state import TrainState, enter_phase, init_state, state_from
-from micro_dit.training.step import Metrics, abstract_train_state, make_train_step, network_of
-from micro_dit.training.workdir import claim_workdir
+from micro_dit.training.state import TrainState, enter_phase
+from micro_dit.training.step import Metrics, make_train_step
 
 
 def train(config: Any, workdir: str | Path) -> Path:
@@ -101,132 +91,6 @@ def train(config: Any, workdir: str | Path) -> Path:
         spans = [(phase.name, run.starts[i], run.starts[i + 1]) for i, phase in enumerate(run.phases)]
         run.say(finish(run.workdir, spans, meta, next(iter(run.config.sampling.prompts), None)))
     return run.workdir
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run whose settings are checked.
-
-    Attributes:
-        config: The config, with masking.ratio applied to its phases.
-        workdir: The work directory.
-        mesh: The devices.
-        recipe: Settings that all phases share.
-        phases: The phases.
-        starts: First step of each phase, and the total number of steps.
-        networks: Network of each phase.
-        manifests: Manifest of each phase's shards.
-        chip: The kind of device.
-        say: Prints a line, on the first process only.
-    """
-
-    config: Any
-    workdir: Path
-    mesh: jax.sharding.Mesh
-    recipe: Recipe
-    phases: tuple[Phase, ...]
-    starts: list[int]
-    networks: list[DiTConfig]
-    manifests: list[Manifest]
-    chip: Chip
-    say: Callable[[str], None]
-
-    def abstract_state(self, phase: int) -> TrainState:
-        """Returns shapes, dtypes and shardings of the state in a phase."""
-        return abstract_train_state(self.networks[phase], self.phases[phase], self.recipe, self.mesh)
-
-
-def check(config: Any, workdir: Path) -> tuple[Run, Start | None]:
-    """Checks everything that can be checked before the first step, and claims the work directory.
-
-    Returns:
-        The run, and the weights that it starts from, if the config names any and nothing is saved yet.
-
-    Raises:
-        UserError: Something is wrong. Nothing is written then.
-    """
-    main_process = jax.process_index() == 0
-    say: Callable[[str], None] = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
-    config = copy.deepcopy(config)
-    config.phases = with_mask_ratio(config.phases, config.masking.ratio)
-    phases, recipe, mesh = make_phases(config.phases), make_recipe(config), meshes.make_mesh(config.mesh)
-    for phase in phases:
-        recipe.check_batch(phase, mesh)
-    manifests = main_first(lambda: prepare_shards(TrainingData(**config.data), phases, recipe.sigma_data, say))
-    vae, text = manifests[0].vae, manifests[0].text_encoder
-    networks = [network_of(phase, config.model, vae, text) for phase in phases]
-    sharding.param_shardings(mesh, abstract_params(networks[0]))
-    recipe.trainable(networks[0]).abstract()
-    start = load_start(config.init_from) if config.init_from and not has_checkpoints(workdir) else None
-    if start:
-        start.check(networks[0], manifests[0], recipe.sigma_data, config.data.vae, config.data.text_encoder)
-    shards = {
-        "vae": vae.fingerprint, "text_encoder": text.fingerprint, "caption_tokens": text.tokens,
-        "caption_cleaning": manifests[0].caption_cleaning, "attribution": manifests[0].attribution,
-        "files": [manifest.fingerprint for manifest in manifests],
-    }  # fmt: skip
-    main_first(lambda: claim_workdir(workdir, config.to_dict(), shards) if main_process else None)
-    chip = chip_of(jax.devices()[0].device_kind) or measure_chip()
-    return Run(config, workdir, mesh, recipe, phases, phase_starts(phases), networks, manifests, chip, say), start
-
-
-def report_plan(run: Run) -> None:
-    """Prints the parameters, how they are sharded, and predicted time and cost."""
-    params, cost = abstract_params(run.networks[0]), run.config.cost
-    run.say(parameter_table(params))
-    if run.mesh.size > 1:
-        run.say(sharding.sharding_table(run.mesh, params))
-    predicted = estimate_cost(
-        run.networks, run.phases, run.chip, run.mesh.size, mfu=cost.mfu, price=cost.dollars_per_device_hour,
-        caption_tokens=run.manifests[0].text_encoder.tokens,
-    )  # fmt: skip
-    run.say(predicted.table())
-
-
-def restore_or_start(
-    run: Run, start: Start | None, checkpoints: Checkpoints
-) -> tuple[TrainState, Meta, dict[str, jax.Array] | None]:
-    """Restores the newest readable checkpoint, or makes the state of step 0.
-
-    Args:
-        run: The run.
-        start: Weights to start from, for a run without checkpoints.
-        checkpoints: The run's checkpoints.
-
-    Returns:
-        The state, its meta, and the parameters under a LoRA adapter (None without LoRA), all on the devices.
-    """
-    restored = checkpoints.restore(lambda meta: run.abstract_state(meta["phase"]), warn=run.say)
-    if restored is not None:
-        state, meta = restored[0], Meta.from_dict(restored[1])
-        run.say(f"continuing from step {meta.step} of {run.starts[-1]} ({checkpoints.folder / str(meta.step)})")
-        start = load_under(meta.lora) if meta.lora else None
-    else:
-        places, phase = sharding.shardings_of(run.abstract_state(0)), run.phases[0]
-        optimizer, with_ema = run.recipe.optimizer(phase), phase.ema_decay > 0
-        if start and not run.recipe.lora:
-            state, meta = state_from(place(start.params, places.params), optimizer, places, with_ema), Meta()
-        else:
-            trainable = run.recipe.trainable(run.networks[0])
-            state = init_state(trainable, optimizer, run.config.seed, places, with_ema)
-            meta = Meta(lora=start.under(run.recipe.lora) if start and run.recipe.lora else None)
-        if start:
-            run.say(f"starting from {start}")
-    if start is None or not meta.lora:
-        return state, meta, None
-    return state, meta, place(start.params, sharding.param_shardings(run.mesh, start.params))
-
-
-def load_evaluation(run: Run) -> TrainingEvaluation:
-    """Loads what the evaluators of all phases share."""
-    data, sampling, metrics = run.config.data, run.config.sampling, run.config.evaluation.to_dict()
-    settings = EvaluationSettings(
-        loss_every=run.config.evaluate_every, split=data.heldout, loss_images=data.heldout_images,
-        previews_every=sampling.every, prompts=sampling.prompts, sampling=Sampling(sampling.steps, sampling.guidance),
-        metrics_every=metrics.pop("every"), metrics=ImageMetrics(**metrics), vae=data.vae,
-        text_encoder=data.text_encoder, sigma_data=run.recipe.sigma_data, dtype=run.recipe.dtype,
-    )  # fmt: skip
-    return TrainingEvaluation(settings, run.manifests[0], run.workdir, meshes.replicated(run.mesh), run.say)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pictures of a run: contact sheets with captions, animations of them, and the curves of its metrics."""
+"""Grids of captioned images, their animations, image files, and the style of plots."""
 
 import math
 import os
@@ -13,30 +13,26 @@ from PIL.PngImagePlugin import PngInfo
 from micro_dit.files import replacing
 
 PAPER, INK, FAINT = "#fbfaf7", "#26241f", "#8a857a"
-SMALLEST_TILE = 96  # pixels; smaller pictures leave no room for their captions
+SMALLEST_TILE = 96  # pixels; smaller images leave no room for their captions
 CAPTION_LINES = 6
 
-# ---- Contact sheets --------------------------------------------------------------------------------------------------
+# ---- Grids -----------------------------------------------------------------------------------------------------------
 
 
 def caption_grid(
-    images: np.ndarray,
-    captions: Sequence[str],
-    columns: int | None = None,
-    title: str | None = None,
-    scale: int = 1,
+    images: np.ndarray, captions: Sequence[str], columns: int | None = None, title: str = "", scale: int = 1
 ) -> Image.Image:
-    """A contact sheet: pictures in rows, each with its caption below.
+    """Returns a grid of images, each with its caption below.
 
     Args:
-        images: uint8 (n, H, W, 3). Pictures narrower than about 96 pixels are enlarged by a whole number.
-        captions: n texts, wrapped to the width of a picture and cut off after six lines.
-        columns: pictures in a row; chosen to fill the sheet if None.
-        title: a line above the pictures.
-        scale: enlarges pictures by this whole number (before the enlargement of small ones).
+        images: (n, H, W, 3) uint8; images narrower than about 96 pixels are enlarged by a whole number.
+        captions: n texts, wrapped to the width of an image and cut off after six lines.
+        columns: Number of images in a row; by default chosen to fill the grid.
+        title: Line above the images.
+        scale: Whole number that all images are enlarged by, before the enlargement of small ones.
 
     Raises:
-        ValueError: if the images are of another shape or type, or captions and images differ in number.
+        ValueError: The images have another shape or dtype, or captions and images differ in number.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
         raise ValueError(f"images must be uint8 (n, H, W, 3) with n > 0, not {images.dtype} {images.shape}")
@@ -57,24 +53,24 @@ def caption_grid(
     title_lines = _wrap(title, title_font, width - 2 * margin, CAPTION_LINES) if title else []
     title_height = len(title_lines) * round(1.95 * size) + (gap if title else 0)
 
-    sheet = Image.new("RGB", (width, 2 * margin + title_height + sum(row_heights) + (len(rows) - 1) * gap), PAPER)
+    grid = Image.new("RGB", (width, 2 * margin + title_height + sum(row_heights) + (len(rows) - 1) * gap), PAPER)
     for i, text in enumerate(title_lines):
-        _draw_text(sheet, margin, margin + i * round(1.95 * size), text, title_font)
+        _draw_text(grid, margin, margin + i * round(1.95 * size), text, title_font)
     y = margin + title_height
     for row, row_height in zip(rows, row_heights, strict=True):
         for column, i in enumerate(row):
             x = margin + column * (tile_width + gap)
-            picture = Image.fromarray(images[i]).resize((tile_width, tile_height), Image.Resampling.BICUBIC)
-            sheet.paste(picture, (x, y))
+            tile = Image.fromarray(images[i]).resize((tile_width, tile_height), Image.Resampling.BICUBIC)
+            grid.paste(tile, (x, y))
             for j, text in enumerate(wrapped[i]):
                 indent = (tile_width - _length(text, font)) / 2
-                _draw_text(sheet, x + indent, y + tile_height + size // 2 + j * line, text, font)
+                _draw_text(grid, x + indent, y + tile_height + size // 2 + j * line, text, font)
         y += row_height + gap
-    return sheet
+    return grid
 
 
 def _columns_that_fill(n: int) -> int:
-    """About as many columns as rows, a few more if that leaves fewer empty places."""
+    """Returns about as many columns as rows, or a few more if that leaves fewer empty places."""
     square = math.ceil(math.sqrt(n))
     return min(range(square, square + 3), key=lambda columns: -n % columns)
 
@@ -93,16 +89,16 @@ def _length(text: str, font: ImageFont.FreeTypeFont) -> float:
     return font.getlength(text) / _OVERSAMPLE
 
 
-def _draw_text(sheet: Image.Image, x: float, y: int, text: str, font: ImageFont.FreeTypeFont) -> None:
+def _draw_text(image: Image.Image, x: float, y: int, text: str, font: ImageFont.FreeTypeFont) -> None:
     width, height = math.ceil(_length(text, font)) + 2, math.ceil(1.4 * font.size / _OVERSAMPLE)
     ink = Image.new("L", (_OVERSAMPLE * width, _OVERSAMPLE * height))
     ImageDraw.Draw(ink).text((_OVERSAMPLE * (x % 1), 0), text, 255, font)
     ink = ink.resize((width, height), Image.Resampling.LANCZOS)
-    sheet.paste(INK, (int(x), y), ink)
+    image.paste(INK, (int(x), y), ink)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> list[str]:
-    """Lines no wider than `width`; words that are wider are broken; beyond `most` lines an ellipsis ends the text."""
+    """Breaks a text into lines up to `width`, and too long words; an ellipsis ends a text of over `most` lines."""
     lines = [""]
     for word in text.split():
         candidate = f"{lines[-1]} {word}".strip()
@@ -126,22 +122,14 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> l
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def save_png(
-    image: Image.Image | np.ndarray, path: str | os.PathLike, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes a PNG with `metadata` as text chunks (prompt, seed, checkpoint …); whole or not at all.
+def save_png(image: Image.Image | np.ndarray, path: str | os.PathLike, metadata: Mapping[str, str] = {}) -> None:
+    """Writes an image or (H, W, 3) uint8 pixels as a PNG, whole or not at all; its folder is created if missing.
 
-    Args:
-        image: a picture, or uint8 (H, W, 3).
-        path: the file; its folder is made if missing.
-        metadata: read back by `PIL.Image.open(path).text`. Text outside ASCII goes into iTXt chunks, as UTF-8.
+    `PIL.Image.open(path).text` reads the metadata (prompt, seed, checkpoint …). Text outside ASCII is UTF-8 in iTXt.
     """
     info = PngInfo()
-    for key, value in (metadata or {}).items():
-        if value.isascii():
-            info.add_text(key, value)
-        else:
-            info.add_itxt(key, value)
+    for key, value in metadata.items():
+        (info.add_text if value.isascii() else info.add_itxt)(key, value)
     with replacing(path) as temporary:
         _as_image(image).save(temporary, format="PNG", pnginfo=info)
 
@@ -154,29 +142,25 @@ def save_gif(
 ) -> None:
     """Writes an endless animation whose last frame stays `hold_last` seconds; whole or not at all.
 
-    All frames share one palette, so that colors do not flicker. Frames of other sizes are brought to the last one's.
+    All frames share one palette, so that colors do not flicker, and are resized to the size of the last one.
     """
     if not frames:
         raise ValueError("an animation needs at least one frame")
-    pictures = [_as_image(frame).convert("RGB") for frame in frames]
-    size = pictures[-1].size
-    pictures = [p if p.size == size else p.resize(size, Image.Resampling.BICUBIC) for p in pictures]
-    # Colors are chosen from frames throughout: the first are noise, the last are pictures.
-    chosen = [pictures[i] for i in np.linspace(0, len(pictures) - 1, min(8, len(pictures))).round().astype(int)]
-    side_by_side = Image.fromarray(np.concatenate([np.asarray(picture) for picture in chosen], axis=1))
-    palette = side_by_side.quantize(255, Image.Quantize.MEDIANCUT)
-    colors = (palette.getpalette() or [])[: 3 * 255]
-    palette.putpalette(colors + list(ImageColor.getrgb(PAPER)))
-    quantized = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    for picture, frame in zip(pictures, quantized, strict=True):
+    images = [_as_image(frame).convert("RGB") for frame in frames]
+    size = images[-1].size
+    images = [image if image.size == size else image.resize(size, Image.Resampling.BICUBIC) for image in images]
+    # Colors are chosen from frames throughout, because the first are noise.
+    chosen = [images[i] for i in np.linspace(0, len(images) - 1, min(8, len(images))).round().astype(int)]
+    palette = Image.fromarray(np.concatenate(chosen, axis=1)).quantize(255, Image.Quantize.MEDIANCUT)
+    palette.putpalette((palette.getpalette() or [])[: 3 * 255] + list(ImageColor.getrgb(PAPER)))
+    quantized = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    for image, frame in zip(images, quantized, strict=True):
         # Pillow looks up colors coarsely: the largest plain area would get a tint.
-        is_paper = (np.asarray(picture) == ImageColor.getrgb(PAPER)).all(-1)
-        frame.paste(255, mask=Image.fromarray(is_paper))
+        frame.paste(255, mask=Image.fromarray((np.asarray(image) == ImageColor.getrgb(PAPER)).all(-1)))
     milliseconds = [round(1000 * seconds_per_frame)] * (len(quantized) - 1) + [round(1000 * hold_last)]
+    options: Any = dict(format="GIF", save_all=True, append_images=quantized[1:], duration=milliseconds, loop=0)
     with replacing(path) as temporary:
-        quantized[0].save(
-            temporary, format="GIF", save_all=True, append_images=quantized[1:], duration=milliseconds, loop=0
-        )
+        quantized[0].save(temporary, **options)
 
 
 def _as_image(image: Image.Image | np.ndarray) -> Image.Image:

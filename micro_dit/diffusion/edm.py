@@ -1,12 +1,9 @@
 """EDM: preconditioning, noise distribution and loss (Karras et al. 2022, arXiv 2206.00364, table 1 and equations 7-8).
 
-The network F is any function (x, t, y) → (B, H, W, C); nothing here knows how it is built.
-
 B images · H W latent rows, columns · C latent channels · N tokens.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +15,12 @@ Network = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # F(x, t, y)
 SIGMA_DATA = 0.9  # standard deviation of the latents, as the paper sets it
 
 
-class Preconditioning(NamedTuple):
-    """The four scalings at a noise level, each of the shape of sigma."""
-
-    c_skip: jax.Array
-    c_out: jax.Array
-    c_in: jax.Array
-    c_noise: jax.Array
-
-
-def precondition(sigma: jax.Array, sigma_data: float = SIGMA_DATA) -> Preconditioning:
-    """Computes c_skip, c_out, c_in and c_noise (EDM, table 1)."""
+def precondition(sigma: jax.Array, sigma_data: float = SIGMA_DATA) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Computes c_skip, c_out, c_in and c_noise, each of the shape of sigma (EDM, table 1)."""
     variance = sigma**2 + sigma_data**2
-    return Preconditioning(
-        c_skip=sigma_data**2 / variance,
-        c_out=sigma * sigma_data / jnp.sqrt(variance),
-        c_in=1 / jnp.sqrt(variance),
-        c_noise=jnp.log(sigma) / 4,
-    )
+    c_skip = sigma_data**2 / variance
+    c_out = sigma * sigma_data / jnp.sqrt(variance)
+    return c_skip, c_out, 1 / jnp.sqrt(variance), jnp.log(sigma) / 4
 
 
 def denoise(F: Network, x: jax.Array, sigma: jax.Array, y: jax.Array, sigma_data: float = SIGMA_DATA) -> jax.Array:
@@ -47,9 +32,6 @@ def denoise(F: Network, x: jax.Array, sigma: jax.Array, y: jax.Array, sigma_data
         sigma: (B,) or (1,) float32, noise levels.
         y: (B, L, Y) caption embeddings.
         sigma_data: Standard deviation of the latents.
-
-    Returns:
-        (B, H, W, C) float32, denoised latents.
     """
     c_skip, c_out, c_in, c_noise = precondition(sigma, sigma_data)
     c_skip, c_out, c_in = (c[:, None, None, None] for c in (c_skip, c_out, c_in))
@@ -72,7 +54,7 @@ def loss(
     patch_size: int = 2,
     sigma_data: float = SIGMA_DATA,
 ) -> jax.Array:
-    """Computes each image's weighted squared error of the denoiser at its noise level (EDM, equation 8).
+    """Computes each image's weighted squared error (B,) of the denoiser at its noise level (EDM, equation 8).
 
     Args:
         F: The network; if `mask` is given, F is expected to drop by it.
@@ -83,9 +65,6 @@ def loss(
         mask: The tokens kept, to which the error is limited; None for all.
         patch_size: Side of a token in latent pixels; used only with a mask.
         sigma_data: Standard deviation of the latents.
-
-    Returns:
-        (B,) float32.
     """
     D_x = denoise(F, x + sigma[:, None, None, None] * noise, sigma, y, sigma_data)
     return weighted_error(D_x, x, sigma, mask=mask, patch_size=patch_size, sigma_data=sigma_data)

@@ -1,9 +1,7 @@
-"""The sampling engine: captions and seeds → latents → images, on one device or many.
+"""Samples latents and images from captions and seeds, on one device or many.
 
-The command, the Python API, previews, evaluation and the playground all sample with it, so that the same caption, seed
-and settings give the same pixels everywhere.
-
-B images at once · H W latent rows, columns · C latent channels · L caption tokens · Y caption channels.
+Commands, API, previews, evaluation and playground share it: equal captions, seeds and settings give equal pixels.
+L caption tokens · Y caption channels.
 """
 
 import dataclasses
@@ -54,9 +52,7 @@ class Sampling:
         if self.steps < 1:
             raise UserError(f"{self.steps} sampling steps: use at least 1.")
         if self.sampler == "dpmpp_2m" and self.steps < 2:
-            raise UserError(
-                "dpmpp_2m looks back at the step before: use at least 2 sampling steps, or another sampler."
-            )
+            raise UserError("dpmpp_2m needs the step before: use at least 2 sampling steps, or another sampler.")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
             low, high = self.interval
             raise UserError(f"the guidance interval {low:g} to {high:g} is empty; use 0 <= low < high.")
@@ -65,10 +61,10 @@ class Sampling:
 
     @property
     def sigmas(self) -> np.ndarray:
-        """Noise levels, descending to 0; there are none but 0 if the strength is 0."""
-        if self.strength == 0:
-            return np.zeros(1)
-        return noise_levels(self.steps) if self.strength == 1 else partial_noise_levels(self.steps, self.strength)
+        """Noise levels, descending to 0; only 0 at strength 0."""
+        if self.strength in (0, 1):
+            return noise_levels(self.steps) if self.strength else np.zeros(1)
+        return partial_noise_levels(self.steps, self.strength)
 
     @property
     def calls(self) -> int:
@@ -78,19 +74,12 @@ class Sampling:
 
 
 class Inputs(NamedTuple):
-    """Inputs of the denoiser that stay the same in all steps.
-
-    Attributes:
-        params: Parameters of the network.
-        captions: (B, L, Y) float32 caption embeddings.
-        negative: (L, Y) float32 embedding that guidance leads away from; zeros unless there is a negative prompt.
-        weak: Parameters of the weak network of autoguidance, if there is one.
-    """
+    """Inputs of the denoiser that stay the same in all steps."""
 
     params: Params
-    captions: Any
-    negative: Any
-    weak: Params | None = None
+    captions: Any  # (B, L, Y) float32
+    negative: Any  # (L, Y) float32, embedding that guidance leads away from; zeros without a negative prompt
+    weak: Params | None = None  # parameters of the weak network of autoguidance
 
 
 Branches = Literal["conditional", "unconditional", "both"]
@@ -99,8 +88,7 @@ Branches = Literal["conditional", "unconditional", "both"]
 class Generator:
     """Samples latents and images with a network.
 
-    The guided denoiser is compiled once for a batch size and the branches of guidance. The number of steps, noise
-    levels, sampler and guidance scale are not compiled in.
+    The guided denoiser is compiled once per batch size and branches of guidance, for all other settings.
     """
 
     def __init__(
@@ -109,17 +97,15 @@ class Generator:
         """Sets up the denoiser of a network.
 
         Args:
-            config: Configuration of the network.
+            config: Network configuration.
             sigma_data: Standard deviation of the latents, as in training.
             dtype: dtype of the matrix products.
-            sharding: Placement of the latents; one device by default. Replicated over a mesh, the latents follow
-                parameters that are sharded in any way. Split along the batch, each device samples its own rows with its
-                own copy of the parameters.
+            sharding: Placement of the latents; by default one device. Replicated latents allow any sharding of the
+                parameters. With latents split along the batch, each device has its own copy of the parameters.
         """
         self.config, self.sigma_data, self.dtype = config, sigma_data, jnp.dtype(dtype)
         latents = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        denoise: Callable[..., jax.Array] = self.denoise
-        everywhere = latents
+        denoise, everywhere = self.denoise, latents
         if isinstance(latents, NamedSharding) and not latents.is_fully_replicated:
             everywhere = NamedSharding(latents.mesh, PartitionSpec())
             denoise = functools.partial(_denoise_rows, self.denoise, latents.mesh, latents.spec)
@@ -128,26 +114,18 @@ class Generator:
         self._replicate: Callable[[Any], Any] = jax.jit(lambda array: array, out_shardings=everywhere)
 
     def images(
-        self,
-        params: Params,
-        captions: np.ndarray,
-        seeds: Sequence[int],
-        sampling: Sampling,
-        decode: Callable[[np.ndarray], Any],
-        batch_size: int = MAX_BATCH,
-    ) -> np.ndarray:
-        """Samples images; each depends on its own caption and seed, not on the batch.
+        self, params: Params, captions: np.ndarray, seeds: Sequence[int], sampling: Sampling,
+        decode: Callable[[np.ndarray], Any], batch_size: int = MAX_BATCH,
+    ) -> np.ndarray:  # fmt: skip
+        """Samples images (n, f·H, f·W, 3) uint8; each depends on its own caption and seed, not on the batch.
 
         Args:
             params: Parameters of the network, on the devices.
             captions: (n, L, Y) float, caption embeddings.
             seeds: n whole numbers.
             sampling: Sampler settings.
-            decode: Decoder of the latents (B, H, W, C), which returns pixels in [-1, 1]; `ImageEncoder.decode`.
+            decode: Maps latents (B, H, W, C) to pixels in [-1, 1]; `ImageEncoder.decode`.
             batch_size: Largest number of images sampled at once.
-
-        Returns:
-            (n, f·H, f·W, 3) uint8.
         """
         n = len(seeds)
         noise, captions = draw_noise(self.config, seeds), np.asarray(captions, np.float32)
@@ -179,8 +157,8 @@ class Generator:
             negative: (L, Y) float32, embedding of a negative prompt.
             weak: Configuration and parameters of a weak network, for autoguidance by the guidance scale.
             known: For inpainting: original latents, and a mask that is True where they are sampled anew.
-            after_call: Called after each call of the denoiser with the denoised latents D_x (B, H, W, C). Without it,
-                calls are dispatched without waiting for the previous one.
+            after_call: Called after each call of the denoiser with the denoised latents (B, H, W, C). Without it, calls
+                are dispatched without waiting for the previous one.
         """
         weak_config, weak_params = weak or (None, None)
         negative = np.zeros_like(captions[0]) if negative is None else negative
@@ -207,13 +185,8 @@ class Generator:
     ) -> jax.Array:  # fmt: skip
         """Computes D(x; sigma) under guidance, (B, H, W, C) float32. Not compiled; can be traced.
 
-        Args:
-            inputs: Parameters and embeddings.
-            scale: () float32, guidance scale.
-            x: (B, H, W, C) float32, noisy latents.
-            sigma: (1,) float32, noise level.
-            branches: Branches of guidance that are computed; 'both' means both networks with a weak network.
-            weak_config: Configuration of the weak network.
+        scale is () float32, x (B, H, W, C) float32 and sigma (1,) float32. With a weak network, the branches 'both' are
+        the two networks.
         """
         F: edm.Network = bind(self.config, inputs.params, self.dtype)
         if branches == "both" and inputs.weak is not None:
@@ -230,12 +203,7 @@ class Generator:
     ) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
         """Returns the denoiser and its abstract arguments, to compile it without any array.
 
-        Args:
-            params: Abstract parameters, with shardings.
-            images: B.
-            text_tokens: L.
-            sharding: Placement of everything else, as given to `__init__`.
-            guided: Whether both branches of guidance are computed.
+        The abstract parameters have shardings; `sharding`, as given to `__init__`, is that of everything else.
         """
         side, channels, width = self.config.input_size, self.config.in_channels, self.config.caption_channels
 
@@ -249,9 +217,8 @@ class Generator:
 
 
 def _denoise_rows(
-    denoise: Callable[..., jax.Array], mesh: Any, rows: PartitionSpec, inputs: Inputs, *arrays: Any,
-    **static: Any,
-) -> jax.Array:  # fmt: skip
+    denoise: Callable[..., jax.Array], mesh: Any, rows: PartitionSpec, inputs: Inputs, *arrays: Any, **static: Any
+) -> jax.Array:
     """Denoises each device's own rows, so that no batch travels between devices."""
     whole = PartitionSpec()
     specs = (Inputs(whole, rows, whole, whole), whole, rows, whole)  # type: ignore[arg-type]
@@ -273,7 +240,7 @@ def draw_noise(config: DiTConfig, seeds: Sequence[int]) -> np.ndarray:
 
 
 def batches(n: int, size: int) -> Iterator[np.ndarray]:
-    """Yields the indices below n in batches of one size; the last one is filled up with repeats beyond the first n."""
+    """Yields the indices below n in batches of one size; the last one is filled up with repeats."""
     for start in range(0, n, size):
         yield np.arange(start, start + size) % n
 

@@ -1,4 +1,4 @@
-"""Guidance: networks made of networks, whose sampled images follow the caption more closely."""
+"""Guidance: combines networks into one whose samples follow the caption more closely."""
 
 import jax
 import jax.numpy as jnp
@@ -7,16 +7,10 @@ from micro_dit.diffusion.edm import Network
 
 
 def guide(F: Network, scale: float, negative: jax.Array | None = None) -> Network:
-    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598): the network u + scale·(c - u).
+    """Returns the network u + scale·(c - u): classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
 
-    The unconditional branch u sees an all-zeros caption embedding, or that of a negative prompt. A scale of exactly 1
-    needs no unconditional branch, and 0 no conditional one; every other scale, also one below 1, means what the formula
-    says.
-
-    Args:
-        F: the network.
-        scale: of the guidance.
-        negative: (B, L, Y), or to be broadcast to it, in place of the zeros.
+    The conditional branch c sees the captions; the unconditional branch u sees `negative`, which is broadcast to the
+    captions' shape (B, L, Y), or zeros. Scales 1 and 0 compute one branch only.
     """
     if scale == 1:
         return F
@@ -26,7 +20,7 @@ def guide(F: Network, scale: float, negative: jax.Array | None = None) -> Networ
 
 
 def extrapolate(F: Network, scale: float | jax.Array, negative: jax.Array | None = None) -> Network:
-    """As `guide`, with both branches at every scale, as one batch of twice the size; the scale may be traced."""
+    """Returns the network of `guide` with both branches in one batch at every scale; the scale may be traced."""
 
     def guided(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
         both = F(
@@ -45,10 +39,10 @@ def _unconditional(y: jax.Array, negative: jax.Array | None) -> jax.Array:
 
 
 def autoguide(F: Network, weak: Network, scale: float | jax.Array) -> Network:
-    """Autoguidance (Karras et al. 2024, arXiv 2406.02507): weak + scale·(F - weak), both given the caption.
+    """Returns the network weak + scale·(F - weak): autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
-    `weak` is the same kind of network, trained for less time or smaller, with the same sigma_data: as both are then
-    preconditioned alike, this is the same as to extrapolate denoised images.
+    `weak` is smaller or trained for less time. Both networks have the same sigma_data and so the same preconditioning:
+    extrapolating their outputs is extrapolating denoised images.
     """
 
     def guided(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
@@ -59,8 +53,8 @@ def autoguide(F: Network, weak: Network, scale: float | jax.Array) -> Network:
 
 
 def scale_at(sigma: float, scale: float, interval: tuple[float, float] | None) -> float:
-    """The scale at a noise level: 1, which is no guidance, outside of low < sigma <= high.
+    """Returns the guidance scale at a noise level: 1, which is no guidance, outside of low < sigma <= high.
 
-    Kynkäänniemi et al. 2024, arXiv 2404.07724: guidance is harmful at high noise levels, useless at low ones.
+    Guidance is harmful at high noise levels and useless at low ones (Kynkäänniemi et al. 2024, arXiv 2404.07724).
     """
     return scale if interval is None or interval[0] < sigma <= interval[1] else 1.0

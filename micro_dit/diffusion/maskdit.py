@@ -1,7 +1,4 @@
-"""MaskDiT's loss, for comparison (Zheng et al. 2023, arXiv 2306.09305): denoising plus masked reconstruction.
-
-B images · H W latent rows, columns · C latent channels · N tokens.
-"""
+"""MaskDiT's loss, for comparison (Zheng et al. 2023, arXiv 2306.09305): denoising plus masked reconstruction."""
 
 import jax
 import jax.numpy as jnp

@@ -11,28 +11,19 @@ PAPER = "https://arxiv.org/abs/2407.15811"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a model was trained, as far as it is known.
+    """A summary of how a model was trained."""
 
-    Attributes:
-        phases: the config's; steps, resolution, mask_ratio, batch_size and learning_rate are told of each.
-        step: of the checkpoint.
-        averaged: the parameters are the moving average.
-        data: the name of the source of images.
-        started_from: what the weights were before; empty if random.
-        heldout_loss: of these parameters at `heldout_step`; None if it was not measured.
-    """
-
-    phases: Sequence[Mapping[str, Any]]
+    phases: Sequence[Mapping[str, Any]]  # of the config
     step: int
-    averaged: bool
-    data: str
-    started_from: str = ""
-    heldout_loss: float | None = None
+    averaged: bool  # whether the parameters are EMA weights
+    data: str  # name of the image source
+    started_from: str = ""  # origin of the initial weights; empty if random
+    heldout_loss: float | None = None  # of these parameters at `heldout_step`; None if not measured
     heldout_step: int = 0
 
     @property
     def phase(self) -> Mapping[str, Any]:
-        """The phase that the step is in."""
+        """The phase of the step."""
         ends = itertools.accumulate(phase["steps"] for phase in self.phases)
         return next((phase for phase, end in zip(self.phases, ends, strict=True) if self.step <= end), self.phases[-1])
 
@@ -50,19 +41,19 @@ def model_card(
     picture: str = "",
     programs: bool = False,
 ) -> str:
-    """The text of a model card.
+    """Returns the text of a model card.
 
     Args:
-        name: of the model.
-        parameters: how many.
-        pixels: side of the images; None if it is not known.
-        dtype: of the weights' file.
-        license: an identifier of the hub, as in 'cc-by-sa-4.0'.
-        about: what the folder's config.json tells: encoders, defaults and, as 'source', whom to attribute.
-        vae_included: the image encoder is in the folder.
-        recipe: how it was trained; None for a model that is not from a run.
-        picture: a file in the folder with a grid of samples; empty for none.
-        programs: there is a folder with StableHLO programs.
+        name: Name of the model.
+        parameters: Number of parameters.
+        pixels: Side of the images, if known.
+        dtype: dtype of the weights' file.
+        license: License identifier of the hub, as in 'cc-by-sa-4.0'.
+        about: Encoders, defaults and, as 'source', attribution, as in the folder's config.json.
+        vae_included: Whether the image encoder is in the folder.
+        recipe: Training summary, for a model from a run.
+        picture: File in the folder with a grid of samples; empty for none.
+        programs: Whether there are StableHLO programs in the folder.
     """
     from huggingface_hub import ModelCardData
 
@@ -75,16 +66,18 @@ def model_card(
         f"A text-to-image diffusion transformer ([MicroDiT]({PAPER})) of {parameters:,} parameters, which draws {size} "
         "from captions. It was trained and exported with micro_dit."
     )
-    parts = [f"---\n{front.to_yaml()}\n---\n\n# {name}", what]
-    if picture:
-        parts.append(f"![Samples, each under its prompt]({picture})\n\nDrawn by these weights; nothing was picked out.")
-    parts.append(_usage(about["guidance"], about["steps"], programs))
-    parts.append(_encoders(about["vae"], vae_included, about["text_encoder"], about["caption_tokens"]))
-    if recipe:
-        parts.append(_training(recipe))
-    parts.append(_data(recipe.data if recipe else "", about["source"], license))
-    parts.append(_limitations(about["caption_tokens"], dtype))
-    return "\n\n".join(parts) + "\n"
+    grid = f"![Samples, each under its prompt]({picture})\n\nDrawn by these weights; nothing was picked out."
+    where = "in the folder `vae`" if vae_included else "not included"
+    encoders = f"""## Encoders
+
+- Latents: `{about["vae"]}` ({where}).
+- Captions: `{about["text_encoder"]}`, {about["caption_tokens"]} tokens (not included)."""
+    parts = (
+        f"---\n{front.to_yaml()}\n---\n\n# {name}", what, grid if picture else "",
+        _usage(about["guidance"], about["steps"], programs), encoders, _training(recipe) if recipe else "",
+        _data(recipe.data if recipe else "", about["source"], license), _limitations(about["caption_tokens"], dtype),
+    )  # fmt: skip
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _usage(guidance: float, steps: int, programs: bool) -> str:
@@ -105,53 +98,40 @@ By default it draws with Heun's method in {steps} steps under guidance of scale 
     return text
 
 
-def _encoders(vae: str, included: bool, text_encoder: str, caption_tokens: int) -> str:
-    where = "in the folder `vae`" if included else "not included"
-    return f"""## Encoders
-
-- Latents: `{vae}` ({where}).
-- Captions: `{text_encoder}`, {caption_tokens} tokens (not included)."""
-
-
 def _training(recipe: Recipe) -> str:
     rows, start, images = [], 0, 0
     for phase in recipe.phases:
         done = min(max(recipe.step - start, 0), phase["steps"])
         images += done * phase["batch_size"]
         start += phase["steps"]
-        side = f"{phase['resolution']}×{phase['resolution']}"
         rows.append(
-            f"| {phase['name']} | {side} | {phase['mask_ratio']:.0%} | {done:,} of {phase['steps']:,} "
-            f"| {phase['batch_size']:,} | {phase['learning_rate']:g} |"
+            "| {name} | {resolution}×{resolution} | {mask_ratio:.0%} | {done:,} of {steps:,} | {batch_size:,} "
+            "| {learning_rate:g} |\n".format(**phase, done=done)
         )
     which = "the moving average of the parameters" if recipe.averaged else "the parameters themselves, not averaged"
-    lines = [
-        "## Training",
-        "",
-        "| phase | images | tokens dropped | steps | batch | learning rate |",
-        "|---|---|---|---|---|---|",
-        *rows,
-        "",
-        f"This is step {recipe.step:,}, after {images:,} images (one seen again counts again): {which}.",
-    ]
+    text = f"""## Training
+
+| phase | images | tokens dropped | steps | batch | learning rate |
+|---|---|---|---|---|---|
+{"".join(rows)}
+This is step {recipe.step:,}, after {images:,} images (one seen again counts again): {which}."""
     if recipe.started_from:
-        lines[-1] += f" It started from `{recipe.started_from}`."
+        text += f" It started from `{recipe.started_from}`."
     if recipe.heldout_loss is not None and math.isfinite(recipe.heldout_loss):
-        lines.append(f"Loss on held-out images at step {recipe.heldout_step:,}: {recipe.heldout_loss:.4f}.")
-    return "\n".join(lines)
+        text += f"\nLoss on held-out images at step {recipe.heldout_step:,}: {recipe.heldout_loss:.4f}."
+    return text
 
 
 def _data(data: str, attribution: str, license: str) -> str:
-    lines = ["## Data and license", ""]
+    text = "## Data and license\n\n"
     if data:
-        lines.append(f"Trained on `{data}`.")
+        text += f"Trained on `{data}`.\n"
     if attribution:
-        lines.append(f"{attribution}. Keep this attribution with the weights and with what they draw.")
-    if license == "unknown":
-        lines.append("Nobody has stated a license of these weights yet.")
-    else:
-        lines.append(f"The weights are shared under `{license}`.")
-    return "\n".join(lines)
+        text += f"{attribution}. Keep this attribution with the weights and with what they draw.\n"
+    unknown = license == "unknown"
+    return text + (
+        "Nobody has stated a license of these weights yet." if unknown else f"The weights are shared under `{license}`."
+    )
 
 
 def _limitations(caption_tokens: int, dtype: str) -> str:

@@ -1,10 +1,8 @@
 """The guided denoiser and the image decoder as StableHLO programs that run without this package (jax.export).
 
-Parameters are inputs, by the names and with the dtypes of their safetensors files: a program is some hundred kilobytes,
-and serves every model of its architecture. SIGNATURE lists inputs and outputs. The sampler, some ten lines, is left to
-the caller (docs/export.md).
-
-B images, any number · H W latent rows, columns · C latent channels · L caption tokens · Y caption channels.
+Parameters are inputs, with the names and dtypes of their safetensors files, so that a program serves every model of its
+architecture. SIGNATURE lists inputs and outputs. The caller samples with the denoiser (docs/export.md).
+L caption tokens · Y caption channels.
 """
 
 import json
@@ -46,14 +44,14 @@ def write_programs(
 
     Args:
         folder: New folder to write to.
-        config: Configuration of the network.
+        config: Network configuration.
         dtype: dtype of the parameters in their file.
         caption_tokens: L.
         sigma_data: Standard deviation of the latents, as in training.
         sampling: Default sampler settings, written to the signature.
         weights: Path of the parameters' file relative to the folder, written to the signature.
         decoder: Tensors of the image encoder's file (shapes and dtypes are enough), and its configuration.
-        decoder_weights: Path of that file relative to the folder, written to the signature.
+        decoder_weights: Path of that file, as `weights`.
 
     Raises:
         UserError: The package flatbuffers, which jax.export writes with, is not installed.
@@ -81,10 +79,7 @@ def write_programs(
 
 
 def guided_denoiser(config: DiTConfig, sigma_data: float) -> Callable[..., jax.Array]:
-    """Returns the function (params, captions, negative, guidance, x, sigma) → D(x; sigma), (B, H, W, C) float32.
-
-    Its arguments are those of `denoiser_arguments`. Both branches of guidance are computed at every scale.
-    """
+    """Returns the function of `denoiser_arguments` → D(x; sigma), with both branches of guidance at every scale."""
     generator = Generator(config, sigma_data=sigma_data)
 
     def denoise(params: Any, captions: Any, negative: Any, guidance: Any, x: Any, sigma: Any) -> jax.Array:
@@ -112,15 +107,12 @@ def denoiser_arguments(config: DiTConfig, dtype: str, caption_tokens: int) -> di
     """Returns shapes and dtypes of the denoiser's arguments by name, in order; the number of images is left open."""
     (B,) = export.symbolic_shape("B")
     side, L, Y = config.input_size, caption_tokens, config.caption_channels
-    shapes = {name: leaf.shape for name, leaf in abstract_params(config).items()}
-    return {
-        "params": {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, shape in shapes.items()},
-        "captions": jax.ShapeDtypeStruct((B, L, Y), jnp.float32),
-        "negative": jax.ShapeDtypeStruct((L, Y), jnp.float32),
-        "guidance": jax.ShapeDtypeStruct((), jnp.float32),
-        "x": jax.ShapeDtypeStruct((B, side, side, config.in_channels), jnp.float32),
-        "sigma": jax.ShapeDtypeStruct((), jnp.float32),
-    }
+    params = abstract_params(config).items()
+    shapes = {
+        "captions": (B, L, Y), "negative": (L, Y), "guidance": (), "x": (B, side, side, config.in_channels), "sigma": ()
+    }  # fmt: skip
+    arguments = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return {"params": {name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for name, leaf in params}} | arguments
 
 
 def _write(path: Path, weights: str, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -129,13 +121,14 @@ def _write(path: Path, weights: str, function: Callable[..., Any], arguments: di
     exported = export.export(jax.jit(function, keep_unused=True), platforms=PLATFORMS)(*arguments.values())
     path.write_bytes(exported.serialize())
     inputs = [
-        {"name": name + jax.tree_util.keystr(at), "shape": _json(leaf.shape), "dtype": str(leaf.dtype)}
+        {"name": name + jax.tree_util.keystr(at)} | _shape_and_dtype(leaf)
         for name, argument in arguments.items()
         for at, leaf in jax.tree_util.tree_flatten_with_path(argument)[0]
     ]
-    outputs = [{"shape": _json(leaf.shape), "dtype": str(leaf.dtype)} for leaf in exported.out_avals]
+    outputs = [_shape_and_dtype(leaf) for leaf in exported.out_avals]
     return {"file": path.name, "params": weights, "inputs": inputs, "outputs": outputs}
 
 
-def _json(shape: tuple[Any, ...]) -> list[int | str]:
-    return [length if isinstance(length, int) else str(length) for length in shape]
+def _shape_and_dtype(leaf: Any) -> dict[str, Any]:
+    shape = [length if isinstance(length, int) else str(length) for length in leaf.shape]
+    return {"shape": shape, "dtype": str(leaf.dtype)}

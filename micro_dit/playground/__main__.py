@@ -1,6 +1,6 @@
-"""A page to play with a trained model: `python -m micro_dit.playground --workdir=runs/mask75`.
+"""Serves a web page that samples with a trained model: `python -m micro_dit.playground --workdir=runs/mask75`.
 
-See docs/playground.md. What it draws with is micro_dit/playground/session.py.
+See docs/playground.md.
 """
 
 import base64
@@ -22,13 +22,13 @@ from micro_dit.errors import UserError
 
 if TYPE_CHECKING:
     from micro_dit.api import About
-    from micro_dit.playground.session import Frame, Picture, Request, Session
+    from micro_dit.playground.session import Frame, Request, Sample, Session
 
 STYLE = Path(__file__).parent / "style.css"
 NOBODY_BESIDE = "none"
 MAX_HISTORY = 60  # images that the gallery of a browser's session shows
-WAITING = 16  # drawings that may wait for their turn
-EASEL_WIDTH, GAP = 816, 14  # pixels of the page that pictures share, and between them
+MAX_QUEUE = 16  # requests that may wait for their turn
+OUTPUT_WIDTH, GAP = 816, 14  # pixels of the page that images share, and between them
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         print("getting ready …", flush=True)
         page = build_page(session)
         url = serve(page, FLAGS.host, FLAGS.port, folder)
-        print(f"{url} — Ctrl-C stops it; save the pictures that you like, they are gone then.", flush=True)
+        print(f"{url} — Ctrl-C stops it; save the images that you like, they are deleted then.", flush=True)
         if FLAGS.host not in LOCAL:
             print("warning: whoever can reach this machine can draw with it now.", file=sys.stderr)
         try:
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def import_gradio() -> Any:
-    """Gradio, told to keep to itself; UserError if it is missing."""
+    """Imports Gradio without analytics; raises UserError if it is missing."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
@@ -73,25 +73,25 @@ def build_page(session: "Session") -> Any:
         with gr.Row(equal_height=False):
             with gr.Column(min_width=320, elem_id="controls"):
                 controls, buttons = build_controls(gr, model.about, list(session.choices))
-            with gr.Column(min_width=320, elem_id="board"):
+            with gr.Column(min_width=320, elem_id="output"):
                 messages = gr.HTML(elem_id="messages", apply_default_css=False)
-                board = gr.HTML(invitation(), elem_id="easel", apply_default_css=False)
+                output = gr.HTML(INVITATION, elem_id="images", apply_default_css=False)
         gr.HTML('<h2 class="session">This session <span>a click brings back the settings</span></h2>')
         gallery = gr.Gallery(
             label="This session", show_label=False, container=False, columns=10, fit_columns=False, height="auto",
             object_fit="contain", allow_preview=False, interactive=False, buttons=[], elem_id="session",
         )  # fmt: skip
-        history = gr.State([])  # finished pictures, the newest first
+        history = gr.State([])  # finished samples, the newest first
 
         def restore(history: list[Any], event: gr.SelectData) -> tuple[Any, ...]:  # type: ignore[name-defined]
             if not isinstance(event.index, int) or not 0 <= event.index < len(history):
                 return (gr.skip(),) * 11
-            picture = history[event.index]
-            return *controls_of(picture.request), easel_of(picture), ""
+            sample = history[event.index]
+            return *controls_of(sample.request), sample_html(sample), ""
 
         drawing = dict(
             fn=functools.partial(draw, session), inputs=[*controls.values(), history],
-            outputs=[board, messages, gallery, history], show_progress="hidden", concurrency_limit=1,
+            outputs=[output, messages, gallery, history], show_progress="hidden", concurrency_limit=1,
             concurrency_id="device",
         )  # fmt: skip
         new_seed = buttons["another"].click(
@@ -102,23 +102,19 @@ def build_page(session: "Session") -> Any:
             controls["prompt"].submit(**drawing, api_visibility="private"),
             new_seed.then(**drawing, api_visibility="private"),
         ]
-        buttons["stop"].click(invitation, None, board, cancels=started, api_visibility="private", queue=False)
-        gallery.select(
-            restore, history, [*controls.values(), board, messages], show_progress="hidden", api_visibility="private"
-        )
-    return page.queue(max_size=WAITING, api_open=False)
+        buttons["stop"].click(lambda: INVITATION, None, output, cancels=started, api_visibility="private", queue=False)
+        restored = [*controls.values(), output, messages]
+        gallery.select(restore, history, restored, show_progress="hidden", api_visibility="private")
+    return page.queue(max_size=MAX_QUEUE, api_open=False)
 
 
 def build_controls(gr: Any, about: "About", choices: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the controls in the order of `read_request`, and the buttons, each by name."""
     from micro_dit.playground.session import MAX_GUIDANCE, MAX_IMAGES, MAX_LETTERS, MAX_SEED, MAX_STEPS
 
-    prompt = gr.Textbox(
-        label="Prompt", placeholder="red heart", max_lines=4, max_length=MAX_LETTERS, autofocus=True, elem_id="prompt"
-    )
-    negative = gr.Textbox(
-        label="Negative prompt", placeholder="what to lead away from", max_lines=4, max_length=MAX_LETTERS
-    )
+    long = dict(max_lines=4, max_length=MAX_LETTERS)
+    prompt = gr.Textbox(label="Prompt", placeholder="red heart", autofocus=True, elem_id="prompt", **long)
+    negative = gr.Textbox(label="Negative prompt", placeholder="what to lead away from", **long)
     with gr.Row():
         draw = gr.Button("Draw", variant="primary", elem_id="draw")
         stop = gr.Button("Stop", min_width=80, elem_id="stop")
@@ -139,20 +135,20 @@ def build_controls(gr: Any, about: "About", choices: list[str]) -> tuple[dict[st
 
 
 def draw(session: "Session", *given: Any) -> Iterator[tuple[Any, ...]]:
-    """Yields board, messages, gallery and history while images form; the last of `given` is the history."""
+    """Yields output, messages, gallery and history while images form; the last of `given` is the history."""
     *values, history = given
     same = import_gradio().skip()
     try:
         request = read_request(*values)
-        yield waiting(), "", same, same
+        yield WAITING, "", same, same
         for frame in session.draw(request):
             notices = "".join(map(notice, frame.warnings))
             if frame.done < 1:
-                yield easel(frame), notices, same, same
+                yield frame_html(frame), notices, same, same
             else:
-                finished = [picture for sheet in frame.pictures.values() for picture in sheet]
+                finished = [sample for samples in frame.samples.values() for sample in samples]
                 history = [*reversed(finished), *history][:MAX_HISTORY]
-                yield easel(frame), notices, thumbnails(history), history
+                yield frame_html(frame), notices, thumbnails(history), history
     except UserError as error:
         yield "", notice(str(error), "error"), same, same
 
@@ -161,11 +157,7 @@ def read_request(
     prompt: Any, negative: Any, seed: Any, steps: Any, guidance: Any, sampler: Any, num: Any, checkpoint: Any,
     beside: Any,
 ) -> "Request":  # fmt: skip
-    """Returns the request of the values of the controls, which may come from elsewhere.
-
-    Raises:
-        UserError: A value makes no sense.
-    """
+    """Returns the request of the controls' values, which may come from elsewhere: UserError if one makes no sense."""
     from micro_dit.api import GenerationSettings
     from micro_dit.playground.session import Request
 
@@ -187,10 +179,10 @@ def controls_of(request: "Request") -> tuple[Any, ...]:
 
 
 def serve(page: Any, host: str, port: int, folder: str) -> str:
-    """Starts the page in the background, and returns its address. Gradio's own files go to a folder.
+    """Starts the page in the background and returns its URL; Gradio's own files go to a folder.
 
     Raises:
-        UserError: the port is taken.
+        UserError: The port is taken.
     """
     gr = import_gradio()
     os.environ["GRADIO_TEMP_DIR"] = folder
@@ -213,7 +205,7 @@ def serve(page: Any, host: str, port: int, folder: str) -> str:
 
 
 def heading(model: Any) -> str:
-    """The name of the page and of the model."""
+    """Returns the name of the page and of the model."""
     side = model.config.input_size * model.image_encoder.downsample
     return (
         f'<header class="heading"><h1>micro_dit</h1><p>{html.escape(model.about.name)} · {side}×{side} pixels'
@@ -221,71 +213,62 @@ def heading(model: Any) -> str:
     )
 
 
-def invitation() -> str:
-    """Returns the text in place of images before the first prompt."""
-    return '<div class="easel"><p class="invitation">Write a prompt, and press Draw.</p></div>'
-
-
-def waiting() -> str:
-    """Returns the text in place of images while another prompt is sampled."""
-    return '<div class="easel"><p class="invitation">Waiting for the device …</p></div>'
+INVITATION = '<div class="output"><p class="invitation">Write a prompt, and press Draw.</p></div>'
+WAITING = '<div class="output"><p class="invitation">Waiting for the device …</p></div>'
 
 
 def notice(text: str, kind: str = "warning") -> str:
-    """A message above the pictures."""
+    """Returns a message to show above the images."""
     return f'<p class="notice {kind}" role="alert">{html.escape(text[:1].upper() + text[1:])}</p>'
 
 
-def easel(frame: "Frame") -> str:
-    """The pictures of a drawing, one sheet beside the other."""
-    sheets = "".join(
-        sheet_of(label if len(frame.pictures) > 1 else "", pictures, EASEL_WIDTH // len(frame.pictures) - GAP)
-        for label, pictures in frame.pictures.items()
+def frame_html(frame: "Frame") -> str:
+    """Returns the images of a request, the grids of two checkpoints side by side."""
+    count = len(frame.samples)
+    grids = "".join(
+        grid_html(label if count > 1 else "", samples, OUTPUT_WIDTH // count - GAP)
+        for label, samples in frame.samples.items()
     )
     if frame.done < 1:
         bar = f'<div class="progress" role="progressbar"><span style="width:{100 * frame.done:.0f}%"></span></div>'
-        return f'<div class="easel">{bar}<div class="sheets">{sheets}</div></div>'
-    first = next(iter(frame.pictures.values()))[0]
+        return f'<div class="output">{bar}<div class="grids">{grids}</div></div>'
+    first = next(iter(frame.samples.values()))[0]
     assert first is not None
-    told = about(first.request, alone=len(frame.pictures) == 1)
-    return f'<div class="easel finished"><div class="sheets">{sheets}</div>{told}</div>'
+    return f'<div class="output finished"><div class="grids">{grids}</div>{about(first.request, count == 1)}</div>'
 
 
-def easel_of(picture: "Picture") -> str:
-    """A picture of the session alone."""
-    return f'<div class="easel finished">{sheet_of("", [picture], EASEL_WIDTH)}{about(picture.request)}</div>'
+def sample_html(sample: "Sample") -> str:
+    """Returns one image of the session and its settings."""
+    return f'<div class="output finished">{grid_html("", [sample], OUTPUT_WIDTH)}{about(sample.request)}</div>'
 
 
-def sheet_of(label: str, pictures: Sequence["Picture | None"], width: int) -> str:
-    """The pictures of a checkpoint, small ones enlarged by a whole number so that they stay sharp."""
-    columns = next(n for n in range(1, 9) if n * n >= len(pictures))
+def grid_html(label: str, samples: Sequence["Sample | None"], width: int) -> str:
+    """Returns the images of a checkpoint, small ones enlarged by a whole number so that they stay sharp."""
+    columns = next(n for n in range(1, 9) if n * n >= len(samples))
     room = min((width - GAP * (columns - 1)) // columns, 512)
-    size = next((picture.image.width for picture in pictures if picture), 0)
+    size = next((sample.image.width for sample in samples if sample), 0)
     sharp = 0 < 2 * size <= room
     side = size * (room // size) if sharp else room
-    figures = "".join(map(figure, pictures))
     title = f"<h2>{html.escape(label)}</h2>" if label else ""
     return (
-        f'<section class="sheet{" sharp" * sharp}">{title}'
-        f'<div class="pictures" style="--columns:{columns};--side:{side}px;--gap:{GAP}px">{figures}</div></section>'
+        f'<section class="checkpoint{" sharp" * sharp}">{title}<div class="images" '
+        f'style="--columns:{columns};--side:{side}px;--gap:{GAP}px">{"".join(map(figure, samples))}</div></section>'
     )
 
 
-def figure(picture: "Picture | None") -> str:
-    """A picture with its seed; a finished one, whose file tells what it was drawn with, can be saved."""
-    if picture is None:
+def figure(sample: "Sample | None") -> str:
+    """Returns an image with its seed and, when it is finished, a link to save its file."""
+    if sample is None:
         return '<figure><div class="blank"></div><figcaption>…</figcaption></figure>'
-    if picture.path:
-        source = data_url(picture.path.read_bytes(), "png")
-        name = html.escape(picture.path.name)
-        save = f'<a href="{source}" download="{name}">Save</a>'
+    if sample.path:
+        source = data_url(sample.path.read_bytes(), "png")
+        save = f'<a href="{source}" download="{html.escape(sample.path.name)}">Save</a>'
     else:
         buffer = io.BytesIO()
-        picture.image.save(buffer, "WEBP", quality=80)
+        sample.image.save(buffer, "WEBP", quality=80)
         source, save = data_url(buffer.getvalue(), "webp"), ""
-    prompt = html.escape(picture.request.prompt)
-    seed = f"<span>seed {picture.request.settings.seed}</span>"
-    return f'<figure><img src="{source}" alt="{prompt}"><figcaption>{seed}{save}</figcaption></figure>'
+    caption = f"<figcaption><span>seed {sample.request.settings.seed}</span>{save}</figcaption>"
+    return f'<figure><img src="{source}" alt="{html.escape(sample.request.prompt)}">{caption}</figure>'
 
 
 def about(request: "Request", alone: bool = True) -> str:
@@ -300,8 +283,8 @@ def about(request: "Request", alone: bool = True) -> str:
     return f'<p class="about">{" · ".join(parts)}</p>'
 
 
-def thumbnails(history: Sequence["Picture"]) -> list[tuple[str, str]]:
-    """Files and captions for the gallery, which escapes them itself."""
+def thumbnails(history: Sequence["Sample"]) -> list[tuple[str, str]]:
+    """Returns files and captions for the gallery, which escapes them itself."""
     return [(str(p.path), f"{p.request.prompt or '–'} · {p.request.settings.seed}") for p in history]
 
 

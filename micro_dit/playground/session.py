@@ -1,7 +1,4 @@
-"""The state behind the page of micro_dit/playground: bounded settings, checkpoints to choose, images as they form.
-
-One thread has the device: whoever asks, drawings follow one another.
-"""
+"""The state behind the page of micro_dit/playground: bounded settings, checkpoints to choose, images as they form."""
 
 import dataclasses
 import functools
@@ -27,18 +24,12 @@ from micro_dit.training.checkpoint import Checkpoints
 MAX_LETTERS, MAX_STEPS, MAX_GUIDANCE, MAX_IMAGES = 1000, 100, 20.0, 8
 MAX_SEED = 2**32 - MAX_IMAGES
 KEPT_MODELS = 2
-FORMING = 1 / 3  # of the time at most goes into pictures that are not finished
+FORMING = 1 / 3  # largest fraction of the time that goes into decoding unfinished images
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A request for images; its bounds hold for requests that do not come from the page's controls, too.
-
-    Attributes:
-        prompt: Prompt.
-        settings: Settings that the page has controls for.
-        checkpoint: One of `Session.choices`.
-        beside: Another one, to sample with the same settings; none if empty.
 
     Raises:
         UserError: A setting is out of bounds.
@@ -46,8 +37,8 @@ class Request:
 
     prompt: str
     settings: GenerationSettings
-    checkpoint: str
-    beside: str = ""
+    checkpoint: str  # one of `Session.choices`
+    beside: str = ""  # another one, to sample with the same settings
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -72,14 +63,14 @@ class Request:
 
 
 class Choice(NamedTuple):
-    """A checkpoint to draw with, as `micro_dit.api.load` takes it."""
+    """A checkpoint, as the arguments of `micro_dit.api.load`."""
 
     path: Path
     step: int | None = None
     params: str | None = None
 
 
-class Picture(NamedTuple):
+class Sample(NamedTuple):
     """An image, the request for it alone, and its PNG file, which is None while the image is forming."""
 
     image: Image.Image
@@ -88,41 +79,27 @@ class Picture(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """How far a drawing is.
+    """The state of a request that is being sampled."""
 
-    Attributes:
-        done: from 0 to 1.
-        pictures: those of each checkpoint; None where there is nothing to see yet.
-        warnings: what a user should know.
-    """
-
-    done: float
-    pictures: dict[str, list[Picture | None]]
+    done: float  # fraction
+    samples: dict[str, list[Sample | None]]  # by checkpoint; None where there is nothing to see yet
     warnings: tuple[str, ...]
 
 
 class Session:
-    """Draws for anybody who asks, one after the other.
-
-    Attributes:
-        choices: checkpoints by the name that they are chosen by; the first is the default.
-    """
+    """Samples requests one after the other: a single thread has the device."""
 
     def __init__(self, paths: Sequence[str | Path], folder: Path):
-        """Looks for checkpoints in work directories and model folders; pictures go to `folder`.
-
-        Raises:
-            UserError: one has no checkpoint.
-        """
-        self.choices = find_checkpoints(paths)
+        """Finds the checkpoints of work directories and model folders; images go to `folder`."""
+        self.choices = find_checkpoints(paths)  # the first is the default
         self._folder = folder
         self._numbers = itertools.count()
-        self._models: dict[str, Model] = {}  # the one used last is the last
+        self._models: dict[str, Model] = {}  # the last one is the most recently used
         self._device = ThreadPoolExecutor(1, "device")
         self._closed = threading.Event()
 
     def model(self, label: str) -> Model:
-        """The model of a checkpoint; so many of those used last stay in memory."""
+        """Returns the model of a checkpoint; the KEPT_MODELS most recently used stay in memory."""
         if label not in self.choices:
             raise UserError(f"there is no checkpoint {label!r}; choose {' or '.join(self.choices)}.")
         if (model := self._models.pop(label, None)) is None:
@@ -136,7 +113,7 @@ class Session:
         return model
 
     def warm_up(self) -> Model:
-        """The default model, with everything loaded and compiled that a first drawing would wait for."""
+        """Returns the default model, with everything loaded and compiled that the first request needs."""
 
         def work() -> Model:
             model = self.model(next(iter(self.choices)))
@@ -146,7 +123,7 @@ class Session:
         return self._device.submit(work).result()
 
     def draw(self, request: Request) -> Iterator[Frame]:
-        """Frames of a drawing as it forms; the last has finished pictures, with files. Closing the iterator stops it.
+        """Yields frames while images form; the last has finished images, with files. Closing the iterator stops it.
 
         Raises:
             UserError: A checkpoint can't be loaded, or the sampler can't be used with these settings.
@@ -156,7 +133,7 @@ class Session:
 
         def show(frame: Frame) -> None:
             if stop.is_set() or self._closed.is_set():
-                raise InterruptedError("nobody looks on any more")
+                raise InterruptedError("the request was stopped")
             frames.put(frame)
 
         drawing = self._device.submit(self._draw, request, show)
@@ -170,51 +147,42 @@ class Session:
 
     def _draw(self, request: Request, show: Callable[[Frame], None]) -> None:
         labels = dict.fromkeys(label for label in (request.checkpoint, request.beside) if label)
-        sheets: dict[str, list[Picture | None]] = {label: [None] * request.settings.num for label in labels}
+        samples: dict[str, list[Sample | None]] = {label: [None] * request.settings.num for label in labels}
         warnings: dict[str, None] = {}
 
-        def tell(number: int, done: float) -> None:
-            done = (number + done) / len(sheets)
-            show(Frame(done, {label: list(sheet) for label, sheet in sheets.items()}, tuple(warnings)))
+        def report(number: int, done: float) -> None:
+            copies = {label: list(own) for label, own in samples.items()}
+            show(Frame((number + done) / len(samples), copies, tuple(warnings)))
 
-        for number, (label, sheet) in enumerate(sheets.items()):
-            tell(number, 0.0)
+        for number, (label, own) in enumerate(samples.items()):
+            report(number, 0.0)
             model = self.model(label)
             model.warn = lambda text: warnings.update({text: None})
-            own = [request.image(i, label) for i in range(request.settings.num)]
-            images = model.generate(
-                request.prompt,
-                request.settings,
-                watch=_show_forming(sheet, model, own, functools.partial(tell, number)),
-            )
-            sheet[:] = [self._save(image, model, one) for image, one in zip(images, own, strict=True)]
-        tell(len(sheets), 0.0)
+            requests = [request.image(i, label) for i in range(request.settings.num)]
+            watch = _show_forming(own, model, requests, functools.partial(report, number))
+            images = model.generate(request.prompt, request.settings, watch=watch)
+            own[:] = [self._save(image, model, one) for image, one in zip(images, requests, strict=True)]
+        report(len(samples), 0.0)
 
-    def _save(self, image: Image.Image, model: Model, request: Request) -> Picture:
+    def _save(self, image: Image.Image, model: Model, request: Request) -> Sample:
         seed = request.settings.seed
         path = self._folder / file_name(next(self._numbers), request.prompt, seed)
         metadata = {"prompt": request.prompt, "seed": str(seed)} | model.png_metadata(request.settings)
         save_png(image, path, metadata)
-        return Picture(image, request, path)
+        return Sample(image, request, path)
 
     def close(self) -> None:
-        """Stops the drawing in progress, and draws no more."""
+        """Stops the request in progress and refuses further ones."""
         self._closed.set()
         self._device.shutdown(cancel_futures=True)
 
 
 def _show_forming(
-    sheet: list[Picture | None], model: Model, requests: Sequence[Request], tell: Callable[[float], None]
+    samples: list[Sample | None], model: Model, requests: Sequence[Request], report: Callable[[float], None]
 ) -> Callable[[float, np.ndarray, np.ndarray], None]:
-    """Returns what `Model.generate` calls after each call of the network: it updates a sheet with forming images.
+    """Returns a `watch` for `Model.generate` that updates `samples` in place and then reports the fraction done.
 
     Decoding takes at most the fraction FORMING of the time.
-
-    Args:
-        sheet: Images of a checkpoint, updated in place.
-        model: Model of the checkpoint.
-        requests: Request for each image.
-        tell: Called with the fraction done when the sheet was updated.
     """
     shown, spent = 0.0, 0.0
 
@@ -223,10 +191,10 @@ def _show_forming(
         start = time.monotonic()
         if done < 1 and spent <= FORMING * (start - shown + spent):
             for row, image in zip(rows, model.decode(denoised), strict=True):
-                sheet[row] = Picture(image, requests[row])
+                samples[row] = Sample(image, requests[row])
             shown = time.monotonic()
             spent = shown - start
-            tell(done)
+            report(done)
 
     return watch
 

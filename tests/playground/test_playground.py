@@ -77,24 +77,24 @@ def test_the_checkpoints_of_a_run_can_be_chosen_averaged_and_raw(
 def test_a_drawing_forms_and_ends_as_the_picture_of_the_api(session: Session, finished_run: Path) -> None:
     *forming, last = session.draw(request(num=5, beside=RAW))
     assert [frame.done for frame in forming] == sorted(frame.done for frame in forming)
-    seen = [frame.pictures[NEWEST][0] for frame in forming]
+    seen = [frame.samples[NEWEST][0] for frame in forming]
     assert any(picture is not None and picture.path is None for picture in seen)
     assert last.done == 1.0
     for label, params in ((NEWEST, None), (RAW, "raw")):
         settings = {name: SHORT[name] for name in ("seed", "steps", "guidance", "sampler")}
         images = load(finished_run, params=params).generate("one", num=5, **settings)
-        for i, (picture, expected) in enumerate(zip(last.pictures[label], images, strict=True)):
+        for i, (picture, expected) in enumerate(zip(last.samples[label], images, strict=True)):
             assert picture is not None
             assert picture.path is not None
             np.testing.assert_array_equal(pixels(picture.path), pixels(expected))
             assert picture.request == request(seed=3 + i, checkpoint=label)
-    both = [pixels(last.pictures[label][0].image) for label in (NEWEST, RAW)]
+    both = [pixels(last.samples[label][0].image) for label in (NEWEST, RAW)]
     assert (both[0] != both[1]).any()
 
 
 def test_a_file_tells_what_the_command_would_tell(session: Session) -> None:
     *_, last = session.draw(request(checkpoint=RAW, negative_prompt="two"))
-    with Image.open(last.pictures[RAW][0].path) as opened:
+    with Image.open(last.samples[RAW][0].path) as opened:
         told = dict(opened.text)
     model = session.model(RAW)
     assert told == {
@@ -171,15 +171,19 @@ def test_settings_are_bounded_whoever_asks(session: Session, change: dict[str, A
 def test_texts_are_escaped(session: Session) -> None:
     prompt = '<script>alert("x")</script>'
     *_, last = session.draw(request(prompt=prompt, negative_prompt=prompt))
-    for page in (playground.easel(last), playground.notice(prompt), playground.easel_of(last.pictures[NEWEST][0])):
+    for page in (
+        playground.frame_html(last),
+        playground.notice(prompt),
+        playground.sample_html(last.samples[NEWEST][0]),
+    ):
         assert "<script" not in page
         assert "&lt;script&gt;alert(&quot;x&quot;)" in page
 
 
 def test_the_picture_in_the_page_is_the_file(session: Session) -> None:
     *_, last = session.draw(request())
-    path = last.pictures[NEWEST][0].path
-    (saved,) = re.findall(r'<a href="data:image/png;base64,([^"]+)" download="([^"]+)"', playground.easel(last))
+    path = last.samples[NEWEST][0].path
+    (saved,) = re.findall(r'<a href="data:image/png;base64,([^"]+)" download="([^"]+)"', playground.frame_html(last))
     assert base64.b64decode(saved[0]) == path.read_bytes()
     assert saved[1] == path.name
 
@@ -236,10 +240,10 @@ def test_the_button_draws_and_crafted_requests_are_refused(url: str, session: Se
     from gradio_client.exceptions import AppError
 
     client = Client(url, verbose=False, analytics_enabled=False)
-    board, messages, gallery = client.predict(*controls(prompt="one two three four <b>"), api_name="/draw")
+    output, messages, gallery = client.predict(*controls(prompt="one two three four <b>"), api_name="/draw")
     assert "the prompt has 6 tokens" in messages.lower()
     assert "<b>" not in messages
-    assert "easel finished" in board
+    assert "output finished" in output
     expected = load(finished_run).generate("one two three four <b>", seed=3, steps=2, guidance=2.0)[0]
     (entry,) = gallery
     np.testing.assert_array_equal(pixels(Path(entry["image"])), pixels(expected))
@@ -276,14 +280,14 @@ def test_a_prompt_typed_in_a_browser_becomes_a_picture(url: str) -> None:
         page.locator("#steps input[type=number]").fill("2")
         page.locator("#steps input[type=number]").press("Tab")
         page.click("#draw")
-        picture = page.locator(".finished .pictures img")
+        picture = page.locator(".finished .images img")
         picture.wait_for()
         encoded = picture.get_attribute("src").removeprefix("data:image/png;base64,")
         with Image.open(io.BytesIO(base64.b64decode(encoded))) as opened:
             assert opened.size == (16, 16)
             assert opened.text["prompt"] == "<img src=http://example.com onerror=alert(1)>"
         page.locator("#session img").wait_for()
-        assert page.locator(".easel img, #session img").count() == 2  # the prompt made none
+        assert page.locator(".output img, #session img").count() == 2  # the prompt made none
 
         prompt.fill("two")
         page.click("#another")

@@ -24,9 +24,9 @@ from micro_dit.diffusion.generate import Generator, Sampling, batches, draw_nois
 from micro_dit.encoders.info import UNVERIFIED
 from micro_dit.errors import UserError
 from micro_dit.files import hash_text
-from micro_dit.interop.model_folder import VAE, config_from, is_model_folder, load_model_folder, read_config
+from micro_dit.interop.model_folder import VAE, read_config
 from micro_dit.models.config import DiTConfig
-from micro_dit.training.pretrained import run_params
+from micro_dit.training.pretrained import read_model
 
 BATCH_SIZE = 4  # images at once
 
@@ -51,16 +51,16 @@ class About:
     """
 
     name: str
-    step: int | None
     config_hash: str
     source: str
     sigma_data: float
     vae: str
     text_encoder: str
-    vae_fingerprint: str
-    text_fingerprint: str
     caption_tokens: int
     caption_cleaning: str
+    step: int | None = None
+    vae_fingerprint: str = ""
+    text_fingerprint: str = ""
     guidance: float = 5.0
     steps: int = 30
     vae_folder: str = ""
@@ -143,33 +143,12 @@ def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE
         UserError: there is no model, no such checkpoint, or no average in it.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} is no work directory of a run and no model folder (it has no config.json).")
-    fields = read_config(path / "config.json")
-    config_hash = hash_text(json.dumps(fields, sort_keys=True))[:12]
-    name = path.resolve().name
-    if is_model_folder(path):
-        if step is not None or params is not None:
-            raise UserError(f"{path} is a model folder, which has no checkpoints: leave out the step and ema or raw.")
-        values, config, told = load_model_folder(path)
-        told = {"step": None, "vae_fingerprint": "", "text_fingerprint": ""} | told | {"source": str(told["source"])}
-        included = told.pop("vae_included", False)
-        about = About(name=name, config_hash=config_hash, vae_folder=str(path / VAE) if included else "", **told)
-        return Model(values, config, about, batch_size)
-    if "config" not in fields or "shards" not in fields:
-        raise UserError(f"{path / 'config.json'} is neither that of a run nor of a model folder.")
-    run, shards = fields["config"], fields["shards"]
-    if not (path / "checkpoints").is_dir():
-        raise UserError(f"{path} has no checkpoints yet: train for some steps first.")
-    values, meta = run_params(path, step, params)
-    about = About(
-        name, meta["step"], config_hash, shards.get("attribution", ""),
-        sigma_data=run["diffusion"]["sigma_data"], vae=run["data"]["vae"], text_encoder=run["data"]["text_encoder"],
-        vae_fingerprint=shards["vae"], text_fingerprint=shards["text_encoder"],
-        caption_tokens=shards["caption_tokens"], caption_cleaning=shards.get("caption_cleaning", "none"),
-        guidance=run["sampling"]["guidance"], steps=run["sampling"]["steps"], params="raw" if params == "raw" else "",
-    )  # fmt: skip
-    return Model(values, config_from(meta["model"], f"the checkpoint of step {meta['step']}"), about, batch_size)
+    values, config, told = read_model(path, step, params)
+    config_hash = hash_text(json.dumps(read_config(path / "config.json"), sort_keys=True))[:12]
+    vae_folder = str(path / VAE) if told.pop("vae_included", False) else ""
+    told["source"] = str(told["source"])
+    about = About(name=path.resolve().name, config_hash=config_hash, vae_folder=vae_folder, **told)
+    return Model(values, config, about, batch_size)
 
 
 class Model:

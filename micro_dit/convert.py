@@ -14,13 +14,7 @@ from absl import flags
 
 from micro_dit.cli import run_command
 from micro_dit.errors import UserError
-from micro_dit.interop.model_folder import (
-    config_from,
-    is_model_folder,
-    load_model_folder,
-    read_config,
-    save_model_folder,
-)
+from micro_dit.interop.model_folder import config_from, is_model_folder, read_config, save_model_folder
 from micro_dit.interop.tensor_files import read_tensors, write_safetensors, write_torch
 from micro_dit.interop.torch_checkpoint import from_state_dict, recognize, to_state_dict, without_wrappers
 from micro_dit.models.config import DiTConfig
@@ -106,30 +100,19 @@ def to_torch(
     Raises:
         UserError: there is no model, or no such checkpoint, or the file's name has another ending.
     """
+    from micro_dit.training.pretrained import read_model
+
     out = Path(out)
     if out.suffix not in TORCH_SUFFIXES:
         raise UserError(f"the name {out.name} should end in {' or '.join(TORCH_SUFFIXES)}, to tell the format.")
-    params, config, what = _load(Path(workdir), step)
+    params, config, about = read_model(workdir, step)
+    of_run = not is_model_folder(workdir)
+    what = f"{Path(workdir).name}, step {about['step']}" if of_run else about["source"]
     state_dict = to_state_dict(params, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_space(out, state_dict)
     (write_safetensors if out.suffix == ".safetensors" else write_torch)(out, state_dict)
     report(f"{out}: {len(state_dict)} tensors, {sum(value.size for value in params.values()):,} parameters of {what}")
-
-
-def _load(workdir: Path, step: int | None) -> tuple[Mapping[str, np.ndarray], DiTConfig, str]:
-    """Parameters, configuration, and what they are of."""
-    from micro_dit.training.pretrained import run_params
-
-    if is_model_folder(workdir):
-        if step is not None:
-            raise UserError(f"{workdir} is a model folder, which has no steps: leave out --step.")
-        params, config, about = load_model_folder(workdir)
-        return params, config, about["source"]
-    if not (workdir / "checkpoints").is_dir():
-        raise UserError(f"{workdir} is neither a model folder nor the work directory of a run with checkpoints.")
-    params, meta = run_params(workdir, step)
-    return params, config_from(meta["model"], f"the checkpoint in {workdir}"), f"{workdir.name}, step {meta['step']}"
 
 
 def _check_space(out: str | Path, arrays: Mapping[str, np.ndarray]) -> None:

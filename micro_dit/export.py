@@ -23,7 +23,6 @@ from micro_dit.interop.model_folder import (
     VAE,
     WEIGHTS_FILE,
     is_model_folder,
-    read_config,
     save_model_folder,
 )
 
@@ -90,6 +89,7 @@ def export(
     from micro_dit.api import load
     from micro_dit.diffusion.generate import Sampling
     from micro_dit.interop.model_card import model_card
+    from micro_dit.training.pretrained import read_run
 
     workdir, out = Path(workdir), Path(out).resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -98,7 +98,8 @@ def export(
     steps = model.about.steps if settings.steps is None else settings.steps
     sampling = Sampling(steps, model.about.guidance, settings.sampler)
     model.about, vae_files = _with_encoders(model.about, settings.vae, settings.text_encoder)
-    recipe = _recipe(workdir, model.about.step, params) if not is_model_folder(workdir) else None
+    run = read_run(workdir)
+    recipe = _recipe(run["config"], workdir, model.about.step, params) if run else None
     pixels = recipe.phase["resolution"] if recipe else None
     if vae_files:  # reading the encoder checks that it is the one of the training
         pixels = model.image_encoder.downsample * model.config.input_size
@@ -197,13 +198,12 @@ def _on_host(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: np.asarray(value) for name, value in params.items()}
 
 
-def _recipe(workdir: Path, step: int | None, params: str | None) -> "Recipe":
+def _recipe(config: Mapping[str, Any], workdir: Path, step: int | None, params: str | None) -> "Recipe":
     """How the model of a run was trained, from what the run has written."""
     from micro_dit.interop.model_card import Recipe
     from micro_dit.training.metrics import read_metrics
 
     assert step is not None
-    config = read_config(workdir / "config.json")["config"]
     data, started_from = config["data"].get("source", ""), config.get("init_from", "")
     recipe = Recipe(config["phases"], step, averaged=False, data=data, started_from=started_from)
     averaged = params != "raw" and recipe.phase.get("ema_decay", 0) > 0

@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_named(finished_run: Path, tiny_shards: Path, tmp_p
         assert not (tmp_path / "run").exists()
 
     refused(r"another network: depth \(2 there, 3 here\)", **{"model.depth": 3})
-    refused("no model folder and no work directory", init_from=str(tmp_path))
+    refused("init_from: .* is no work directory of a run and no model folder", init_from=str(tmp_path))
     refused("LoRA adapts existing weights", init_from="")
     refused("found in no kernel's name", **{"lora.targets": "no_such_kernel"})
 

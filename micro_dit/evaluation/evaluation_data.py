@@ -12,8 +12,8 @@ from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split
 from micro_dit.errors import UserError
 from micro_dit.evaluation.coco import read_coco_prompts
-from micro_dit.interop.model_folder import is_model_folder, read_config
 from micro_dit.training.phases import Phase, make_phases
+from micro_dit.training.pretrained import read_run
 
 if TYPE_CHECKING:
     from micro_dit.api import Model
@@ -52,10 +52,11 @@ class Prompts:
 def read_evaluation_data(workdir: Path, model: "Model", shards: str) -> EvaluationData | None:
     """Returns the data of a run, with other shards if `shards` is not empty; of a model folder, only these shards."""
     side = model.config.input_size * model.image_encoder.downsample
-    if is_model_folder(workdir):
+    fields = read_run(workdir)
+    if fields is None:
         phase = Phase("", side, 1, 1, 1.0, 0.0)
         return EvaluationData(shards, "validation", side, 64, phase) if shards else None
-    run = read_config(workdir / "config.json")["config"]
+    run = fields["config"]
     phases = make_phases(run["phases"])
     ends = np.cumsum([phase.steps for phase in phases])
     assert model.about.step is not None

@@ -18,8 +18,8 @@ from micro_dit.api import GenerationSettings, Model, load
 from micro_dit.diffusion.generate import Sampling
 from micro_dit.errors import UserError
 from micro_dit.images import file_name, save_png
-from micro_dit.interop.model_folder import is_model_folder, read_config
 from micro_dit.training.checkpoint import Checkpoints
+from micro_dit.training.pretrained import read_run
 
 MAX_LETTERS, MAX_STEPS, MAX_GUIDANCE, MAX_IMAGES = 1000, 100, 20.0, 8
 MAX_SEED = 2**32 - MAX_IMAGES
@@ -208,15 +208,11 @@ def find_checkpoints(paths: Sequence[str | Path]) -> dict[str, Choice]:
     found: dict[str, Choice] = {}
     for path in map(Path, paths):
         among = f"{path.resolve().name}, " if len(paths) > 1 else ""
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path} is no work directory of a run and no model folder (it has no config.json).")
-        if is_model_folder(path):
+        run = read_run(path)
+        if run is None:
             found[path.resolve().name] = Choice(path)
             continue
-        checkpoints = Checkpoints(path) if (path / "checkpoints").is_dir() else None
-        if checkpoints is None or not checkpoints.steps:
-            raise UserError(f"{path} has no checkpoints yet: train for some steps first.")
-        phases = read_config(path / "config.json")["config"]["phases"]
+        phases, checkpoints = run["config"]["phases"], Checkpoints(path)
         for step in checkpoints.steps:
             name = f"{among}step {step}, {phases[checkpoints.read_meta(step)['phase']]['name']}"
             if checkpoints.has_average(step):

@@ -97,22 +97,67 @@ def load_start(path: str | Path, step: int | None = None) -> Start:
         UserError: there is neither.
     """
     path = Path(path).expanduser().absolute()
+    try:
+        of_run = not is_model_folder(path)
+        params, network, about = read_model(path, step if of_run else None)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from error
+    return Start(path, about["step"] if of_run else None, params, network, about)
+
+
+def read_run(path: str | Path) -> dict[str, Any] | None:
+    """Returns what config.json holds of a run with checkpoints; None for a model folder.
+
+    Raises:
+        UserError: The folder is neither, or the run has no checkpoints yet.
+    """
+    path = Path(path)
     if not (path / "config.json").is_file():
-        raise UserError(f"init_from={path} is no model folder and no work directory: it has no config.json.")
+        raise UserError(f"{path} is no work directory of a run and no model folder (it has no config.json).")
     if is_model_folder(path):
-        params, network, about = load_model_folder(path)
-        return Start(path, None, params, network, about)
+        return None
     fields = read_config(path / "config.json")
-    if not {"config", "shards"} <= set(fields) or not (path / "checkpoints").is_dir():
-        raise UserError(f"init_from={path} is no model folder, and no work directory of a run with checkpoints.")
-    params, meta = run_params(path, step)
+    if not {"config", "shards"} <= set(fields):
+        raise UserError(f"{path / 'config.json'} is neither that of a run nor of a model folder.")
+    if not has_checkpoints(path):
+        raise UserError(f"{path} has no checkpoints yet: train for some steps first.")
+    return fields
+
+
+def read_model(
+    path: str | Path, step: int | None = None, params: str | None = None
+) -> tuple[dict[str, np.ndarray], DiTConfig, dict[str, Any]]:
+    """Reads the model of a run or of a model folder.
+
+    Args:
+        path: Work directory of the run, or the model folder.
+        step: Checkpoint of the run; by default the newest.
+        params: 'ema' or 'raw', of the run's checkpoint; by default the EMA weights where there are some.
+
+    Returns:
+        The parameters on the host, the network's configuration, and the fields of a model folder's config.json that
+        describe the model (ABOUT and OPTIONAL in micro_dit/interop/model_folder.py).
+
+    Raises:
+        UserError: There is no model, no such checkpoint, or the weights under an adapter are missing or changed.
+    """
+    fields = read_run(path)
+    if fields is None:
+        if step is not None or params is not None:
+            raise UserError(f"{path} is a model folder, which has no checkpoints: leave out the step and ema or raw.")
+        return load_model_folder(path)
+    values, meta = run_params(path, step, params)
     run, shards = fields["config"], fields["shards"]
     about = {
-        "sigma_data": run["diffusion"]["sigma_data"], "vae": run["data"]["vae"], "vae_fingerprint": shards["vae"],
+        "step": meta["step"], "source": shards.get("attribution", ""), "sigma_data": run["diffusion"]["sigma_data"],
+        "vae": run["data"]["vae"], "vae_fingerprint": shards["vae"],
         "text_encoder": run["data"]["text_encoder"], "text_fingerprint": shards["text_encoder"],
-        "caption_tokens": shards["caption_tokens"],
+        "caption_tokens": shards["caption_tokens"], "caption_cleaning": shards.get("caption_cleaning", "none"),
+        "guidance": run["sampling"]["guidance"], "steps": run["sampling"]["steps"],
     }  # fmt: skip
-    return Start(path, meta["step"], params, config_from(meta["model"], f"the checkpoint in {path}"), about)
+    if params == "raw":
+        about["params"] = "raw"
+    return values, config_from(meta["model"], f"the checkpoint of step {meta['step']} in {path}"), about
 
 
 def has_checkpoints(workdir: str | Path) -> bool:

@@ -11,6 +11,7 @@ it ended, continues with the parts that are not done when it is started again; t
 can share a folder: each takes every n-th part, and the last one to finish completes it.
 """
 
+import dataclasses
 import os
 import time
 from functools import partial
@@ -42,22 +43,9 @@ def main() -> None:
 
 def encode(values: flags.FlagValues) -> None:
     """Runs `make_shards` with the flags."""
-    settings = PreparationSettings(
-        source=values.source,
-        resolutions=[int(resolution) for resolution in values.resolutions],
-        vae=values.vae,
-        text_encoder=values.text_encoder,
-        posterior=values.posterior,
-        minimum_side=values.minimum_side,
-        caption_tokens=values.caption_tokens,
-        clean_captions=values.clean_captions,
-        validation=values.validation,
-        dtype=values.dtype,
-        seed=values.seed,
-        batch_size=values.batch_size,
-    )
+    fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(PreparationSettings)}
     make_shards(
-        settings,
+        PreparationSettings(**fields | {"resolutions": [int(side) for side in values.resolutions]}),
         values.out,
         workers=values.workers if values.workers is not None else os.cpu_count() or 1,
         process_index=values.process_index,

@@ -24,10 +24,7 @@ class ShardExpectations:
     Attributes:
         resolution: Side in pixels that must be among the manifest's.
         sigma_data: Standard deviation of the latents at `resolution`, within a factor of two.
-        caption_tokens: Number of caption tokens L.
         vae: Name of the image encoder; compared only where a fingerprint is not known.
-        vae_fingerprint: Fingerprint of the image encoder.
-        text_encoder: Name of the text encoder.
     """
 
     resolution: int | None = None
@@ -43,11 +40,7 @@ def check_shards(
 ) -> None:
     """Checks that a folder's files are those of its manifest, and that they hold what is expected.
 
-    Args:
-        manifest: The folder's manifest.
-        shards: The folder.
-        expected: Properties to compare with the manifest.
-        checksums: Whether to read every file and compare its SHA-256; sizes and record counts are always compared.
+    Sizes and record counts are always compared; with `checksums`, every file is read and its SHA-256 compared, too.
 
     Raises:
         UserError: The first difference found.
@@ -57,8 +50,7 @@ def check_shards(
     folder = shards_folder(shards)
     files = itertools.chain.from_iterable(manifest.splits.values())
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:  # a set of millions has thousands of files, perhaps far away
-        for _ in pool.map(lambda file: _check_file(folder / file.name, file, checksums), files):
-            pass
+        list(pool.map(lambda file: _check_file(folder / file.name, file, checksums), files))
 
 
 def _check_contents(manifest: Manifest, shards: str | Path, expected: ShardExpectations) -> None:

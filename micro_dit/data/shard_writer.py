@@ -5,7 +5,6 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -32,7 +31,6 @@ class ShardFileWriter:
     without records is not made.
 
     Attributes:
-        records: written so far.
         info: name, records, size and checksum of the finished file; set on a clean exit.
         latent_sums: count, sum and sum of squares of the latents by channel, plain lists for `latent_statistics`.
     """
@@ -40,12 +38,7 @@ class ShardFileWriter:
     info: ShardFile
 
     def __init__(self, path: str | Path, fields: Sequence[Field]):
-        """Prepares for writing; the file is begun with its first record.
-
-        Args:
-            path: the file to make, in a folder that exists.
-            fields: the arrays of a record.
-        """
+        """Prepares for writing to a folder that exists; the file is begun with its first record."""
         self.path, self.fields = Path(path), tuple(fields)
         self.records = 0
         self._sums: dict[str, np.ndarray] = {}
@@ -71,16 +64,11 @@ class ShardFileWriter:
         self.records += 1
         _add_latents(self._sums, record.arrays)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None:
-            try:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
                 self._finish()
-            except BaseException:
-                self._discard()
-                raise
-        else:
+        finally:
             self._discard()
 
     @property
@@ -101,6 +89,7 @@ class ShardFileWriter:
             self._partial.replace(self.path)
 
     def _discard(self) -> None:
+        """Removes what was written, unless the file is in place."""
         if self._writer is not None:
             with contextlib.suppress(OSError, RuntimeError):  # a failed writer fails again, and would hide the cause
                 self._writer.close()

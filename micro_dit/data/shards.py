@@ -60,14 +60,9 @@ class Field:
         """Shape of the array in a record with so many captions."""
         return (captions, *self.shape) if self.per_caption else self.shape
 
-    @functools.cached_property
-    def bytes(self) -> int:
-        """Size of the array in a record with one caption."""
-        return math.prod(self.shape) * self.stored.itemsize
-
     def bytes_in(self, captions: int) -> int:
         """Size of the array in a record with so many captions."""
-        return captions * self.bytes if self.per_caption else self.bytes
+        return math.prod(self.shape_in(captions)) * self.stored.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,25 +89,20 @@ class Tally:
             self.ids.append(id)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a folder of shards holds.
 
     Attributes:
-        source: name of the data set.
         attribution: whom to credit for it, and its license.
         resolutions: sides in pixels of the square images whose latents each record holds.
         posterior: 'mean_std' (mean and standard deviation of the latent) or 'sample' (one latent drawn from them).
-        vae: the image encoder.
-        text_encoder: the text encoder.
-        fields: the arrays of a record, in order.
         dropped: inputs that were left out, by reason; `rejects.jsonl` names all of them.
         altered: inputs that were kept, but changed, by what happened to them.
         statistics: by resolution, 'mean' and 'std' of each latent channel as training sees it, that is, with the
             posterior's own variance.
         caption_cleaning: 'none', or the version of the rules that cleaned the captions before they were embedded.
         splits: the files of each split; a split without files is empty.
-        format_version: version of this format.
     """
 
     source: str
@@ -122,9 +112,9 @@ class Manifest:
     vae: ImageEncoderInfo
     text_encoder: TextEncoderInfo
     fields: tuple[Field, ...]
-    dropped: dict[str, Tally]
-    altered: dict[str, Tally]
-    statistics: dict[str, dict[str, list[float]]]
+    dropped: dict[str, Tally] = dataclasses.field(default_factory=dict)
+    altered: dict[str, Tally] = dataclasses.field(default_factory=dict)
+    statistics: dict[str, dict[str, list[float]]] = dataclasses.field(default_factory=dict)
     caption_cleaning: str
     splits: dict[str, tuple[ShardFile, ...]] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -157,34 +147,29 @@ class Manifest:
     def from_json(cls, text: str) -> Self:
         """Parses what `to_json` wrote; raises ValueError, KeyError or TypeError for anything else."""
         values: dict[str, Any] = json.loads(text)
-        return cls(
-            **values
-            | {
-                "resolutions": tuple(values["resolutions"]),
-                "vae": ImageEncoderInfo(**values["vae"]),
-                "text_encoder": TextEncoderInfo(**values["text_encoder"]),
-                "fields": tuple(Field(**field | {"shape": tuple(field["shape"])}) for field in values["fields"]),
-                "dropped": {reason: Tally(**tally) for reason, tally in values["dropped"].items()},
-                "altered": {reason: Tally(**tally) for reason, tally in values["altered"].items()},
-                "splits": {
-                    split: tuple(ShardFile(**file) for file in files) for split, files in values["splits"].items()
-                },
-            }
-        )
+        values |= {
+            "resolutions": tuple(values["resolutions"]),
+            "vae": ImageEncoderInfo(**values["vae"]),
+            "text_encoder": TextEncoderInfo(**values["text_encoder"]),
+            "fields": tuple(Field(**field | {"shape": tuple(field["shape"])}) for field in values["fields"]),
+            "splits": {name: tuple(ShardFile(**file) for file in files) for name, files in values["splits"].items()},
+        }
+        for kind in ("dropped", "altered"):
+            values[kind] = {reason: Tally(**tally) for reason, tally in values[kind].items()}
+        return cls(**values)
 
 
 def record_fields(
     resolutions: Sequence[int], posterior: str, vae: ImageEncoderInfo, text_encoder: TextEncoderInfo
 ) -> tuple[Field, ...]:
     """The arrays of a record: the latents of every resolution, then the caption embeddings, all float16."""
-    fields = []
-    for resolution in resolutions:
-        side = resolution // vae.downsample
-        for kind in ("mean", "std") if posterior == "mean_std" else ("sample",):
-            fields.append(Field(f"latent_{kind}_{resolution}", "float16", (side, side, vae.channels)))
+    latents = [
+        Field(f"latent_{kind}_{resolution}", "float16", (*[resolution // vae.downsample] * 2, vae.channels))
+        for resolution in resolutions
+        for kind in (("mean", "std") if posterior == "mean_std" else ("sample",))
+    ]
     shape = (text_encoder.tokens, text_encoder.channels)
-    fields.append(Field("caption_embedding", "float16", shape, per_caption=True))
-    return tuple(fields)
+    return (*latents, Field("caption_embedding", "float16", shape, per_caption=True))
 
 
 class Record(NamedTuple):
@@ -215,12 +200,7 @@ def pack_record(record: Record, fields: Sequence[Field]) -> bytes:
 
 
 def parse_record(data: bytes, fields: Sequence[Field], names: Sequence[str] | None = None) -> Record:
-    """Parses what `pack_record` wrote.
-
-    Args:
-        data: the record.
-        fields: the manifest's fields.
-        names: the fields to return; all by default.
+    """Parses what `pack_record` wrote; returns the arrays called `names`, by default all.
 
     Raises:
         UserError: the record is truncated, of another version, or no record of this format.
@@ -272,30 +252,22 @@ def read_manifest(shards: str | Path) -> Manifest:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"No shards at {shards} ({MANIFEST}: {error.strerror}): make them with python -m micro_dit.precompute."
-        ) from error
+        found = f"{MANIFEST}: {error.strerror}"
+        raise UserError(f"No shards at {shards} ({found}): make them with python -m micro_dit.precompute.") from error
     try:
         version = json.loads(text)["format_version"]
-        manifest = Manifest.from_json(text) if version == FORMAT_VERSION else None
+        if version == FORMAT_VERSION:
+            return Manifest.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): make the shards again.") from error
-    if manifest is None:
-        raise UserError(f"{path} has format {version}, and this code reads {FORMAT_VERSION}: make the shards again.")
-    return manifest
+    raise UserError(f"{path} has format {version}, and this code reads {FORMAT_VERSION}: make the shards again.")
 
 
 class SplitReader:
     """Random access to the records of one split; safe to read from several threads."""
 
     def __init__(self, shards: str | Path, manifest: Manifest, split: str, names: Sequence[str] | None = None):
-        """Opens the split's files.
-
-        Args:
-            shards: the folder.
-            manifest: its manifest.
-            split: one of the manifest's splits.
-            names: the fields to return; all by default.
+        """Opens the split's files; records have the arrays called `names`, by default all.
 
         Raises:
             UserError: there is no such split, or it is empty.

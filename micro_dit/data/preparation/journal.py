@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from micro_dit.data.shard_writer import LatentSums, latent_statistics, write_manifest
-from micro_dit.data.shards import IDS_NAMED, MANIFEST, Manifest, ShardFile, Tally, read_manifest
+from micro_dit.data.shards import IDS_NAMED, MANIFEST, Manifest, ShardFile, Tally
 from micro_dit.errors import UserError
 from micro_dit.files import disk_errors, flatten, write_atomically
 
@@ -32,12 +32,9 @@ class PartReport:
     """What became of a part's items: each is in a file or in `rejects`.
 
     Attributes:
-        split: split of the source.
         index: the part's place in the split.
-        name: the part's name.
         files: its shard files by the split that they belong to.
         rejects: id and reason of each item that was left out, in order.
-        altered: items that were kept, but changed.
         latent_sums: of each file, for the statistics of all.
     """
 
@@ -91,17 +88,14 @@ class Journal:
                 raise UserError(f"{self.folder} is not empty, and no shards were begun there: choose another folder.")
             write_atomically(self._own / PLAN, json.dumps(wanted, indent=2) + "\n")
             (self._own / PLAN).replace(self.folder / PLAN)
-        self._compare(json.loads((self.folder / PLAN).read_text(encoding="utf-8")), wanted)
-        shutil.rmtree(self._own, ignore_errors=True)  # a killed process may have left it
-
-    def _compare(self, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        old, new = _by_name(begun), _by_name(wanted)
+        old, new = _by_name(json.loads((self.folder / PLAN).read_text(encoding="utf-8"))), _by_name(wanted)
         for name in [*old, *new]:
             if old.get(name) != new.get(name):
                 raise UserError(
                     f"{self.folder} was begun with {name} {old.get(name)}, not {new.get(name)}: use the same again, or "
                     "choose another folder."
                 )
+        shutil.rmtree(self._own, ignore_errors=True)  # a killed process may have left it
 
     @property
     def finished(self) -> bool:
@@ -119,10 +113,10 @@ class Journal:
             return None
         return report
 
-    def missing(self) -> list[tuple[str, int]]:
-        """Split and index of each part that is not done."""
-        numbered = ((split, index) for split, names in self.parts.items() for index in range(len(names)))
-        return [(split, index) for split, index in numbered if self.read_part(split, index) is None]
+    @property
+    def complete(self) -> bool:
+        """Whether all parts are done."""
+        return None not in self._reports()
 
     def finish_part(self, report: PartReport) -> None:
         """Records that a part is done; its files have their last names by now.
@@ -134,14 +128,8 @@ class Journal:
         plain = dataclasses.asdict(dataclasses.replace(report, altered=dict(report.altered)))
         write_atomically(self._report_path(report.split, report.index), json.dumps(plain) + "\n")
 
-    def merge(self, manifest: Manifest) -> Manifest:
-        """Makes the folder whole when all parts are done.
-
-        Args:
-            manifest: with its own `splits`, in order, but without files; no counts, no statistics.
-
-        Returns:
-            The manifest as written.
+    def merge(self, manifest: Manifest) -> None:
+        """Makes the folder whole when all parts are done; the manifest still lacks files, counts and statistics.
 
         Raises:
             UserError: not a single input is usable, or the disk is full.
@@ -155,6 +143,7 @@ class Journal:
             self._own.mkdir(parents=True, exist_ok=True)
             with rejects.open("w", encoding="utf-8", newline="\n") as lines:
                 for report in self._reports():
+                    assert report is not None, "merged before all parts were done"
                     for split, file in report.files.items():
                         files[split].append(file)
                     sums += report.latent_sums
@@ -183,15 +172,10 @@ class Journal:
         self._own.rmdir()
         for left in (self.folder / PARTS).glob(".*.tmp"):  # by a process that was killed; all parts are written by now
             left.unlink(missing_ok=True)
-        return read_manifest(self.folder)
 
-    def _reports(self) -> Iterator[PartReport]:
-        """All reports, in order."""
-        for split, names in self.parts.items():
-            for index in range(len(names)):
-                report = self.read_part(split, index)
-                assert report is not None, "merged before all parts were done"
-                yield report
+    def _reports(self) -> Iterator[PartReport | None]:
+        """Returns what `read_part` returns of each part, in order."""
+        return (self.read_part(split, index) for split, names in self.parts.items() for index in range(len(names)))
 
     def _report_path(self, split: str, index: int) -> Path:
         return self.folder / PARTS / f"{split}-{index:05d}.json"

@@ -12,6 +12,7 @@ columns that count here: `caption` (UTF-8), `caption_latents` (L, Y) and, for ea
 or `latents_512` (C, 64, 64), all float16. Latents are samples of the posterior, multiplied by the scaling factor.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -52,8 +53,6 @@ class MdsFile(NamedTuple):
         path: the file that is there.
         compressed: whether that is by zstd.
         bytes: size before compression.
-        samples: number of samples.
-        columns: names of the columns, in order.
         sizes: bytes of each column; None if they vary from sample to sample.
     """
 
@@ -146,10 +145,11 @@ def convert_mds(
         done += len(parts[index])
         rate = done / (time.monotonic() - started)
         report(f"{done} of {total} samples, {rate:.0f} a second, {(total - done) / rate:.0f} s left")
-    if journal.missing():
+    if not journal.complete:
         report(f"this process has made its {len(own)} parts; the last of the {process_count} processes completes {out}")
         return None
-    return journal.merge(manifest)
+    journal.merge(manifest)
+    return read_manifest(out)
 
 
 def convert_part(part: MdsPart, index: int, count: int, folder: Path, layout: Layout, manifest: Manifest) -> PartReport:
@@ -180,9 +180,6 @@ def describe(layout: Layout, vae: str, text_encoder: str) -> Manifest:
         vae=image,
         text_encoder=text,
         fields=record_fields(layout.resolutions, "sample", image, text),
-        dropped={},
-        altered={},
-        statistics={},
         caption_cleaning=CLEANING_VERSION,  # the release cleans captions before it embeds them
         splits={SPLIT: ()},
     )
@@ -205,7 +202,8 @@ def vae_fingerprint(vae: str, channels: int) -> str:
     folder = Path(vae).expanduser()
     if not folder.is_dir():
         return UNVERIFIED
-    folder = folder / SUBFOLDER if (folder / SUBFOLDER).is_dir() else folder
+    if (folder / SUBFOLDER).is_dir():
+        folder /= SUBFOLDER
     config = read_config(folder)
     if (config.latent_channels, config.downsample) != (channels, DOWNSAMPLE):
         raise UserError(
@@ -231,8 +229,7 @@ def list_mds(folder: str | Path) -> list[MdsFile]:
                 raise UserError(f"{index} has version {content['version']}, and only version 2 can be read.")
             for entry in content["shards"]:
                 name = os.path.relpath(index.parent / entry["raw_data"]["basename"], root)
-                found = _find_file(root, name, entry)
-                if found:
+                if found := _find_file(root, name, entry):
                     files[name] = found
                 else:
                     missing.append(name)
@@ -272,7 +269,7 @@ def group(files: Sequence[MdsFile]) -> list[MdsPart]:
             room = BYTES_IN_A_PART
         parts[-1].append(file)
         room -= file.bytes
-    return [MdsPart(tuple(of_part)) for of_part in parts]
+    return [MdsPart(tuple(part)) for part in parts]
 
 
 def find_layout(files: Sequence[MdsFile], resolutions: Sequence[int] | None) -> Layout:
@@ -327,19 +324,14 @@ def to_record(id: str, sample: dict[str, memoryview] | None, layout: Layout) -> 
         caption = bytes(sample["caption"]).decode()
     except UnicodeDecodeError:
         return Reject(id, NOT_UTF8)
-    shapes = {"caption_latents": (1, layout.tokens, layout.caption_channels)}
-    for resolution in layout.resolutions:
-        side = resolution // DOWNSAMPLE
-        shapes[f"latents_{resolution}"] = (layout.channels, side, side)
+    shapes = {f"latents_{side}": (layout.channels, *[side // DOWNSAMPLE] * 2) for side in layout.resolutions}
+    shapes["caption_latents"] = (1, layout.tokens, layout.caption_channels)
     if any(len(sample[name]) != np.prod(shape) * FLOAT16.itemsize for name, shape in shapes.items()):
         return Reject(id, WRONG_SIZE)
     arrays = {name: np.frombuffer(sample[name], FLOAT16).reshape(shape) for name, shape in shapes.items()}
     if not all(np.isfinite(array).all() for array in arrays.values()):
         return Reject(id, NOT_FINITE)
-    latents = {
-        f"latent_sample_{resolution}": arrays[f"latents_{resolution}"].transpose(1, 2, 0)
-        for resolution in layout.resolutions
-    }
+    latents = {f"latent_sample_{side}": arrays[f"latents_{side}"].transpose(1, 2, 0) for side in layout.resolutions}
     # The release keeps a caption as it was found, and embeds it cleaned.
     return Record(id, (clean_caption(caption),), latents | {"caption_embedding": arrays["caption_latents"]})
 
@@ -377,24 +369,16 @@ def read_bytes(file: MdsFile) -> bytes:
     try:
         if not file.compressed:
             return file.path.read_bytes()
-        with file.path.open("rb") as stream:
-            return _decompress(stream, file.bytes)
-    except OSError as error:
-        raise UserError(f"Cannot read {file.path} ({error.strerror}): correct that, and run it again.") from error
-
-
-def _decompress(stream: Any, limit: int) -> bytes:
-    """Decompresses up to `limit` bytes of zstd; less if the stream is damaged."""
-    try:
         import zstandard
+
+        data = bytearray()
+        with file.path.open("rb") as stream, contextlib.suppress(zstandard.ZstdError):  # what came before it is good
+            for chunk in zstandard.ZstdDecompressor().read_to_iter(stream):
+                data += chunk
+                if len(data) >= file.bytes:
+                    break
+        return bytes(data)
     except ImportError as error:
         raise UserError("MDS files that are compressed need the package zstandard: pip install zstandard.") from error
-    data = bytearray()
-    try:
-        for chunk in zstandard.ZstdDecompressor().read_to_iter(stream):
-            data += chunk
-            if len(data) >= limit:
-                break
-    except zstandard.ZstdError:
-        pass  # what came before it is good
-    return bytes(data)
+    except OSError as error:
+        raise UserError(f"Cannot read {file.path} ({error.strerror}): correct that, and run it again.") from error

@@ -1,9 +1,4 @@
-"""The preparation of a data set: every image becomes latents, every caption an embedding, and both go into shards.
-
-The source's parts (an archive, or some thousand rows of a listing) are made one by one, and a journal in the folder
-keeps track of them. A run that was interrupted continues with the missing parts; the result is the same. Several hosts
-can share a folder: each takes every n-th part, and the last one to finish completes it.
-"""
+"""The preparation of a data set, as micro_dit/precompute.py describes it."""
 
 import contextlib
 import time
@@ -41,8 +36,8 @@ def make_shards(
         settings: What to prepare, and how.
         out: The folder to make or to continue.
         workers: Number of processes that decode; 0 decodes in threads, which suits a few hundred images.
-        process_index: Index of this host among those that share the work; by default JAX's process index.
-        process_count: Number of hosts that share the work; by default JAX's process count.
+        process_index: Index of this host among those that share the work; by default JAX's.
+        process_count: Number of hosts that share the work; by default JAX's.
         dollars_per_hour: Price of this host, to report the cost.
         report: Called with each line of progress.
 
@@ -54,15 +49,20 @@ def make_shards(
             or the disk or the device's memory is full.
     """
     import jax
+    from jax.experimental import multihost_utils
 
     started = time.monotonic()
     together = process_count is None and jax.process_count() > 1
-    index, count = process_place(process_index, process_count)
+    index = jax.process_index() if process_index is None else process_index
+    count = jax.process_count() if process_count is None else process_count
+    if not 0 <= index < count:
+        raise UserError(f"The process index must be from 0 to {count - 1} among {count} processes, not {index}.")
     source = open_checked(settings)
     encoders = load_encoders(settings)
     report(f"loaded {encoders.image.name} and {encoders.text.name} in {time.monotonic() - started:.1f} s")
 
-    jobs = list_jobs(source)
+    splits = [(split, source.parts(split)) for split in source.splits]
+    jobs = [Job(split, number, len(parts), part) for split, parts in splits for number, part in enumerate(parts)]
     manifest = describe(source, settings, encoders)
     journal = open_journal(out, settings, manifest, jobs, index)
     if journal.finished:
@@ -76,33 +76,16 @@ def make_shards(
     with memory_errors(settings.batch_size), Decoders(workers) as decoders:
         make_parts(left, journal, manifest, settings, encoders, decoders, progress)
 
-    if not journal.missing():
-        manifest = journal.merge(manifest)
+    if journal.complete:
+        journal.merge(manifest)
     elif not together:
         report(f"this process has made its {len(own)} parts; the last of the {count} processes completes {out}")
         return None
     if together:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices("precompute")  # from here on the manifest is there for all
-        manifest = read_manifest(out)
+        multihost_utils.sync_global_devices("precompute")  # from here on the manifest is there for all
+    manifest = read_manifest(out)
     report(summary(manifest, out, time.monotonic() - started))
     return manifest
-
-
-def process_place(index: int | None, count: int | None) -> tuple[int, int]:
-    """Returns this host's index and the number of hosts, by default JAX's.
-
-    Raises:
-        UserError: The index is out of range.
-    """
-    import jax
-
-    index = jax.process_index() if index is None else index
-    count = jax.process_count() if count is None else count
-    if not 0 <= index < count:
-        raise UserError(f"The process index must be from 0 to {count - 1} among {count} processes, not {index}.")
-    return index, count
 
 
 @contextlib.contextmanager
@@ -131,12 +114,6 @@ def open_checked(settings: PreparationSettings) -> Source:
         has = ", ".join(source.splits)
         raise UserError(f"The source {source.name} has splits of its own ({has}): leave out --validation.")
     return source
-
-
-def list_jobs(source: Source) -> list[Job]:
-    """Returns a job for each part of each split, in order."""
-    split_parts = [(split, source.parts(split)) for split in source.splits]
-    return [Job(split, number, len(parts), part) for split, parts in split_parts for number, part in enumerate(parts)]
 
 
 def load_encoders(settings: PreparationSettings) -> Encoders:
@@ -170,9 +147,6 @@ def describe(source: Source, settings: PreparationSettings, encoders: Encoders) 
         vae=vae,
         text_encoder=text_encoder,
         fields=record_fields(resolutions, settings.posterior, vae, text_encoder),
-        dropped={},
-        altered={},
-        statistics={},
         caption_cleaning=CLEANING_VERSION if settings.clean_captions else "none",
         splits=dict.fromkeys([*source.splits, "validation"] if settings.validation else source.splits, ()),
     )
@@ -182,12 +156,10 @@ def open_journal(
     out: str, settings: PreparationSettings, manifest: Manifest, jobs: Sequence[Job], process_index: int
 ) -> Journal:
     """Opens the folder's journal with every setting that its content depends on; the batch size may change."""
-    parts: dict[str, list[str]] = {split: [] for split in manifest.splits}
-    listed: dict[str, int] = dict.fromkeys(manifest.splits, 0)
-    for job in jobs:
-        parts[job.split].append(job.part.name)
-        if isinstance(job.part, Slice):  # of a listing, where each part changes if something is added
-            listed[job.split] += len(job.part)
+    parts = {split: [job.part for job in jobs if job.split == split] for split in manifest.splits}
+    names = {split: [part.name for part in of_split] for split, of_split in parts.items()}
+    # In a listing each part changes if something is added.
+    listed = {split: sum(len(part) for part in own if isinstance(part, Slice)) for split, own in parts.items()}
     wanted = {
         "format_version": FORMAT_VERSION,
         "source": settings.source,
@@ -202,7 +174,7 @@ def open_journal(
         "validation": settings.validation,
         "seed": settings.seed,
     }
-    return Journal(out, wanted, parts, process_index)
+    return Journal(out, wanted, names, process_index)
 
 
 def summary(manifest: Manifest, out: str, seconds: float) -> str:
@@ -210,9 +182,8 @@ def summary(manifest: Manifest, out: str, seconds: float) -> str:
     splits = ", ".join(f"{split} {manifest.records(split):,}" for split in manifest.splits)
     dropped = sum(tally.count for tally in manifest.dropped.values())
     seen = dropped + sum(manifest.records(split) for split in manifest.splits)
-    lines = [
-        f"{out}: {splits} of {seen:,} examples, {dropped:,} dropped; {manifest.bytes / 1e6:.1f} MB in {seconds:.1f} s"
-    ]
+    size = f"{manifest.bytes / 1e6:.1f} MB in {seconds:.1f} s"
+    lines = [f"{out}: {splits} of {seen:,} examples, {dropped:,} dropped; {size}"]
     for kind, reasons in (("dropped", manifest.dropped), ("altered", manifest.altered)):
         for reason, tally in reasons.items():
             more = ", …" if tally.count > IDS_SHOWN else ""

@@ -4,8 +4,6 @@
 
 Each stage runs in a thread of its own, a bounded number of items ahead of the next one; decoding runs in processes.
 Nothing here imports jax: the encoders come as arguments.
-
-Letters: B images of a batch · n captions of a batch · h w latent rows, columns · L caption tokens · Y caption channels.
 """
 
 import contextlib
@@ -62,25 +60,21 @@ def make_parts(
     decoders: Decoders,
     progress: PreparationProgress,
 ) -> None:
-    """Makes parts, one after the other, in stages that work at the same time.
-
-    While a batch is on the device, the next one is waiting there, the images of those to follow are read and decoded,
-    and those that went before are written.
-    """
+    """Makes parts, one after the other, in stages that work at the same time."""
     prepare = partial(
         prepare_example,
         resolutions=settings.resolutions,
         minimum_side=settings.smallest_side,
         clean=settings.clean_captions,
     )
-    images_ahead = settings.batch_size + 4 * (decoders.workers or THREADS)
     items = run_ahead(read(jobs, progress), count=settings.batch_size)
-    batches = run_ahead(make_batches(decoders.map(prepare, items, images_ahead), settings), count=1)
+    prepared = decoders.map(prepare, items, ahead=settings.batch_size + 4 * (decoders.workers or THREADS))
+    batches = run_ahead(make_batches(prepared, settings), count=1)
     on_device = run_ahead(dispatch(batches, encoders), count=1)
     encoded = run_ahead(fetch(on_device, progress), count=BATCHES_TO_WRITE)
     with contextlib.closing(encoded):
         for job in jobs:
-            journal.finish_part(write_part(job, of_one_part(encoded), journal, manifest, settings, progress))
+            journal.finish_part(write_part(job, encoded, journal, manifest, settings, progress))
             progress.finish_part()
     progress.close()
 
@@ -120,11 +114,6 @@ class Batch(NamedTuple):
     examples: list[tuple[str, Prepared]]
     pixels: dict[int, np.ndarray]
     last: bool
-
-    @property
-    def usable(self) -> list[Prepared]:
-        """Examples that have not been dropped."""
-        return [prepared for _, prepared in self.examples if not prepared.dropped]
 
 
 def make_batches(decoded: Iterable[tuple[Label, Prepared | None]], settings: PreparationSettings) -> Iterator[Batch]:
@@ -173,12 +162,11 @@ def dispatch(batches: Iterable[Batch], encoders: Encoders) -> Iterator[OnDevice]
 
 def encode_captions(batch: Batch, encoder: "TextEncoder") -> Captions:
     """Embeds all captions of a batch."""
-    captions = [caption for prepared in batch.usable for caption in prepared.captions]
+    captions = [caption for _, prepared in batch.examples for caption in prepared.captions]  # none of a dropped one
     if not captions:
         return Captions(np.empty((0, encoder.tokens, encoder.channels), np.float16), [])
-    return Captions(
-        to_float16(encoder.encode(captions)), [count > encoder.tokens for count in encoder.count_tokens(captions)]
-    )
+    cut = [count > encoder.tokens for count in encoder.count_tokens(captions)]
+    return Captions(to_float16(encoder.encode(captions)), cut)
 
 
 class Encoded(NamedTuple):
@@ -198,15 +186,6 @@ def fetch(batches: Iterable[OnDevice], progress: PreparationProgress) -> Iterato
         yield Encoded(batch, arrays, captions.result())
 
 
-def of_one_part(batches: Iterable[Encoded]) -> Iterator[Encoded]:
-    """Batches up to the last one of a part."""
-    for encoded in batches:
-        yield encoded
-        if encoded.batch.last:
-            return
-    raise RuntimeError("a part has no end: its last batch was lost on the way")
-
-
 def write_part(
     job: Job,
     batches: Iterable[Encoded],
@@ -215,7 +194,7 @@ def write_part(
     settings: PreparationSettings,
     progress: PreparationProgress,
 ) -> PartReport:
-    """Writes the files of a part."""
+    """Writes the files of a part from the next batches, up to its last one."""
     report = PartReport(job.split, job.index, job.part.name)
     with contextlib.ExitStack() as stack:
         writers = {}
@@ -240,6 +219,10 @@ def write_part(
                 if any(encoded.captions.cut[own]):
                     report.altered[f"caption was cut to {manifest.text_encoder.tokens} tokens"].add(id)
             progress.advance(len(encoded.batch.examples))
+            if encoded.batch.last:
+                break
+        else:
+            raise RuntimeError("a part has no end: its last batch was lost on the way")
     report.files = {split: writer.info for split, writer in writers.items()}
     report.latent_sums = [writer.latent_sums for writer in writers.values()]
     return report

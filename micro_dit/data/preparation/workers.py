@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import connection, get_context, parent_process
-from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -75,11 +74,7 @@ class Decoders:
     """
 
     def __init__(self, workers: int):
-        """Starts nothing yet.
-
-        Args:
-            workers: Number of processes; 0 decodes in threads of this one, which suits a few hundred images.
-        """
+        """Takes the number of processes; 0 decodes in threads of this one, which suits a few hundred images."""
         self.workers = workers
         self._threads = ThreadPoolExecutor(workers or THREADS, "decode")  # one for each worker process
         self._workers: list[_Worker] = []
@@ -97,9 +92,7 @@ class Decoders:
             raise UserError("No process to decode images can be started: run with --workers=0, without any.")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -168,7 +161,6 @@ class _Worker:
     """
 
     def __init__(self) -> None:
-        """Starts the process."""
         self._start()
 
     def _start(self) -> None:
@@ -240,13 +232,6 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-class _Raised(NamedTuple):
-    error: BaseException
-
-
-_END = object()
-
-
 def run_ahead(items: Iterable[T], count: int) -> Generator[T, None, None]:
     """Yields items that a thread of its own takes from `items`, up to `count` in advance; errors arrive in their place.
 
@@ -265,13 +250,13 @@ def run_ahead(items: Iterable[T], count: int) -> Generator[T, None, None]:
         return False
 
     def fill() -> None:
-        last: object = _END
+        last: BaseException = StopIteration()
         try:
             for item in items:
                 if not put(item):
                     break
         except BaseException as error:
-            last = _Raised(error)
+            last = error
         finally:
             if isinstance(items, Generator):
                 items.close()
@@ -280,10 +265,10 @@ def run_ahead(items: Iterable[T], count: int) -> Generator[T, None, None]:
     thread = threading.Thread(target=fill, name="run ahead", daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not _END:
-            if isinstance(item, _Raised):
-                raise item.error
+        while not isinstance(item := ready.get(), BaseException):
             yield item
+        if not isinstance(item, StopIteration):
+            raise item
     finally:
         stopped.set()
         thread.join()

@@ -15,11 +15,7 @@ from micro_dit.errors import UserError
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file (text in UTF-8) that is seen whole or not at all, also after a power cut.
-
-    Raises:
-        UserError: The disk is full, or another failure of writing.
-    """
+    """Writes a file (text in UTF-8), whole or not at all, also in a power cut; raises UserError if that fails."""
     with disk_errors(Path(path)), replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -48,10 +44,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-            message in str(error) for message in ("No space left", "quota exceeded")
-        )
-        if full:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(message in str(error) for message in ("No space left", "quota exceeded")):
             raise UserError(f"The disk is full at {path.parent}: free space there, and run again.") from error
         raise UserError(f"Cannot write {path} ({error}): correct that, and run again.") from error
 
@@ -93,13 +87,9 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def text_table(rows: Sequence[Sequence[str]], *, left: int = 1, rule: bool = True, total: bool = False) -> str:
-    """Returns rows of cells as lines of text in aligned columns.
+    """Returns rows of cells as aligned columns, the first `left` ones to the left, the others to the right.
 
-    Args:
-        rows: The cells; the first row is the head.
-        left: Number of columns that are aligned to the left; the others are aligned to the right.
-        rule: Whether there is a rule under the head.
-        total: Whether there is a rule over the last row.
+    There is a rule under the head, the first row, if `rule`, and one over the last row if `total`.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in rows]

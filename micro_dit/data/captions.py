@@ -89,20 +89,12 @@ LEFTOVERS = _table(
 
 
 def clean_caption(text: str) -> str:
-    """Cleans a caption; the result is lower case, and may be empty.
-
-    Raises:
-        UserError: ftfy or beautifulsoup4 is not installed.
-    """
+    """Cleans a caption to lower case, perhaps to nothing; raises UserError if ftfy or beautifulsoup4 is missing."""
     return clean_caption_once(clean_caption_once(text))
 
 
 def clean_captions(texts: Sequence[str], cleaning: str) -> list[str]:
-    """Cleans texts as the `caption_cleaning` of a manifest says that its captions were.
-
-    Raises:
-        UserError: there is no such cleaning, or a package that it needs is not installed.
-    """
+    """Cleans texts by the `caption_cleaning` of a manifest; raises UserError if it is unknown or lacks a package."""
     if cleaning not in ("none", CLEANING_VERSION):
         raise UserError(
             f"The captions were cleaned by '{cleaning}', and this code knows '{CLEANING_VERSION}' and 'none': make the "

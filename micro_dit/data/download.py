@@ -56,7 +56,7 @@ def download_all(files: Sequence[RemoteFile], folder: Path, workers: int, terms:
     """Downloads files in parallel.
 
     Raises:
-        UserError: access is refused, which stops all; or some files could not be had, which is told at the end.
+        UserError: Access is refused, which stops all; or, at the end, some files could not be downloaded.
     """
     stop = threading.Event()
     failures = []
@@ -84,18 +84,14 @@ class DownloadProgress:
         here = sum(size_of(partial_path(folder / file.name)) for file in files)
         self._sizes = {file.name: file.size for file in files}
         self._finished = 0
-        self._bar = tqdm(initial=here, unit="B", unit_scale=True, mininterval=1.0, disable=not files)
+        self.bar = tqdm(initial=here, unit="B", unit_scale=True, mininterval=1.0, disable=not files)
         self._estimate()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def advance(self, count: int) -> None:
-        """Counts bytes; fewer than none if they have to be fetched again."""
-        self._bar.update(count)
+        self.bar.close()
 
     def learn_size(self, name: str, size: int) -> None:
         """Takes note of the size of a file."""
@@ -105,16 +101,12 @@ class DownloadProgress:
     def finish_file(self) -> None:
         """Counts a file."""
         self._finished += 1
-        self._bar.set_postfix_str(f"{self._finished} of {len(self._sizes)} files")
-
-    def tell(self, line: str) -> None:
-        """Prints a line above the bar."""
-        self._bar.write(line, file=sys.stderr)
+        self.bar.set_postfix_str(f"{self._finished} of {len(self._sizes)} files")
 
     def _estimate(self) -> None:
         known = [size for size in self._sizes.values() if size is not None]
         if known:
-            self._bar.total = sum(known) * len(self._sizes) / len(known)
+            self.bar.total = sum(known) * len(self._sizes) / len(known)
 
 
 class Download:
@@ -127,13 +119,7 @@ class Download:
         self.version = self.partial.with_name(self.partial.name + ".etag")
 
     def run(self) -> None:
-        """Attempts it until the file is in place.
-
-        Raises:
-            UserError: access is refused.
-            Dropped: too many attempts in a row brought nothing.
-            Unavailable: the server does not have the file.
-        """
+        """Attempts it until the file is in place, or ATTEMPTS in a row brought nothing, which raises Dropped."""
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         fruitless = 0
@@ -147,7 +133,8 @@ class Download:
                     if fruitless == ATTEMPTS:
                         raise
                     if fruitless >= ATTEMPTS_TO_TELL_OF:
-                        self.progress.tell(f"{self.file.name}: {error}; {ATTEMPTS - fruitless} attempts are left")
+                        line = f"{self.file.name}: {error}; {ATTEMPTS - fruitless} attempts are left"
+                        self.progress.bar.write(line, file=sys.stderr)
                     pause = FIRST_PAUSE * 2**fruitless * random.uniform(0.5, 1.0)  # not all workers at once
                     self.stop.wait(min(max(pause, error.pause), LONGEST_PAUSE))
 
@@ -177,7 +164,8 @@ class Download:
             size, version = self._size_in(response), response.headers.get("ETag", "")
             if response.status_code == RANGE_NOT_SATISFIABLE and size == start:
                 return size  # it was whole, but not yet in place
-            if response.status_code != OK and (response.status_code != PARTIAL_CONTENT or version != self._version()):
+            known = self.version.read_text() if self.version.exists() else ""
+            if response.status_code != OK and (response.status_code != PARTIAL_CONTENT or version != known):
                 self._start_over()
                 raise Dropped("another version is published by now")
             if response.status_code == OK:  # from the beginning, whatever was asked for
@@ -187,7 +175,7 @@ class Download:
                 for chunk in response.iter_content(CHUNK_BYTES):
                     with disk_errors(self.partial):  # of the disk alone: those of the network are OSErrors as well
                         output.write(chunk)
-                    self.progress.advance(len(chunk))
+                    self.progress.bar.update(len(chunk))
                     if self.stop.is_set():
                         raise Dropped("it was interrupted")
                 with disk_errors(self.partial):
@@ -214,11 +202,8 @@ class Download:
             self.progress.learn_size(self.file.name, size)
         return size
 
-    def _version(self) -> str:
-        return self.version.read_text() if self.version.exists() else ""
-
     def _start_over(self) -> None:
-        self.progress.advance(-size_of(self.partial))
+        self.progress.bar.update(-size_of(self.partial))
         self.partial.unlink(missing_ok=True)
         self.version.unlink(missing_ok=True)
 

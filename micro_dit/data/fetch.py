@@ -19,29 +19,21 @@ from micro_dit.errors import UserError
 
 
 class Dataset(NamedTuple):
-    """Where a data set is published.
+    """Where a data set is published."""
 
-    Attributes:
-        terms: the page with its license, where access is asked for if that is needed.
-        repository: of the Hugging Face hub, if it is there.
-        needed: its files that are needed whatever the fraction: patterns in a repository, else URLs.
-        archives: its image archives, patterns; the fraction is taken of those that match each.
-        linked: its files are listed in a file of links that the terms page gives out.
-    """
-
-    terms: str
-    repository: str | None = None
-    needed: tuple[str, ...] = ()
-    archives: tuple[str, ...] = ()
-    linked: bool = False
+    terms: str  # page with its license, where access is requested if necessary
+    repository: str | None = None  # on the Hugging Face hub
+    needed: tuple[str, ...] = ()  # files needed whatever the fraction: patterns in a repository, else URLs
+    archives: tuple[str, ...] = ()  # patterns of image archives; the fraction is taken of those that match each
+    linked: bool = False  # whether its files are listed in a file of links from the terms page
 
 
 DATASETS = {
     "cc12m": Dataset(
         "https://huggingface.co/datasets/pixparse/cc12m-wds",
-        repository="pixparse/cc12m-wds",
-        needed=("_info.json",),
-        archives=("cc12m-train-*.tar",),
+        "pixparse/cc12m-wds",
+        ("_info.json",),
+        ("cc12m-train-*.tar",),
     ),
     "textcaps": Dataset(
         "https://textvqa.org/textcaps/dataset",
@@ -91,19 +83,19 @@ def fetch(
     """Downloads a data set, or what is missing of it.
 
     Args:
-        dataset: a name in `DATASETS`.
-        out: the folder to fill.
-        fraction: of the image archives; a larger fraction later keeps what a smaller one brought.
-        workers: files that are downloaded at once.
-        links: the file of names and URLs, for a data set that needs one.
-        endpoint: address of the hub; by default the environment's HF_ENDPOINT, or the public one.
-        report: called with each line of text.
+        dataset: A name in `DATASETS`.
+        out: Folder to fill.
+        fraction: Share of the image archives; a larger one later keeps the files of a smaller one.
+        workers: Files downloaded at once.
+        links: File of names and URLs, for a data set that needs one.
+        endpoint: Address of the hub; by default the environment's HF_ENDPOINT, or the public one.
+        report: Called with each line of text.
 
     Returns:
         The names of all files that are now in the folder.
 
     Raises:
-        UserError: an argument is wrong, access is refused, or some files could not be had (the others were).
+        UserError: An argument is wrong, access is refused, or some files (not the others) could not be downloaded.
     """
     if dataset not in DATASETS:
         raise UserError(f"There is no data set '{dataset}' to fetch; known ones: {', '.join(DATASETS)}.")
@@ -121,11 +113,7 @@ def fetch(
 
 
 def list_files(dataset: Dataset, fraction: float, links: str | None, endpoint: str | None) -> list[RemoteFile]:
-    """The files of a data set, those that are needed whole first.
-
-    Raises:
-        UserError: the list of links is missing or no such list, or the hub cannot be reached or refuses.
-    """
+    """Lists the files of a data set, those that are needed whole first; raises UserError if that is impossible."""
     if dataset.repository:
         files = list_repository(dataset.repository, dataset.terms, endpoint)
     elif dataset.linked:
@@ -162,26 +150,17 @@ def list_repository(repository: str, terms: str, endpoint: str | None) -> list[R
     except (errors.HTTPError, OSError) as error:
         reason = first_line(error)
         raise UserError(f"The hub does not list {repository} ({reason}): try again, or see {terms}.") from error
-    headers = build_hf_headers()
-    return [
-        RemoteFile(
-            check_name(entry.path),
-            hf_hub_url(repository, entry.path, repo_type="dataset", endpoint=endpoint),
-            entry.size,
-            entry.lfs.sha256 if entry.lfs else None,
-            headers,
-        )
-        for entry in tree
-        if isinstance(entry, RepoFile)
-    ]
+    files, headers = [], build_hf_headers()
+    for entry in tree:
+        if isinstance(entry, RepoFile):
+            url = hf_hub_url(repository, entry.path, repo_type="dataset", endpoint=endpoint)
+            digest = entry.lfs.sha256 if entry.lfs else None
+            files.append(RemoteFile(check_name(entry.path), url, entry.size, digest, headers))
+    return files
 
 
 def read_links(links: str | None, terms: str) -> list[RemoteFile]:
-    """Reads lines of 'name TAB URL'; a first line without a URL is a heading.
-
-    Raises:
-        UserError: there is no such file, or it is no such list.
-    """
+    """Reads lines of 'name TAB URL'; a first line without a URL is a heading. Raises UserError for any other file."""
     if links is None:
         raise UserError(f"This data set needs --links=FILE, the list of names and URLs that {terms} gives out.")
     try:

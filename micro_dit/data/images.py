@@ -32,16 +32,11 @@ class UnusableImage(Exception):
 def crop_image(data: bytes, resolutions: Sequence[int], minimum_side: int) -> tuple[dict[int, np.ndarray], int]:
     """Decodes an image file and crops it at every resolution.
 
-    Args:
-        data: the file.
-        resolutions: sides of the crops in pixels.
-        minimum_side: the least number of pixels that the smaller side must have.
-
     Returns:
         The crops by resolution r, (r, r, 3) uint8, and the smaller side of the image in pixels.
 
     Raises:
-        UnusableImage: it cannot be decoded, or is too small or too large.
+        UnusableImage: It cannot be decoded, is too large, or its smaller side is below `minimum_side`.
     """
     if not data:
         raise UnusableImage("image file is empty")

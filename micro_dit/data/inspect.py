@@ -26,7 +26,7 @@ IMAGES_AT_ONCE = 8
 
 
 def describe(manifest: Manifest, sigma_data: float) -> str:
-    """The manifest in words, a few lines for each of its parts."""
+    """Returns the manifest in words, a few lines for each of its parts."""
     vae, text = manifest.vae, manifest.text_encoder
     kept = sum(map(manifest.records, manifest.splits))
     dropped = sum(tally.count for tally in manifest.dropped.values())
@@ -67,11 +67,7 @@ def _scale(manifest: Manifest, resolution: int, sigma_data: float) -> str:
 
 
 def check_rejects(folder: str | Path, manifest: Manifest) -> None:
-    """Compares the rejects, one by one on file, with the manifest's counts.
-
-    Raises:
-        UserError: the file is missing or damaged, or its counts are others.
-    """
+    """Counts the rejects on file; raises UserError if the counts are not the manifest's or the file is damaged."""
     path = shards_folder(folder) / REJECTS
     expected = {reason: tally.count for reason, tally in manifest.dropped.items() if tally.count}
     if not path.exists() and not expected:
@@ -90,21 +86,14 @@ def check_rejects(folder: str | Path, manifest: Manifest) -> None:
 
 
 def contact_sheet(folder: str | Path, out: str | Path, split: str, images: int, vae: str | None = None) -> int:
-    """Decodes the first examples of a split from their latents, and draws them with their captions.
-
-    Args:
-        folder: of the shards.
-        out: the PNG to write.
-        split: one of the manifest's.
-        images: the most that are drawn, at the lowest resolution.
-        vae: name of the image encoder; by default, the manifest's.
+    """Decodes up to `images` examples of a split at the lowest resolution, and draws them with captions into `out`.
 
     Returns:
-        How many were drawn.
+        The number of examples.
 
     Raises:
-        UserError: the encoder is another than the one that made the latents, or cannot be loaded; or the shards are
-            damaged.
+        UserError: The encoder, by default the manifest's, is not the one that computed the latents or cannot be loaded;
+            or the shards are damaged.
     """
     from micro_dit.encoders.image import load_image_encoder
     from micro_dit.images import caption_grid, save_png
@@ -131,11 +120,7 @@ def contact_sheet(folder: str | Path, out: str | Path, split: str, images: int, 
 
 
 def progress(folder: str | Path) -> str:
-    """How much of a folder that is still being made is there.
-
-    Raises:
-        UserError: nothing is being made there.
-    """
+    """Describes how much of an unfinished folder is there; raises UserError if nothing is being made there."""
     path = shards_folder(folder)
     if not (path / PLAN).exists():
         read_manifest(folder)  # says what is missing

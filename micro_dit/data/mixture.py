@@ -10,6 +10,7 @@ The folders of a mix must have been made with the same encoders.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -64,17 +65,11 @@ def deal(weights: Sequence[int], position: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """Folders of shards that are read as one.
-
-    Attributes:
-        folders: their names.
-        manifests: what each holds.
-        proportions: how often each is drawn; None makes every record equally likely.
-    """
+    """Folders of shards that are read as one."""
 
     folders: tuple[str, ...]
     manifests: tuple[Manifest, ...]
-    proportions: tuple[float, ...] | None
+    proportions: tuple[float, ...] | None  # how often each folder is drawn; None makes every record equally likely
 
     def weights(self, split: str) -> list[int]:
         """The smallest whole numbers in the proportions of the mix."""
@@ -125,20 +120,14 @@ class Mix:
     def _statistics(self, resolution: str) -> dict[str, list[float]]:
         """Mean and standard deviation per channel of the mixture, from those of its parts."""
         shares = self.proportions or [sum(map(m.records, m.splits)) for m in self.manifests]
-        means, stds = (
-            np.array([manifest.statistics[resolution][key] for manifest in self.manifests]) for key in ("mean", "std")
-        )
+        means, stds = (np.array([m.statistics[resolution][key] for m in self.manifests]) for key in ("mean", "std"))
         mean = np.average(means, 0, shares)
         variance = np.average(stds**2 + (means - mean) ** 2, 0, shares)
         return {"mean": mean.tolist(), "std": np.sqrt(variance).tolist()}
 
 
 def read_mix(shards: str | Path) -> Mix:
-    """Reads the manifests of a mix.
-
-    Raises:
-        UserError: a manifest is missing or damaged, or two folders do not fit each other.
-    """
+    """Reads the manifests of a mix; raises UserError if one is missing or damaged, or two do not fit each other."""
     parsed = parse_mix(shards)
     folders = tuple(folder for folder, _ in parsed)
     manifests = tuple(read_manifest(folder) for folder in folders)
@@ -151,29 +140,19 @@ def read_mix(shards: str | Path) -> Mix:
 
 
 def check_alike(folders: Sequence[str], manifests: Sequence[Manifest]) -> None:
-    """Checks that one network can be trained on all of these shards, and draw from captions of one kind.
-
-    Args:
-        folders: names of the shards, for the message.
-        manifests: what each holds.
-
-    Raises:
-        UserError: they were made with other encoders, or prepared in another way.
-    """
+    """Raises UserError unless one network can be trained on all shards: one preparation, one pair of encoders."""
     first = manifests[0]
     for folder, manifest in zip(folders, manifests, strict=True):
-        for kind, ours, theirs in (
-            ("image", first.vae, manifest.vae),
-            ("text", first.text_encoder, manifest.text_encoder),
-        ):
+        vae, text = manifest.vae, manifest.text_encoder
+        for kind, ours, theirs in (("image", first.vae, vae), ("text", first.text_encoder, text)):
             if not same_encoder(ours, theirs):
                 names = f"{ours.name} {ours.fingerprint}", f"{theirs.name} {theirs.fingerprint}"
                 raise _difference(folders[0], folder, f"{kind} encoders", *names)
         for what, value, other in (
-            ("latent channels", first.vae.channels, manifest.vae.channels),
-            ("pixels per latent", first.vae.downsample, manifest.vae.downsample),
-            ("caption tokens", first.text_encoder.tokens, manifest.text_encoder.tokens),
-            ("caption channels", first.text_encoder.channels, manifest.text_encoder.channels),
+            ("latent channels", first.vae.channels, vae.channels),
+            ("pixels per latent", first.vae.downsample, vae.downsample),
+            ("caption tokens", first.text_encoder.tokens, text.tokens),
+            ("caption channels", first.text_encoder.channels, text.channels),
             ("caption cleanings", first.caption_cleaning, manifest.caption_cleaning),
         ):
             if value != other:
@@ -188,10 +167,8 @@ def _difference(folder: str, other: str, what: str, value: object, other_value: 
 
 
 def _add_tallies(tallies: Sequence[dict[str, Tally]]) -> dict[str, Tally]:
-    return {
-        reason: Tally(
-            sum(of_folder[reason].count for of_folder in tallies if reason in of_folder),
-            [id for of_folder in tallies if reason in of_folder for id in of_folder[reason].ids],
-        )
-        for reason in dict.fromkeys(reason for of_folder in tallies for reason in of_folder)
-    }
+    total: dict[str, Tally] = {}
+    for reason, tally in itertools.chain.from_iterable(folder.items() for folder in tallies):
+        before = total.get(reason, Tally(0, []))
+        total[reason] = Tally(before.count + tally.count, before.ids + tally.ids)
+    return total

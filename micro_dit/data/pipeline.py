@@ -40,20 +40,20 @@ def make_train_iterator(
     also with another number of processes.
 
     Args:
-        shards: a folder made by micro_dit.precompute, or a mix of folders (see micro_dit/data/mixture.py).
-        split: one of their splits.
-        resolution: side of the images in pixels; chooses among the latents of a record.
-        batch_size: images per batch B, of all processes together.
-        seed: of the order of the examples.
-        process_index: which of the processes this is.
-        process_count: how many processes share a batch; each gets b = B / process_count rows of it, in turn.
+        shards: A folder written by micro_dit.precompute, or a mix of folders (see micro_dit/data/mixture.py).
+        split: One of their splits.
+        resolution: Side of the images in pixels; chooses among the latents of a record.
+        batch_size: Images per batch B, of all processes together.
+        seed: Seed of the order of the examples.
+        process_index: Index of this process.
+        process_count: Number of processes that share a batch; each gets b = B / process_count rows of it, in turn.
 
     Returns:
         An iterator of {'latent_mean': (b, h, w, C), 'latent_std': (b, h, w, C), 'caption': (b, L, Y)}, all float16
         numpy arrays. If the shards hold samples of the posterior, those are `latent_mean` and there is no `latent_std`.
 
     Raises:
-        UserError: shards are missing, damaged, hold no such split or resolution, or do not fit each other; or the batch
+        UserError: Shards are missing, damaged, lack the split or resolution, or do not fit each other; or the batch
             size or seed is out of range.
     """
     if batch_size < 1 or seed < 0:
@@ -62,9 +62,8 @@ def make_train_iterator(
         raise UserError(f"{process_count} processes cannot share a batch of {batch_size} images: use a multiple.")
     size = batch_size // process_count
     rows = range(process_index * size, (process_index + 1) * size)
-    batches = _Batches(read_mix(shards), split, resolution, batch_size, rows, seed)
-    dataset = grain.MapDataset.source(batches)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(READ_THREADS, BATCHES_AHEAD)))
+    batches = grain.MapDataset.source(_Batches(read_mix(shards), split, resolution, batch_size, rows, seed))
+    return iter(batches.to_iter_dataset(grain.ReadOptions(READ_THREADS, BATCHES_AHEAD)))
 
 
 def load_split(shards: str | Path, split: str, resolution: int, limit: int | None = None) -> dict[str, Any]:
@@ -72,18 +71,12 @@ def load_split(shards: str | Path, split: str, resolution: int, limit: int | Non
 
     In a mix, the folders that have the split alternate in the mix's proportions, until each has given all it has.
 
-    Args:
-        shards: a folder made by micro_dit.precompute, or a mix of folders.
-        split: a split of at least one of them.
-        resolution: side of the images in pixels.
-        limit: the most examples n to load; all by default.
-
     Returns:
-        {'latent_mean': (n, h, w, C), 'latent_std': (n, h, w, C), 'caption': (n, L, Y)} in float16, as
-        `make_train_iterator` yields them, and 'text' and 'id', lists of n strings.
+        Arrays of n rows as `make_train_iterator` yields them, and 'text' and 'id', lists of n strings; n is at most
+        `limit`.
 
     Raises:
-        UserError: shards are missing, damaged, hold no such split or resolution, or do not fit each other.
+        UserError: Shards are missing, damaged, lack the split or resolution, or do not fit each other.
     """
     mix = read_mix(shards).having(split)
     readers, names = _open(mix, split, resolution)
@@ -128,18 +121,13 @@ class _Batches:
 def _open(mix: Mix, split: str, resolution: int) -> tuple[list[SplitReader], dict[str, str]]:
     """Checks the folders and opens a split of each; also returns which field is which array of a batch."""
     mix.check(ShardExpectations(resolution))
-    names = batch_fields(mix.manifests[0], resolution)
+    if mix.manifests[0].posterior == "sample":
+        names = {"latent_mean": f"latent_sample_{resolution}"}
+    else:
+        names = {"latent_mean": f"latent_mean_{resolution}", "latent_std": f"latent_std_{resolution}"}
+    names["caption"] = "caption_embedding"
     folders = zip(mix.folders, mix.manifests, strict=True)
     return [SplitReader(folder, manifest, split, list(names.values())) for folder, manifest in folders], names
-
-
-def batch_fields(manifest: Manifest, resolution: int) -> dict[str, str]:
-    """Name of the stored field behind each array of a batch."""
-    if manifest.posterior == "sample":
-        latents = {"latent_mean": f"latent_sample_{resolution}"}
-    else:
-        latents = {"latent_mean": f"latent_mean_{resolution}", "latent_std": f"latent_std_{resolution}"}
-    return latents | {"caption": "caption_embedding"}
 
 
 def _empty_batch(manifest: Manifest, names: dict[str, str], rows: int) -> dict[str, np.ndarray]:

@@ -1,10 +1,8 @@
-"""The image autoencoder: diffusers' AutoencoderKL as a Flax NNX module, in NHWC.
+"""The image autoencoder: diffusers' AutoencoderKL as a Flax module, in NHWC (Rombach et al. 2022, arXiv 2112.10752).
 
-Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (2022), section 3.1. Modules and
-parameters carry diffusers' names, so that published weights load by transposing each array.
-
-Activations have the dtype of the input, which each layer casts its float32 parameters to; statistics of norms, the
-softmax, and the last layers, whose outputs are the result, are always float32.
+Modules and parameters carry diffusers' names, so that published weights load by transposing each array. Activations
+have the dtype of the input, which each layer casts its float32 parameters to; statistics of norms, the softmax, and the
+last layers, whose outputs are the result, are always float32.
 
 Shapes: B images · H W latent rows, columns · C latent channels; pixels are (B, f·H, f·W, 3) with f the downsampling.
 """
@@ -193,49 +191,38 @@ class Upsample(nnx.Module):
         return h + self.conv.bias[...].astype(x.dtype)
 
 
-class DownBlock(nnx.Module):
-    """Residual blocks, each with attention where asked for, then half the size unless it is the last level."""
+class Level(nnx.Module):
+    """Residual blocks, each with attention if `kind` has it, then half or twice the size unless it is the last."""
 
     def __init__(
         self, channels_in: int, channels_out: int, layers: int, groups: int, kind: str, last: bool, *, rngs: nnx.Rngs
     ):
         widths = [channels_in] + [channels_out] * layers
-        attentions = layers if kind == ATTENTION_DOWN_BLOCK else 0
+        attentions = layers if kind in (ATTENTION_DOWN_BLOCK, ATTENTION_UP_BLOCK) else 0
+        up = kind in (UP_BLOCK, ATTENTION_UP_BLOCK)
         self.resnets = nnx.List([ResnetBlock(widths[i], channels_out, groups, rngs=rngs) for i in range(layers)])
         self.attentions = nnx.List([Attention(channels_out, groups, rngs=rngs) for _ in range(attentions)])
-        self.downsamplers = nnx.List([] if last else [Downsample(channels_out, rngs=rngs)])
+        self.downsamplers = nnx.List([] if up or last else [Downsample(channels_out, rngs=rngs)])
+        self.upsamplers = nnx.List([Upsample(channels_out, rngs=rngs)] if up and not last else [])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the module to (B, h, w, C)."""
-        for layer in [*alternate(self.resnets, self.attentions), *self.downsamplers]:
-            x = layer(x)
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x)
+            if self.attentions:
+                x = self.attentions[i](x)
+        for sampler in [*self.downsamplers, *self.upsamplers]:
+            x = sampler(x)
         return x
 
 
-class UpBlock(nnx.Module):
-    """Residual blocks, each with attention where asked for, then twice the size unless it is the last level."""
-
-    def __init__(
-        self, channels_in: int, channels_out: int, layers: int, groups: int, kind: str, last: bool, *, rngs: nnx.Rngs
-    ):
-        widths = [channels_in] + [channels_out] * layers
-        attentions = layers if kind == ATTENTION_UP_BLOCK else 0
-        self.resnets = nnx.List([ResnetBlock(widths[i], channels_out, groups, rngs=rngs) for i in range(layers)])
-        self.attentions = nnx.List([Attention(channels_out, groups, rngs=rngs) for _ in range(attentions)])
-        self.upsamplers = nnx.List([] if last else [Upsample(channels_out, rngs=rngs)])
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the module to (B, h, w, C)."""
-        for layer in [*alternate(self.resnets, self.attentions), *self.upsamplers]:
-            x = layer(x)
-        return x
-
-
-def alternate(resnets: Sequence[ResnetBlock], attentions: Sequence[Attention]) -> list[ResnetBlock | Attention]:
-    """Each residual block followed by its attention; there may be none."""
-    if not attentions:
-        return list(resnets)
-    return [layer for pair in zip(resnets, attentions, strict=True) for layer in pair]
+def make_levels(
+    widths: Sequence[int], layers: int, groups: int, kinds: Sequence[str], rngs: nnx.Rngs
+) -> "nnx.List[Level]":
+    """Returns a level of each width, the last one of which keeps its size."""
+    pairs = zip([widths[0], *widths[:-1]], widths, strict=True)
+    last = len(widths) - 1
+    return nnx.List([Level(a, b, layers, groups, kinds[i], i == last, rngs=rngs) for i, (a, b) in enumerate(pairs)])
 
 
 class MidBlock(nnx.Module):
@@ -258,12 +245,7 @@ class Encoder(nnx.Module):
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths, groups, kinds = config.block_out_channels, config.norm_num_groups, config.block_types()[0]
         self.conv_in = Conv(config.in_channels, widths[0], 3, rngs=rngs)
-        self.down_blocks: nnx.List[DownBlock] = nnx.List()
-        for i, width in enumerate(widths):
-            before, last = widths[max(i - 1, 0)], i == len(widths) - 1
-            self.down_blocks.append(
-                DownBlock(before, width, config.layers_per_block, groups, kinds[i], last, rngs=rngs)
-            )
+        self.down_blocks = make_levels(widths, config.layers_per_block, groups, kinds, rngs)
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention, rngs=rngs)
         self.conv_norm_out = GroupNorm(widths[-1], groups)
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, rngs=rngs)
@@ -283,11 +265,7 @@ class Decoder(nnx.Module):
         widths, groups, kinds = config.block_out_channels[::-1], config.norm_num_groups, config.block_types()[1]
         self.conv_in = Conv(config.latent_channels, widths[0], 3, rngs=rngs)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention, rngs=rngs)
-        self.up_blocks: nnx.List[UpBlock] = nnx.List()
-        for i, width in enumerate(widths):
-            before, last = widths[max(i - 1, 0)], i == len(widths) - 1
-            layers = config.layers_per_block + 1
-            self.up_blocks.append(UpBlock(before, width, layers, groups, kinds[i], last, rngs=rngs))
+        self.up_blocks = make_levels(widths, config.layers_per_block + 1, groups, kinds, rngs)
         self.conv_norm_out = GroupNorm(widths[-1], groups)
         self.conv_out = Conv(widths[-1], config.out_channels, 3, rngs=rngs)
 

@@ -1,7 +1,6 @@
-"""CLIP text towers: a small causal transformer as a Flax NNX module.
+"""CLIP text towers: a small causal transformer as a Flax NNX module (Radford et al. 2021, arXiv 2103.00020).
 
-Radford et al. 2021, arXiv 2103.00020. Modules and parameters carry the names of Hugging Face's CLIPTextModel;
-OpenCLIP's weights are renamed. What is used is the last hidden state of all positions after the final norm.
+Modules and parameters carry the names of Hugging Face's CLIPTextModel; OpenCLIP's weights are renamed.
 
 Shapes: B captions · L caption tokens · Y caption channels · F hidden width of the MLP.
 """
@@ -184,24 +183,15 @@ class ClipText:
         dtype: str = "float32",
         sharding: jax.sharding.Sharding | None = None,
     ):
-        """Loads a tower in Hugging Face's or OpenCLIP's format.
-
-        Args:
-            folder: holds the configuration, and the tokenizer in it or beside it.
-            weights: safetensors files.
-            name: what to call it.
-            tokens: number of positions L, the start and end tokens included.
-            dtype: of matrix products: 'float32' or 'bfloat16'.
-            sharding: how captions are split over devices of this process.
+        """Loads a tower in Hugging Face's or OpenCLIP's format, with the tokenizer in its folder or beside it.
 
         Raises:
-            UserError: something is missing or not supported, or `tokens` is out of range.
+            UserError: Something is missing or not supported, or `tokens`, start and end included, is out of range.
         """
         open_clip = (folder / OPEN_CLIP_CONFIG_FILE).is_file()
         config_file = folder / (OPEN_CLIP_CONFIG_FILE if open_clip else CONFIG_FILE)
         config = read_open_clip_config(config_file) if open_clip else read_clip_config(config_file)
-        if not 3 <= tokens <= config.max_position_embeddings:
-            limit = config.max_position_embeddings
+        if not 3 <= tokens <= (limit := config.max_position_embeddings):
             raise UserError(f"'{name}' takes 3 to {limit} caption tokens, not {tokens}: set tokens accordingly.")
         self._tokenizer = ClipTokenizer(folder, open_clip)
         if self._tokenizer.size > config.vocab_size:
@@ -209,12 +199,9 @@ class ClipText:
                 f"The tokenizer of '{name}' has {self._tokenizer.size} tokens, but {config_file} says "
                 f"{config.vocab_size}: they don't belong together."
             )
-        self.name = name
-        self.tokens = tokens
-        self.channels = config.hidden_size
-        self.fingerprint = fingerprint_files(
-            [config_file, *weights, *self._tokenizer.files], f"tokens={tokens} padding={self._tokenizer.padding}"
-        )
+        self.name, self.tokens, self.channels = name, tokens, config.hidden_size
+        settings = f"tokens={tokens} padding={self._tokenizer.padding}"
+        self.fingerprint = fingerprint_files([config_file, *weights, *self._tokenizer.files], settings)
         self._devices = Devices(dtype, sharding)
         self._parameters = self._devices.replicate(load_parameters(weights, config))
         graph = nnx.graphdef(nnx.eval_shape(lambda: ClipTextModel(config, rngs=nnx.Rngs(0))))
@@ -242,10 +229,10 @@ class ClipText:
 
 
 def load_parameters(weights: Sequence[Path], config: ClipTextConfig) -> Parameters:
-    """Reads the text tower out of weights in Hugging Face's or OpenCLIP's format, into float32 arrays on the host.
+    """Reads a text tower in Hugging Face's or OpenCLIP's format into float32 arrays on the host.
 
     Raises:
-        UserError: a file is broken, or its text tower is not exactly that of the configuration.
+        UserError: A file is broken, or its text tower is not exactly that of the configuration.
     """
     tensors = {}
     for name, tensor in read_tensors(weights, lambda name: present_name(name) is not None).items():
@@ -269,11 +256,7 @@ def present_name(name: str) -> str | None:
 
 
 def read_clip_config(file: Path) -> ClipTextConfig:
-    """Reads Hugging Face's `config.json` of a CLIPTextModel or of a whole CLIPModel.
-
-    Raises:
-        UserError: the file is missing, broken, or asks for something that is not done here.
-    """
+    """Reads Hugging Face's `config.json` of a CLIPTextModel or CLIPModel; raises UserError if it is not supported."""
     fields = read_json(file)
     fields = fields.get("text_config") or fields
     known = {field.name for field in dataclasses.fields(ClipTextConfig)}
@@ -281,11 +264,7 @@ def read_clip_config(file: Path) -> ClipTextConfig:
 
 
 def read_open_clip_config(file: Path) -> ClipTextConfig:
-    """Reads OpenCLIP's `open_clip_config.json`.
-
-    Raises:
-        UserError: the file is missing, broken, or asks for something that is not done here.
-    """
+    """Reads OpenCLIP's `open_clip_config.json`; raises UserError if it is not supported."""
     model = read_json(file).get("model_cfg", {})
     fields = {name: value for name, value in model.get("text_cfg", {}).items() if value and name not in OPEN_CLIP_HEADS}
     width = fields.pop("width", 512)

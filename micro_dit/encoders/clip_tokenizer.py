@@ -16,18 +16,15 @@ OPEN_CLIP_PADDING = 0
 class ClipTokenizer:
     """Captions to token ids, from `vocab.json` and `merges.txt`, or from `tokenizer.json`.
 
-    Attributes:
-        padding: id that fills up a row. OpenCLIP's is 0; Hugging Face's is that of the folder's pad token (the end
-            token for Stable Diffusion 1, '!' for its later towers).
-        size: number of tokens.
-        files: that it was read from.
+    Rows are filled up with the id `padding`. OpenCLIP's is 0; Hugging Face's is that of the folder's pad token (the end
+    token for Stable Diffusion 1, '!' for its later towers).
     """
 
     def __init__(self, folder: Path, open_clip: bool):
         """Reads the tokenizer in or beside a tower's folder.
 
         Raises:
-            UserError: there is none, it is broken, or transformers is missing.
+            UserError: There is none, it is broken, or transformers is missing.
         """
         try:
             from transformers.models.clip.tokenization_clip import CLIPTokenizer
@@ -78,8 +75,6 @@ def _read_vocabulary(place: Path) -> tuple[dict[str, int], Any, list[Path]]:
 
 def _pad_token(place: Path) -> str:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (place / name).is_file():
-            token: Any = read_json(place / name).get("pad_token")
-            if token:
-                return token["content"] if isinstance(token, dict) else token
+        if (place / name).is_file() and (token := read_json(place / name).get("pad_token")):
+            return token["content"] if isinstance(token, dict) else token
     return END

@@ -23,16 +23,11 @@ COPIED = (".json", ".txt", ".model")
 def convert_weights(source: str | Path, out: str | Path, report: Callable[[str], None] = print) -> list[Path]:
     """Writes a safetensors file for each file of pickled weights, and copies the small files beside them.
 
-    Args:
-        source: a file of weights, or a folder of them.
-        out: the folder to write to; files of the same names are replaced.
-        report: called with a line for each file.
-
     Returns:
-        The safetensors files.
+        The safetensors files; those of the same names in `out` were replaced.
 
     Raises:
-        UserError: there are no weights, or a file holds other things than tensors.
+        UserError: There are no weights in the file or folder, or a file holds other things than tensors.
     """
     source, out = Path(source), Path(out)
     folder = source if source.is_dir() else source.parent

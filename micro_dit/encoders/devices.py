@@ -17,11 +17,7 @@ class Devices:
     """The devices of a sharding; without one, the default device."""
 
     def __init__(self, dtype: str, sharding: Sharding | None):
-        """Takes the dtype of matrix products, and how batches are split over devices of this process.
-
-        Raises:
-            UserError: the dtype is not one of DTYPES.
-        """
+        """Raises UserError if `dtype`, that of matrix products, is not one of DTYPES."""
         if dtype not in DTYPES:
             raise UserError(f"Encoders don't compute in '{dtype}': choose {' or '.join(DTYPES)}.")
         self.dtype = dtype

@@ -22,13 +22,13 @@ def resolve_folder(name: str, allow: Sequence[str]) -> Path:
     What was downloaded before is found again without a network, in the hub's own cache.
 
     Args:
-        name: a folder; the name of one that comes with the package, such as 'openmoji_vae'; or 'owner/repository' or
+        name: A folder; the name of one that comes with the package, such as 'openmoji_vae'; or 'owner/repository' or
             'owner/repository/folder' on the hub.
-        allow: patterns of the files to download, relative to the folder ('../tokenizer/*.json' is possible). They must
-            end in one of SUFFIXES. None has to exist.
+        allow: Patterns of the files to download, relative to the folder ('../tokenizer/*.json' is possible), with one
+            of SUFFIXES. None has to exist.
 
     Raises:
-        UserError: there is no such folder or repository, or it can't be downloaded.
+        UserError: There is no such folder or repository, or it can't be downloaded.
     """
     if wrong := [pattern for pattern in allow if not pattern.endswith(SUFFIXES)]:
         raise ValueError(f"{wrong[0]} may match files other than {', '.join(SUFFIXES)}")
@@ -46,11 +46,7 @@ def resolve_folder(name: str, allow: Sequence[str]) -> Path:
 
 
 def resolve_weights(name: str, patterns: Sequence[str]) -> list[Path]:
-    """The files of the first pattern that the folder `name` has any of; only these are downloaded.
-
-    Raises:
-        UserError: there are none; the folder or repository does not exist, or can't be downloaded.
-    """
+    """Returns the files of the first pattern that `name` has any of, downloading only these; else raises UserError."""
     for pattern in patterns:
         if found := sorted(resolve_folder(name, [pattern]).glob(pattern)):
             return found
@@ -93,11 +89,7 @@ def _download(repository: str, patterns: Sequence[str]) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        UserError: the file is missing or broken.
-    """
+    """Reads a JSON object; raises UserError if the file is missing or broken."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -39,13 +39,13 @@ def load_image_encoder(
     """Loads diffusers' `config.json` and `diffusion_pytorch_model.safetensors`.
 
     Args:
-        name: a folder, the name of one that comes with the package (`openmoji_vae`), or a repository on the Hugging
+        name: A folder, the name of one that comes with the package (`openmoji_vae`), or a repository on the Hugging
             Face hub, as in 'stabilityai/stable-diffusion-xl-base-1.0'; the subfolder `vae` of either is preferred.
-        dtype: of convolutions and matrix products: 'float32' or 'bfloat16'. Latents are float32 in any case.
-        sharding: how batches are split over devices of this process; parameters are copied to all of them.
+        dtype: Dtype of convolutions and products, 'float32' or 'bfloat16'. Latents are float32 in any case.
+        sharding: How batches are split over devices of this process; parameters are copied to all of them.
 
     Raises:
-        UserError: a file is missing, or something in it is not supported.
+        UserError: A file is missing, or something in it is not supported.
     """
     files = [CONFIG_FILE, WEIGHTS_FILE]
     folder = resolve_folder(name, [*files, *(f"{SUBFOLDER}/{file}" for file in files)])
@@ -59,11 +59,7 @@ def load_image_encoder(
 class ImageEncoder:
     """A trained autoencoder; latents are normalized as diffusers' pipelines do.
 
-    Attributes:
-        name: The folder or the repository that it came from.
-        channels: C, channels of the latents.
-        downsample: Pixels per latent along each side.
-        fingerprint: Short hash of configuration and weights. The dtype of the products is no part of it.
+    The fingerprint is a short hash of configuration and weights, but not of the dtype of the products.
     """
 
     def __init__(
@@ -74,10 +70,8 @@ class ImageEncoder:
         dtype: str = "float32",
         sharding: jax.sharding.Sharding | None = None,
     ):
-        self.name = name
-        self.config = config
-        self.channels = config.latent_channels
-        self.downsample = config.downsample
+        self.name, self.config = name, config
+        self.channels, self.downsample = config.latent_channels, config.downsample  # C, pixels per latent
         self.fingerprint = fingerprint(config, parameters)
         self._devices = Devices(dtype, sharding)
         self._parameters = self._devices.replicate(parameters)
@@ -96,10 +90,7 @@ class ImageEncoder:
         self._encode, self._decode = self._devices.compile(encode), self._devices.compile(decode)
 
     def encode(self, images: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Mean and standard deviation of the normalized latents, each (B, H, W, C) float32.
-
-        Args:
-            images: (B, f·H, f·W, 3), float32 in [-1, 1] or uint8.
+        """Encodes images (B, f·H, f·W, 3), uint8 or in [-1, 1]: mean and deviation of latents, (B, H, W, C) float32.
 
         Raises:
             UserError: Height or width is not a multiple of `downsample`.
@@ -173,11 +164,7 @@ def read_config(folder: str | Path) -> AutoencoderConfig:
 
 
 def load_parameters(folder: str | Path, config: AutoencoderConfig) -> Parameters:
-    """Reads diffusers' weights into float32 arrays on the host, nested as the modules are.
-
-    Raises:
-        UserError: The file is missing or broken, or its tensors are not exactly those of the configuration.
-    """
+    """Reads diffusers' weights into float32 arrays on the host; raises UserError if they do not fit `config`."""
     file = Path(folder) / WEIGHTS_FILE
     if not file.is_file():
         raise UserError(
@@ -192,27 +179,16 @@ def load_parameters(folder: str | Path, config: AutoencoderConfig) -> Parameters
 def save_autoencoder(
     folder: str | Path, config: AutoencoderConfig, parameters: Parameters, dtype: np.typing.DTypeLike = np.float32
 ) -> None:
-    """Writes a folder that `load_image_encoder` and diffusers' `AutoencoderKL.from_pretrained` read.
-
-    Files that are there are replaced whole: a reader sees the old or the new one.
-    """
+    """Writes a folder that `load_image_encoder` and diffusers' `AutoencoderKL.from_pretrained` read."""
     from safetensors.numpy import save
 
-    folder = Path(folder)
     leaves, _ = jax.tree_util.tree_flatten_with_path(parameters)
     named = {tensor_name(path): np.asarray(leaf, dtype) for path, leaf in leaves}
     tensors = {name: to_torch(name, array) for name, array in named.items()}
-    down, up = config.block_types()
-    fields = {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        **dataclasses.asdict(config),
-        "down_block_types": down,
-        "up_block_types": up,
-    }
-    text = json.dumps(fields, indent=2) + "\n"
-    for name, data in ((WEIGHTS_FILE, save(tensors, {"format": "pt"})), (CONFIG_FILE, text.encode())):
-        write_atomically(folder / name, data)
+    fields = {"_class_name": "AutoencoderKL", "act_fn": "silu"} | dataclasses.asdict(config)
+    fields["down_block_types"], fields["up_block_types"] = config.block_types()
+    write_atomically(Path(folder) / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
+    write_atomically(Path(folder) / CONFIG_FILE, json.dumps(fields, indent=2) + "\n")
 
 
 def present_name(name: str) -> str:

@@ -62,11 +62,7 @@ def same_encoder(one: Encoder, other: Encoder) -> bool:
 
 
 def known_image_encoder(name: str) -> ImageEncoderInfo:
-    """What is known of an image encoder: one of IMAGE_ENCODERS, or a folder in diffusers' format.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Returns what is known of one of IMAGE_ENCODERS or a folder in diffusers' format; raises UserError for others."""
     if name in IMAGE_ENCODERS:
         channels, downsample = IMAGE_ENCODERS[name]
         return ImageEncoderInfo(name, "", channels, downsample)
@@ -81,11 +77,7 @@ def known_image_encoder(name: str) -> ImageEncoderInfo:
 
 
 def known_text_encoder(name: str, tokens: int) -> TextEncoderInfo:
-    """Returns what is known of a text encoder that embeds captions as `tokens` tokens.
-
-    Raises:
-        UserError: The encoder is not one of TEXT_ENCODERS.
-    """
+    """Returns what is known of one of TEXT_ENCODERS with `tokens` tokens per caption; raises UserError for others."""
     if name not in TEXT_ENCODERS:
         raise UserError(
             f"nothing is known of the text encoder {name!r} and the config's shards are not there; make the shards "

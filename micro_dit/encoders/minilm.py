@@ -1,8 +1,6 @@
 """MiniLM: a small text encoder whose weights come in a Python package, so that a first run needs no download.
 
-Wang et al. 2020, arXiv 2002.10957; sentence-transformers/all-MiniLM-L6-v2.
-
-Shapes: B captions · L caption tokens · Y caption channels.
+Wang et al. 2020, arXiv 2002.10957. Shapes: B captions · L caption tokens · Y caption channels.
 """
 
 import importlib.util
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from micro_dit.encoders.tokens import cut_tokens
+from micro_dit.encoders.tokens import cut_tokens, pad_tokens
 from micro_dit.encoders.weights import fingerprint_files
 from micro_dit.errors import UserError
 
@@ -37,11 +35,8 @@ class MiniLM:
     def __init__(self, tokens: int):
         """Loads the weights.
 
-        Args:
-            tokens: number of positions L, the start and end tokens included.
-
         Raises:
-            UserError: `tokens` is out of range, or a needed package is missing.
+            UserError: `tokens` (L, start and end included) is out of range, or a needed package is missing.
         """
         if not 3 <= tokens <= self.longest:
             raise UserError(f"MiniLM takes 3 to {self.longest} caption tokens, not {tokens}: set tokens accordingly.")
@@ -71,16 +66,14 @@ class MiniLM:
 
         constants = load_file(CONSTANTS)
         self._mean, self._std = constants["mean"], np.maximum(constants["std"], MINIMUM_STD)
-        self.tokens = tokens
-        self.channels = len(self._mean)
+        self.tokens, self.channels = tokens, len(self._mean)
         files = [folder / "model.safetensors", folder / "tokenizer.json", CONSTANTS]
         self.fingerprint = fingerprint_files(files, extra=f"tokens={tokens}")
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
         """Embeds captions as (B, L, Y) float32; padding, and the whole of an empty caption, is exactly zero.
 
-        A caption of more than L tokens keeps its first L-1 and its end token. The empty caption is the unconditional
-        input of classifier-free guidance.
+        A caption of more than L tokens keeps its first L-1 and its end token.
         """
         embeddings = np.zeros((len(captions), self.tokens, self.channels), np.float32)
         for row, states in enumerate(self._hidden_states(captions)):
@@ -106,11 +99,9 @@ class MiniLM:
         for start in range(0, len(captions), CAPTIONS_AT_ONCE):
             encodings = self._tokenizer.encode_batch(list(captions[start : start + CAPTIONS_AT_ONCE]))
             rows = [cut_tokens(encoding.ids, self.tokens) for encoding in encodings]
-            ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
-            valid = torch.zeros_like(ids)
-            for row, row_ids in enumerate(rows):
-                ids[row, : len(row_ids)] = torch.tensor(row_ids)
-                valid[row, : len(row_ids)] = 1
+            longest = max(map(len, rows))
+            ids = torch.from_numpy(pad_tokens(rows, longest, 0)).long()
+            valid = torch.from_numpy(pad_tokens([[1] * len(row) for row in rows], longest, 0)).long()
             with torch.inference_mode():
                 states = self._model(input_ids=ids, attention_mask=valid).last_hidden_state.numpy()
             for row, row_ids in enumerate(rows):

@@ -1,7 +1,4 @@
-"""T5 v1.1 encoders, run by PyTorch: on a GPU if it has one, else on the CPU.
-
-Raffel et al. 2020, arXiv 1910.10683. Among them is DeepFloyd/t5-v1_1-xxl (Y = 4096), as used by many
-image models.
+"""T5 v1.1 encoders (Raffel et al. 2020, arXiv 1910.10683), run by PyTorch: on a GPU if it has one, else on the CPU.
 
 Shapes: B captions · L caption tokens · Y caption channels.
 """
@@ -38,18 +35,12 @@ class T5Text:
         dtype: str = "float32",
         sharding: jax.sharding.Sharding | None = None,
     ):
-        """Loads an encoder in Hugging Face's format.
+        """Loads an encoder in Hugging Face's format, with the tokenizer in its folder or beside it.
 
-        Args:
-            folder: holds `config.json`, and the tokenizer in it or beside it.
-            weights: safetensors files; a decoder in them is passed over.
-            name: what to call it.
-            tokens: number of positions L, the end token included.
-            dtype: of the network: 'float32' or 'bfloat16'.
-            sharding: not used, as PyTorch runs on one device.
+        A decoder in the weights is passed over, and so is `sharding`, as PyTorch runs on one device.
 
         Raises:
-            UserError: something is missing or broken, or `tokens` is out of range.
+            UserError: Something is missing or broken, or `tokens`, the end token included, is out of range.
         """
         if not 2 <= tokens <= self.longest:
             raise UserError(f"'{name}' takes 2 to {self.longest} caption tokens, not {tokens}: set tokens accordingly.")
@@ -67,9 +58,7 @@ class T5Text:
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = _load_model(folder, weights, getattr(torch, dtype)).to(self._device)
-        self.name = name
-        self.tokens = tokens
-        self.channels = self._model.config.d_model
+        self.name, self.tokens, self.channels = name, tokens, self._model.config.d_model
         files = [folder / "config.json", *weights, *(place / file for file in TOKENIZER_FILES)]
         self.fingerprint = fingerprint_files([file for file in files if file.is_file()], f"tokens={tokens}")
 
@@ -145,9 +134,8 @@ def _load_model(folder: Path, weights: Sequence[Path], dtype: Any) -> Any:
     try:
         loaded = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:  # other shapes
-        raise UserError(
-            f"The weights in {folder} do not fit its config.json ({str(error).splitlines()[-1]})."
-        ) from error
+        reason = str(error).splitlines()[-1]
+        raise UserError(f"The weights in {folder} do not fit its config.json ({reason}).") from error
     if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:
         raise UserError(f"The weights in {folder} do not fit its config.json: {wrong[0]} is missing or not expected.")
     return model.eval()

@@ -33,12 +33,8 @@ class TextEncoder(Protocol):
 
 
 # By the 'model_type' of transformers' config.json, or the presence of OpenCLIP's.
-TOWERS: dict[str, type[ClipText] | type[T5Text]] = {
-    "open_clip": ClipText,
-    "clip": ClipText,
-    "clip_text_model": ClipText,
-    "t5": T5Text,
-}
+TOWERS: dict[str, type[ClipText] | type[T5Text]]
+TOWERS = {"open_clip": ClipText, "clip": ClipText, "clip_text_model": ClipText, "t5": T5Text}
 SUBFOLDER = "text_encoder"  # of a whole pipeline
 SMALL_FILES = (
     CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -60,12 +56,12 @@ def load_text_encoder(
         name: 'minilm'; or a folder, or a repository on the Hugging Face hub ('owner/repository', or a folder in it),
             that holds a CLIP text tower in transformers' or OpenCLIP's format, or a T5 encoder. Of a whole pipeline,
             `text_encoder` is taken.
-        tokens: number of positions L; longer captions are cut, shorter ones padded. By default the encoder's own.
-        dtype: of matrix products: 'float32' or 'bfloat16'. MiniLM is always float32.
-        sharding: how captions are split over devices of this process. MiniLM and T5 run on one.
+        tokens: Positions L; longer captions are cut, shorter ones padded. By default the encoder's own.
+        dtype: Dtype of matrix products, 'float32' or 'bfloat16'. MiniLM is always float32.
+        sharding: How captions are split over devices of this process. MiniLM and T5 run on one.
 
     Raises:
-        UserError: the encoder is not found or not supported, `tokens` is out of range, or a package is missing.
+        UserError: The encoder is not found or not supported, `tokens` is out of range, or a package is missing.
     """
     if name == "minilm":
         return MiniLM(MiniLM.default_tokens if tokens is None else tokens)

@@ -2,9 +2,8 @@
 
 An AutoencoderKL with 8× downsampling and 8 latent channels learns 64-pixel crops of images at 128 pixels. The loss is
 L1 on pixels and on their differences, half the squared error and a small Kullback-Leibler term, without an adversary or
-a perceptual network: flat drawings need neither. The EMA weights are written, every few minutes and at the end, in
-diffusers' format and float16, with the latents' mean and standard deviation on training images, so that normalized
-latents have a standard deviation of 0.9.
+a perceptual network: flat drawings need neither. The EMA weights are written in diffusers' format and float16, with the
+latents' mean and standard deviation on training images.
 """
 
 import dataclasses
@@ -46,6 +45,7 @@ EDGE_WEIGHT, SQUARED_WEIGHT, KL_WEIGHT = 1.0, 0.5, 3e-4
 # The last part of the training sees whole images: group norms then have the statistics that they will have in use.
 WHOLE_IMAGES_FROM = 0.75
 WEIGHT_DTYPE = np.float16
+REPORT_SECONDS = 300.0  # between two evaluations and interim writes
 
 
 def make_optimizer() -> optax.GradientTransformation:
@@ -83,17 +83,7 @@ def train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
 ) -> tuple[dict, jax.Array]:
-    """One optimizer step and one step of the moving averages.
-
-    Args:
-        state: {'parameters', 'ema', 'optimizer'}; donated.
-        images: uint8 (B, h, w, 3).
-        step: Number of steps before this one.
-        learning_rate: Its learning rate.
-        key: Random key of the whole run.
-        graph: The model without its parameters.
-        optimizer: From `make_optimizer`.
-    """
+    """Updates the donated {'parameters', 'ema', 'optimizer'} on uint8 images (B, h, w, 3); returns it with the loss."""
     pixels = images.astype(jnp.float32) / 127.5 - 1
     noise_key = jax.random.fold_in(key, step)
     loss, gradient = jax.value_and_grad(reconstruction_loss)(state["parameters"], pixels, noise_key, graph)
@@ -107,26 +97,14 @@ def train_step(
 def inked_crops(
     images: np.ndarray, ink: list[np.ndarray], rng: np.random.Generator, count: int, size: int
 ) -> np.ndarray:
-    """Draws random crops that contain something, mirrored and turned.
-
-    Args:
-        images: uint8 (n, PIXELS, PIXELS, 3).
-        ink: For each image the (row, column) pairs of pixels that are not white, from `find_ink`.
-        rng: Source of randomness.
-        count: Number of crops.
-        size: Their side in pixels.
-
-    Returns:
-        uint8 (count, size, size, 3).
-    """
+    """Draws crops, mirrored and turned, around random pixels of `ink` (by `find_ink`): uint8 (count, size, size, 3)."""
     crops = np.empty((count, size, size, 3), np.uint8)
     for crop in crops:
         index = rng.integers(len(images))
         # A crop around a random inked pixel, which may lie anywhere in it, pushed back inside the image.
         corner = ink[index][rng.integers(len(ink[index]))] - rng.integers(size, size=2)
         row, column = np.clip(corner, 0, PIXELS - size)
-        drawn = images[index, row : row + size, column : column + size]
-        drawn = np.rot90(drawn, int(rng.integers(4)))
+        drawn = np.rot90(images[index, row : row + size, column : column + size], int(rng.integers(4)))
         crop[...] = drawn[::-1] if rng.integers(2) else drawn
     return crops
 
@@ -189,25 +167,14 @@ def _batches(images: np.ndarray, size: int = 16) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderTraining:
-    """Settings of a training run; exactly one of `minutes` and `steps` is given.
+    """Settings of a training run; exactly one of `minutes` and `steps` is given."""
 
-    Attributes:
-        minutes: Wall time to train for.
-        steps: Number of steps.
-        seed: Seed of initialization, crops and latent noise.
-        batch_size: Crops in a step.
-        learning_rate: Peak learning rate.
-        init: Folder of an autoencoder of the same shape to continue from; None starts from random weights.
-        report_seconds: Seconds between two evaluations and interim writes.
-    """
-
-    minutes: float | None = None
+    minutes: float | None = None  # wall time to train for
     steps: int | None = None
-    seed: int = 0
-    batch_size: int = 8
-    learning_rate: float = 6e-3
-    init: str | None = None
-    report_seconds: float = 300.0
+    seed: int = 0  # of initialization, crops and latent noise
+    batch_size: int = 8  # crops in a step
+    learning_rate: float = 6e-3  # the peak
+    init: str | None = None  # folder of an autoencoder of the same shape to continue from
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
@@ -218,36 +185,13 @@ class AutoencoderTraining:
         return step / self.steps if self.steps is not None else seconds / (60 * (self.minutes or 0))
 
 
-class Stopwatch:
-    """Wall and CPU minutes since its creation."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.monotonic(), time.process_time()
-
-    @property
-    def minutes(self) -> float:
-        """Wall time in minutes."""
-        return (time.monotonic() - self._wall) / 60
-
-    @property
-    def cpu_minutes(self) -> float:
-        """CPU time of this process in minutes."""
-        return (time.process_time() - self._cpu) / 60
-
-
 def train_autoencoder(
     images: np.ndarray, held_out: np.ndarray, out: str, settings: AutoencoderTraining
 ) -> dict[str, Any]:
-    """Trains an autoencoder and writes it to `out`, with a picture of reconstructions.
-
-    Args:
-        images: uint8 (n, PIXELS, PIXELS, 3), training images.
-        held_out: uint8 (m, PIXELS, PIXELS, 3), images to evaluate on.
-        out: Folder to write.
-        settings: Length and hyperparameters.
+    """Trains an autoencoder on uint8 images (n, PIXELS, PIXELS, 3), and writes it to `out` with reconstructions.
 
     Returns:
-        Sizes, times and reconstruction quality, by name.
+        Sizes, times and reconstruction quality on the held-out images, by name.
     """
     graph, initial = nnx.split(AutoencoderKL(CONFIG, rngs=nnx.Rngs(settings.seed)))
     loaded = load_parameters(settings.init, CONFIG) if settings.init else nnx.to_pure_dict(initial)
@@ -255,11 +199,9 @@ def train_autoencoder(
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     print(f"{len(images)} training images, {len(held_out)} held out, {count:,} parameters", flush=True)
 
-    stopwatch = Stopwatch()
-    watched = held_out[:: max(1, len(held_out) // 48)]
-    report = InterimReport(out, images[::32], watched, settings.report_seconds, stopwatch)
+    report = InterimReport(out, images[::32], held_out[:: max(1, len(held_out) // 48)])
     ema, steps = fit(graph, parameters, images, settings, report)
-    minutes, cpu_minutes = stopwatch.minutes, stopwatch.cpu_minutes
+    minutes, cpu_minutes = report.minutes()
 
     # The float16 weights are evaluated, since those are what a reader of the file gets.
     rounded = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, WEIGHT_DTYPE), jnp.float32), ema)
@@ -290,14 +232,9 @@ def fit(
     settings: AutoencoderTraining,
     report: Callable[[int, float, jax.Array, Parameters], None],
 ) -> tuple[Parameters, int]:
-    """Runs the training loop.
+    """Runs the training loop; donates the parameters.
 
-    Args:
-        graph: Model without its parameters.
-        parameters: Initial parameters; donated.
-        images: uint8 (n, PIXELS, PIXELS, 3).
-        settings: Length and hyperparameters.
-        report: Called after each step with the number of steps, the progress from 0 to 1, the loss and the EMA weights.
+    After each step it calls `report` with the number of steps, the progress from 0 to 1, the loss and the EMA weights.
 
     Returns:
         The EMA weights and the number of steps.
@@ -327,32 +264,28 @@ def fit(
 class InterimReport:
     """Evaluates and writes the EMA weights every few minutes, and prints a line of progress."""
 
-    def __init__(self, out: str, images: np.ndarray, watched: np.ndarray, seconds: float, stopwatch: Stopwatch):
-        """Starts the interval.
-
-        Args:
-            out: Folder to write.
-            images: uint8 (n, h, w, 3), training images for the latents' statistics.
-            watched: uint8 (m, h, w, 3), held-out images to reconstruct.
-            seconds: Seconds between two reports.
-            stopwatch: Time since the start of the training.
-        """
+    def __init__(self, out: str, images: np.ndarray, watched: np.ndarray):
+        """Starts the clock; `images` are for the latents' statistics, `watched` are held out, to be reconstructed."""
         self._out, self._images, self._watched = out, images, watched
-        self._seconds, self._stopwatch = seconds, stopwatch
-        self._last = time.monotonic()
+        self._started = self._last = time.monotonic()
+        self._cpu_started = time.process_time()
+
+    def minutes(self) -> tuple[float, float]:
+        """Returns wall time and CPU time of this process since the start, in minutes."""
+        return (time.monotonic() - self._started) / 60, (time.process_time() - self._cpu_started) / 60
 
     def __call__(self, step: int, progress: float, loss: jax.Array, ema: Parameters) -> None:
         """Reports if it is time for it, and after the steps 1 and 100."""
-        if time.monotonic() - self._last <= self._seconds and step not in (1, 100):
+        if time.monotonic() - self._last <= REPORT_SECONDS and step not in (1, 100):
             return
-        minutes, watched_psnr = self._stopwatch.minutes, math.nan
+        (minutes, cpu_minutes), watched_psnr = self.minutes(), math.nan
         if step > 100:
             encoder = ImageEncoder(normalize_latents(ema, self._images), ema, "interim")
             save_autoencoder(self._out, encoder.config, ema, WEIGHT_DTYPE)
             watched_psnr = float(psnr(self._watched, reconstruct(encoder, self._watched)).mean())
         print(
             f"step {step}  loss {float(loss):.4f}  held-out PSNR {watched_psnr:.2f} dB  "
-            f"{step / (60 * minutes):.2f} steps/s  {minutes:.1f} min ({self._stopwatch.cpu_minutes:.1f} CPU-min), "
+            f"{step / (60 * minutes):.2f} steps/s  {minutes:.1f} min ({cpu_minutes:.1f} CPU-min), "
             f"{minutes * (1 - progress) / progress:.1f} min left",
             flush=True,
         )

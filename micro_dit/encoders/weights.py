@@ -18,7 +18,7 @@ def read_tensors(files: Iterable[Path], wanted: Callable[[str], bool] = lambda n
     """Reads the wanted tensors of safetensors files into float32 arrays, in the layout of the file.
 
     Raises:
-        UserError: a file cannot be read, or is not a safetensors file.
+        UserError: A file cannot be read, or is not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -38,15 +38,10 @@ def read_tensors(files: Iterable[Path], wanted: Callable[[str], bool] = lambda n
 
 
 def to_parameters(tensors: Mapping[str, np.ndarray], shapes: Parameters, source: object) -> Parameters:
-    """Nests tensors in PyTorch's layout as `shapes` are nested, transposed to our layout.
-
-    Args:
-        tensors: by dotted name, which must be exactly those of `shapes`.
-        shapes: abstract parameters of the module.
-        source: the file to name in an error.
+    """Nests tensors, in PyTorch's layout by dotted names, as the abstract `shapes` are, transposed to our layout.
 
     Raises:
-        UserError: a tensor is missing, is not expected, or has another shape; all are listed.
+        UserError: Tensors in `source` are missing, not expected, or have another shape; all are listed.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     expected = {tensor_name(path): leaf.shape for path, leaf in leaves}

@@ -51,15 +51,15 @@ def save_model_folder(
     """Writes a model, in place of one that is there.
 
     Args:
-        folder: made if missing.
-        params: by name; float32, or narrower floats.
-        config: the network's.
-        about: the fields of ABOUT, and any of OPTIONAL; 'vae_included' is added.
-        dtype: of the weights' file, one of DTYPES.
-        vae: a folder with the image encoder, whose files are copied in.
+        folder: Created if missing.
+        params: By name; float32, or narrower floats.
+        config: Configuration of the network.
+        about: The fields of ABOUT, and any of OPTIONAL; 'vae_included' is added.
+        dtype: Dtype of the weights' file, one of DTYPES.
+        vae: Folder with the image encoder, whose files are copied in.
 
     Raises:
-        UserError: the folder belongs to something else, the parameters are not this network's, or too large for dtype.
+        UserError: The folder belongs to something else, the parameters are not this network's, or too large for dtype.
     """
     if not set(ABOUT) <= set(about) <= set(ABOUT) | set(OPTIONAL):
         raise ValueError(f"about has the fields {sorted(about)}, not {sorted(ABOUT)} and any of {sorted(OPTIONAL)}")
@@ -117,11 +117,7 @@ def load_model_folder(folder: str | Path) -> tuple[dict[str, np.ndarray], DiTCon
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """A config.json.
-
-    Raises:
-        UserError: there is none, or it is not a JSON object.
-    """
+    """Reads a config.json; raises UserError if there is none, or it is not a JSON object."""
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

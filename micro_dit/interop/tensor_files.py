@@ -76,7 +76,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _code_in(path: Path) -> str:
-    """The functions and classes that a pickle asks for, without running any."""
+    """Names the functions and classes that a pickle asks for, without running any."""
     import torch
 
     try:
@@ -118,11 +118,7 @@ def _as_array(tensor: Any, where: str) -> np.ndarray:
 
 
 def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
-    """Writes float arrays as `dtype` to a safetensors file, replacing it only when all is written.
-
-    Raises:
-        UserError: a value is too large for float16.
-    """
+    """Writes float arrays as `dtype` to a safetensors file, whole; raises UserError if a value is too large for it."""
     from safetensors.numpy import save_file
 
     written = _as_float32(arrays)
@@ -150,8 +146,7 @@ def write_torch(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def _as_float32(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Contiguous; arrays that are so already are not copied. Exact, as nothing wider comes in."""
-    for name, array in arrays.items():
-        if array.dtype.itemsize > 4:
-            raise ValueError(f"{name} is {array.dtype}: float32 would round it")
+    if wide := [f"{name} is {array.dtype}" for name, array in arrays.items() if array.dtype.itemsize > 4]:
+        raise ValueError(f"{wide[0]}: float32 would round it")
     # Not ascontiguousarray, which makes a vector of a scalar.
     return {name: np.require(array, np.float32, "C") for name, array in arrays.items()}

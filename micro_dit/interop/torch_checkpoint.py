@@ -68,12 +68,7 @@ def release_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     p, C = config.patch_size, config.in_channels
     shapes: dict[str, tuple[int, ...]] = {"pos_embed": (1, config.tokens, config.dim), "mask_token": (1, 1, p * p * C)}
     for name, leaf in abstract_params(config).items():
-        shape = leaf.shape
-        if name == "patch_embedding.proj.kernel":
-            shape = (config.dim, C, p, p)
-        elif name.endswith(".kernel"):
-            shape = shape[::-1]
-        shapes[release_name(name)] = shape
+        shapes[release_name(name)] = to_release_layout(name, np.broadcast_to(np.float32(0), leaf.shape), config).shape
     return shapes
 
 
@@ -93,13 +88,10 @@ def without_wrappers(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
 
 
 def recognize(state_dict: Mapping[str, np.ndarray]) -> tuple[str, DiTConfig]:
-    """Recognizes which of SIZES a state dict belongs to.
+    """Returns the size, one of SIZES, and the configuration of the network that a state dict belongs to.
 
     The width determines the size, shapes determine channels, patches and captions, and the position table determines
     the grid and the position scale, one of POSITION_SCALES.
-
-    Returns:
-        The size and the configuration.
 
     Raises:
         UserError: The state dict belongs to another kind of network, or to another size or scale.
@@ -165,10 +157,6 @@ def from_state_dict(state_dict: Mapping[str, np.ndarray], config: DiTConfig) -> 
 def to_state_dict(params: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
     """Converts our parameters to the release's state dict with its buffers: views, not all contiguous."""
     table = position_table(config.dim, config.grid, config.pos_interp_scale)
-    state_dict = {
-        "pos_embed": table[None],
-        "mask_token": np.zeros((1, 1, config.patch_size**2 * config.in_channels), np.float32),
-    }
-    for name, value in params.items():
-        state_dict[release_name(name)] = to_release_layout(name, np.asarray(value), config)
-    return state_dict
+    mask_token = np.zeros((1, 1, config.patch_size**2 * config.in_channels), np.float32)
+    arrays = {release_name(k): to_release_layout(k, np.asarray(v), config) for k, v in params.items()}
+    return {"pos_embed": table[None], "mask_token": mask_token} | arrays

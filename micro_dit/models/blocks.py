@@ -5,16 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from micro_dit.models.config import BlockShape, DiTConfig, swiglu_width
-from micro_dit.models.layers import (
-    Constrain,
-    CrossAttention,
-    SelfAttention,
-    SwiGLU,
-    layer_norm,
-    linear,
-    modulate,
-    unconstrained,
-)
+from micro_dit.models.layers import Constrain, CrossAttention, SelfAttention, SwiGLU, layer_norm, linear, modulate
 from micro_dit.models.moe import ExpertChoiceFFN
 from micro_dit.models.ops import PRODUCT
 
@@ -38,21 +29,20 @@ class CaptionBlock(nnx.Module):
         self.mlp.w3.kernel[...] = zeros(rngs.params(), (hidden, dim), jnp.float32)
 
     def __call__(self, y: jax.Array) -> jax.Array:
-        """Transforms caption tokens y (B, L, D)."""
         y = y + self.attn(self.norm1(y))
         return y + self.mlp(self.norm2(y))
 
 
 class DiTBlock(nnx.Module):
-    """Self-attention, cross-attention to the caption, feed-forward; modulated by c (adaLN): (B, T, d) → (B, T, d).
+    """Self-attention, cross-attention to y (B, L, d), feed-forward; modulated by c (B, D): (B, T, d) → (B, T, d).
 
     The backward pass keeps the activations that `remat` names and computes the others again: "none" keeps all, "dots"
     the products with weights (so it repeats attention's softmax and everything elementwise), "full" only the inputs.
     """
 
     def __init__(
-        self, shape: BlockShape, config: DiTConfig, *, remat: str = "none", constrain: Constrain = unconstrained,
-        dtype: jnp.dtype, rngs: nnx.Rngs,
+        self, shape: BlockShape, config: DiTConfig, *, remat: str, constrain: Constrain, dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):  # fmt: skip
         self.remat = remat
         d, eps, bias, out_std = shape.dim, config.norm_eps, config.use_bias, shape.out_std
@@ -74,7 +64,6 @@ class DiTBlock(nnx.Module):
         self.adaln = linear(config.dim, 6 * d, kernel_init=nnx.initializers.zeros_init(), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
-        """Transforms tokens x (B, T, d) given the caption y (B, L, d) and the conditioning c (B, D)."""
         if self.remat == "none":
             return self._forward(x, y, c)
         policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if self.remat == "dots" else None
@@ -89,10 +78,7 @@ class DiTBlock(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """A modulated LayerNorm and a Linear, to a patch's latents or to the decoder: (B, T, d) → (B, T, out).
-
-    Its output starts at zero.
-    """
+    """A modulated LayerNorm and a Linear that starts at zero, to a patch or to the decoder: (B, T, d) → (B, T, out)."""
 
     def __init__(self, dim: int, out: int, config: DiTConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros_init()
@@ -101,7 +87,6 @@ class FinalLayer(nnx.Module):
         self.linear = linear(dim, out, kernel_init=zeros, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        """Projects tokens x (B, T, d) given the conditioning c (B, D)."""
         shift, scale = jnp.split(self.adaln(jax.nn.gelu(c, approximate=True)), 2, axis=-1)
         return self.linear(modulate(self.norm(x), shift, scale))
 
@@ -114,5 +99,4 @@ class NormedProjection(nnx.Module):
         self.linear = linear(dim, out, use_bias=config.use_bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Projects tokens x (…, d) to (…, out)."""
         return self.linear(self.norm(x))

@@ -52,14 +52,11 @@ class DiTConfig:
         if self.input_size % self.patch_size:
             raise UserError(f"model.input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
         if self.decoder_depth < 0 or (self.decoder_depth > 0) != (self.decoder_dim > 0):
-            raise UserError(
-                f"model.decoder_depth {self.decoder_depth} with decoder_dim {self.decoder_dim}: give both, or neither."
-            )
+            depth, dim = self.decoder_depth, self.decoder_dim
+            raise UserError(f"model.decoder_depth {depth} with decoder_dim {dim}: give both, or neither.")
         for name in ("dim", "patch_mixer_dim", "decoder_dim"):
-            if getattr(self, name) % self.head_dim or getattr(self, name) % 4:
-                raise UserError(
-                    f"model.{name} {getattr(self, name)} must be a multiple of head_dim {self.head_dim} and of 4."
-                )
+            if (dim := getattr(self, name)) % self.head_dim or dim % 4:
+                raise UserError(f"model.{name} {dim} must be a multiple of head_dim {self.head_dim} and of 4.")
         for name in ("qkv_multipliers", "ffn_multipliers"):
             values = getattr(self, name)
             if not values or self.depth % len(values):
@@ -99,14 +96,11 @@ class DiTConfig:
         """Returns the shapes of the patch mixer's blocks."""
         if not self.use_patch_mixer:
             return ()
+        dim, qkv, mlp = self.patch_mixer_dim, self.patch_mixer_qkv_ratio, self.patch_mixer_mlp_ratio
         return tuple(
-            self._block(
-                self.patch_mixer_dim, self.patch_mixer_qkv_ratio, self.patch_mixer_mlp_ratio,
-                moe=i >= 1 and (i + 1) % self.experts_every_n == 0,
-                out_std=0.02 / np.sqrt(2 * self.depth),
-            )
+            self._block(dim, qkv, mlp, moe=i >= 1 and (i + 1) % self.experts_every_n == 0, scale=self.depth)
             for i in range(self.patch_mixer_depth)
-        )  # fmt: skip
+        )
 
     def backbone_blocks(self) -> tuple["BlockShape", ...]:
         """Returns the shapes of the backbone's blocks.
@@ -119,20 +113,19 @@ class DiTConfig:
                 self.qkv_multipliers[i * len(self.qkv_multipliers) // self.depth],
                 self.ffn_multipliers[i * len(self.ffn_multipliers) // self.depth],
                 moe=i <= self.depth - 2 and (i + 1) % self.experts_every_n == 0,
-                out_std=0.02 / np.sqrt(2 * (i + 1 if self.depth_init else self.depth)),
+                scale=i + 1 if self.depth_init else self.depth,
             )
             for i in range(self.depth)
         )
 
     def decoder_blocks(self) -> tuple["BlockShape", ...]:
         """Returns the shapes of the blocks of MaskDiT's decoder: all of one width, without experts."""
-        out_std = 0.02 / np.sqrt(2 * self.depth)
-        return (self._block(self.decoder_dim, 1.0, 4.0, moe=False, out_std=out_std),) * self.decoder_depth
+        return (self._block(self.decoder_dim, 1.0, 4.0, moe=False, scale=self.depth),) * self.decoder_depth
 
-    def _block(self, dim: int, qkv_ratio: float, mlp_ratio: float, *, moe: bool, out_std: float) -> "BlockShape":
+    def _block(self, dim: int, qkv_ratio: float, mlp_ratio: float, *, moe: bool, scale: int) -> "BlockShape":
         attention = dim if qkv_ratio == 1 else round_up(int(dim * qkv_ratio), 2 * self.head_dim)
         hidden = (expert_width if moe else swiglu_width)(dim, mlp_ratio, self.multiple_of)
-        return BlockShape(dim, attention, hidden, moe, float(out_std))
+        return BlockShape(dim, attention, hidden, moe, float(0.02 / np.sqrt(2 * scale)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +160,8 @@ def tokens_per_expert(tokens: int, experts: int, capacity: float) -> int:
 
 
 def _layer_wise(depth: int) -> dict[str, tuple[float, ...]]:
-    return {
-        "qkv_multipliers": tuple(np.linspace(0.5, 1.0, depth).tolist()),
-        "ffn_multipliers": tuple(np.linspace(0.5, 4.0, depth).tolist()),
-    }
+    ends = {"qkv_multipliers": 1.0, "ffn_multipliers": 4.0}
+    return {name: tuple(np.linspace(0.5, end, depth).tolist()) for name, end in ends.items()}
 
 
 # fmt: off
@@ -193,7 +184,5 @@ def make_config(size: str, **overrides: Any) -> DiTConfig:
     known = {field.name for field in dataclasses.fields(DiTConfig)}
     if unknown := sorted(set(overrides) - known):
         raise UserError(f"model has no field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}.")
-    values = SIZES[size] | overrides
-    if overrides.get("depth"):
-        values = values | {k: v for k, v in _layer_wise(values["depth"]).items() if k not in overrides}
-    return DiTConfig(**values)
+    scaling = _layer_wise(overrides["depth"]) if overrides.get("depth") else {}
+    return DiTConfig(**SIZES[size] | scaling | overrides)

@@ -1,7 +1,7 @@
 """MicroDiT, the network: patch mixer, deferred masking, layer-wise-scaled backbone.
 
-"Stretching Each Dollar: Diffusion Training from Scratch on a Micro-Budget" (arXiv 2407.15811). Images are (B, H, W, C).
-The numbers in the comments of `MicroDiT.__call__` are the steps of the method as the paper and its release take them.
+"Stretching Each Dollar: Diffusion Training from Scratch on a Micro-Budget" (arXiv 2407.15811), whose steps are numbered
+in the comments of `MicroDiT.__call__`.
 
 B images · H W latent rows, columns · C latent channels · N tokens · K kept tokens · D backbone width · M mixer width ·
 G decoder width · L caption tokens · Y caption channels.
@@ -61,7 +61,7 @@ class MicroDiT(nnx.Module):
         mask: TokenMask | None = None,
         mask_position: str = "after_mixer",
     ) -> jax.Array:
-        """Computes F(x, t, y).
+        """Computes F(x, t, y), (B, H, W, C) float32.
 
         Args:
             x: (B, H, W, C) latents, already multiplied by c_in.
@@ -69,13 +69,9 @@ class MicroDiT(nnx.Module):
             y: (B, L, Y) caption embedding; all zeros is the unconditional input.
             mask: Tokens to keep; None keeps all. Dropped patches are zeros in the output, unless there is a decoder.
             mask_position: "after_mixer" (deferred masking) or "before_mixer" (naive masking, for comparison).
-
-        Returns:
-            (B, H, W, C) float32.
         """
         config, dtype, constrain = self.config, self.dtype, self.constrain
         B, H, W, _ = x.shape
-
         # 1. Patch embedding, and where each patch is.
         x = self.patch_embedding(x.astype(dtype))  # (B, N, D)
         x = constrain(x + jnp.asarray(position_table(config.dim, config.grid, config.pos_interp_scale), dtype), "BND")
@@ -97,17 +93,14 @@ class MicroDiT(nnx.Module):
         # 7. Deferred masking.
         if mask is not None and mask_position == "after_mixer":
             x = drop_tokens(x, mask)  # (B, K, M)
-        # 8. Back to the backbone's width, after the drop.
         if self.project_mixer:
-            x = self.mixer_out(x)  # (B, K, D)
+            x = self.mixer_out(x)  # 8. Back to the backbone's width, after the drop: (B, K, D).
         # 9. Backbone, on the kept tokens.
         for block in self.blocks:
             x = constrain(block(x, y, c), "BKD")
-        # In MaskDiT, for comparison, a decoder goes back to all tokens here.
         if config.decoder_depth:
-            x = constrain(self.decoder(x, y, c, mask), "BNG")
-        # 10. Final layer.
-        x = self.final_layer(x, c).astype(jnp.float32)  # (B, K, p·p·C)
+            x = constrain(self.decoder(x, y, c, mask), "BNG")  # MaskDiT, for comparison, returns to all tokens here.
+        x = self.final_layer(x, c).astype(jnp.float32)  # 10. Final layer: (B, K, p·p·C).
         # 11. Zeros where tokens were dropped, then back to an image.
         if mask is not None and not config.decoder_depth:
             x = restore_tokens(x, mask)  # (B, N, p·p·C)
@@ -121,11 +114,11 @@ def _name(path: tuple[Any, ...]) -> str:
 @functools.lru_cache(maxsize=16)
 def _skeleton(
     config: DiTConfig, dtype: Any = jnp.float32, remat: str = "none", constrain: Constrain = unconstrained
-) -> tuple[nnx.GraphDef, tuple[tuple[tuple[Any, ...], Any], ...]]:
-    """Returns the network's structure and its abstract parameters by path; building it costs seconds for XL."""
+) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[Any, ...], Any]]]:
+    """Returns the network's structure and, by name, path and abstract value of parameters; it costs seconds for XL."""
     model = nnx.eval_shape(lambda: MicroDiT(config, remat=remat, constrain=constrain, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model)
-    return graphdef, tuple(nnx.to_flat_state(abstract))
+    return graphdef, {_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
 
 
 def init_params(config: DiTConfig, key: jax.Array) -> Params:
@@ -136,8 +129,8 @@ def init_params(config: DiTConfig, key: jax.Array) -> Params:
 
 def abstract_params(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns names, shapes and dtypes of the parameters without allocating them."""
-    _, leaves = _skeleton(config)
-    return {_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves}
+    leaves = _skeleton(config)[1].items()
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, (_, leaf) in leaves}
 
 
 def bind(
@@ -146,18 +139,14 @@ def bind(
 ) -> MicroDiT:  # fmt: skip
     """Returns the network with these parameters; cheap enough to call while tracing.
 
-    Args:
-        config: The network's configuration.
-        params: Parameters by name.
-        dtype: Dtype of the matrix products.
-        remat: One of REMAT, see `DiTBlock`. It saves memory in the backward pass and changes results only by rounding.
-        constrain: Applies sharding constraints to activations at the boundaries of blocks and experts.
+    Matrix products run in `dtype`. `remat`, one of REMAT (see `DiTBlock`), saves memory in the backward pass and
+    changes results only by rounding. `constrain` shards activations at the boundaries of blocks and experts.
 
     Raises:
         ValueError: A parameter is missing or superfluous.
     """
     graphdef, leaves = _skeleton(config, dtype, remat, constrain)
-    if differing := {_name(path) for path, _ in leaves} ^ set(params):
+    if differing := leaves.keys() ^ params.keys():
         raise ValueError(f"parameters differ from the network's: {sorted(differing)[:10]}")
-    state = nnx.from_flat_state((path, leaf.replace(params[_name(path)])) for path, leaf in leaves)
+    state = nnx.from_flat_state((path, leaf.replace(params[name])) for name, (path, leaf) in leaves.items())
     return nnx.merge(graphdef, state)

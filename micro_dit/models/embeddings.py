@@ -20,8 +20,7 @@ def patchify(x: jax.Array, patch_size: int) -> jax.Array:
 
     Tokens are in row-major order, channels in the order (row in patch, column in patch, C).
     """
-    B, H, W, C = x.shape
-    p = patch_size
+    (B, H, W, C), p = x.shape, patch_size
     x = x.reshape(B, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(B, (H // p) * (W // p), p * p * C)
 
@@ -47,9 +46,7 @@ def position_table(dim: int, grid: int, pos_interp_scale: float) -> np.ndarray:
     positions = np.arange(grid, dtype=np.float32) / np.float32(pos_interp_scale)
     angles = positions[:, None] * w  # (grid, dim/4) float64
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, dim/2)
-    column = np.broadcast_to(axis[None, :, :], (grid, grid, dim // 2))
-    row = np.broadcast_to(axis[:, None, :], (grid, grid, dim // 2))
-    return np.concatenate([column, row], axis=2).reshape(grid * grid, dim).astype(np.float32)
+    return np.concatenate([np.tile(axis, (grid, 1)), np.repeat(axis, grid, axis=0)], axis=1).astype(np.float32)
 
 
 class PatchEmbedding(nnx.Module):
@@ -65,7 +62,6 @@ class PatchEmbedding(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Embeds the patches of latents x (B, H, W, C)."""
         return self.proj(patchify(x, self.patch_size))
 
 
@@ -78,7 +74,6 @@ class NoiseEmbedding(nnx.Module):
         self.fc2 = linear(dim, dim, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, t: jax.Array) -> jax.Array:
-        """Embeds noise levels t (B,)."""
         frequencies = np.exp(-np.log(10000.0) * np.arange(NOISE_FREQUENCIES) / NOISE_FREQUENCIES).astype(np.float32)
         angles = t.astype(jnp.float32)[:, None] * frequencies  # (B, 256)
         x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -86,7 +81,7 @@ class NoiseEmbedding(nnx.Module):
 
 
 class CaptionMLP(nnx.Module):
-    """Linear → GELU-tanh → LayerNorm → Linear: the caption projection, and the map of the pooled caption."""
+    """Linear → GELU-tanh → LayerNorm → Linear to width D, of captions (B, L, Y) and of pooled captions (B, D)."""
 
     def __init__(self, features: int, dim: int, *, eps: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         init = normal_init(0.02)
@@ -95,5 +90,4 @@ class CaptionMLP(nnx.Module):
         self.fc2 = linear(dim, dim, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, y: jax.Array) -> jax.Array:
-        """Projects captions y (B, L, Y), or pooled captions (B, D), to width D."""
         return self.fc2(self.norm(jax.nn.gelu(self.fc1(y), approximate=True)))

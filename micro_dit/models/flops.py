@@ -1,7 +1,4 @@
-"""FLOPs of the network, counted by hand.
-
-They are 2 × MACs of matrix products and convolutions only; norms, activations, sorts and gathers are left out, as is
-usual for model FLOPs. Training on an image costs 3 × its forward pass: once forward, twice backward.
+"""FLOPs of the network: 2 × MACs of its matrix products; the rest is left out, as is usual for model FLOPs.
 
 N tokens · K kept tokens · T tokens a block sees · D backbone width · M mixer width · G decoder width · d block width ·
 F hidden width · L caption tokens · E experts.
@@ -9,8 +6,6 @@ F hidden width · L caption tokens · E experts.
 
 from micro_dit.models.config import BlockShape, DiTConfig, swiglu_width, tokens_per_expert
 from micro_dit.models.masking import kept_tokens
-
-TRAINING_FLOPS_PER_FORWARD = 3
 
 
 def forward_flops(
@@ -20,21 +15,16 @@ def forward_flops(
     mask_position: str = "after_mixer",
     one_hot_dispatch: bool = False,
 ) -> dict[str, int]:
-    """FLOPs of one image's forward pass, by part; the total is the sum of the values.
+    """Counts FLOPs of one image's forward pass, by part; the total is the sum of the values.
 
     Each stack of blocks has three entries: "mixer" (Linear layers), "mixer/attention" (the two products of scaled
     dot-product attention) and "mixer/dispatch" (one-hot products of the experts, 0 unless asked for).
 
-    Args:
-        config: the network; `input_size` sets the resolution.
-        mask_ratio: share of the tokens that is dropped.
-        caption_tokens: L, padding included.
-        mask_position: "after_mixer" (deferred masking) or "before_mixer" (naive masking).
-        one_hot_dispatch: count experts that take and return their tokens by products with one-hot matrices, as the
-            public release does. This implementation gathers, which costs no products.
+    With `one_hot_dispatch`, experts take and return their tokens by products with one-hot matrices, as in the public
+    release. This implementation gathers, which costs no products.
 
     Raises:
-        UserError: if no such network can be built.
+        UserError: No such network can be built.
     """
     config.check(mask_ratio, mask_position)
     D, M, L = config.dim, config.patch_mixer_dim, caption_tokens
@@ -78,9 +68,8 @@ def training_flops(
     mask_position: str = "after_mixer",
     one_hot_dispatch: bool = False,
 ) -> int:
-    """FLOPs of training on one image: 3 × the total of `forward_flops`, whose arguments these are."""
-    forward = forward_flops(config, mask_ratio, caption_tokens, mask_position, one_hot_dispatch)
-    return TRAINING_FLOPS_PER_FORWARD * sum(forward.values())
+    """Counts FLOPs of training on one image, once forward and twice backward; arguments as of `forward_flops`."""
+    return 3 * sum(forward_flops(config, mask_ratio, caption_tokens, mask_position, one_hot_dispatch).values())
 
 
 def _linear(rows: int, features: int, out: int) -> int:

@@ -2,11 +2,11 @@
 
 Parameters are float32. Matrix products run in `dtype` (bfloat16 on accelerators); the statistics of norms and the
 softmax of attention are computed in float32 whatever `dtype` is.
-
 B images · T tokens · d block width · w attention width · h head width · L caption tokens.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,29 +29,12 @@ def normal_init(std: float) -> Initializer:
 
 
 def linear(
-    features: int,
-    out: int,
-    *,
-    use_bias: bool = True,
-    kernel_init: Initializer | None = None,
-    bias_init: Initializer | None = None,
-    precision: jax.lax.Precision | None = None,
-    dtype: jnp.dtype,
-    rngs: nnx.Rngs,
+    features: int, out: int, *, kernel_init: Initializer | None = None, dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any
 ) -> nnx.Linear:
-    """Returns a Linear layer; by default Xavier-uniform, with a zero bias."""
-    return nnx.Linear(
-        features,
-        out,
-        use_bias=use_bias,
-        kernel_init=kernel_init or nnx.initializers.xavier_uniform(),
-        bias_init=bias_init or nnx.initializers.zeros_init(),
-        dtype=dtype,
-        param_dtype=jnp.float32,
-        precision=precision,
-        dot_general=row_product,
-        rngs=rngs,
-    )
+    """Returns a Linear layer with float32 parameters; by default Xavier-uniform, with a zero bias."""
+    kernel_init = kernel_init or nnx.initializers.xavier_uniform()
+    options |= dict(param_dtype=jnp.float32, dot_general=row_product)
+    return nnx.Linear(features, out, kernel_init=kernel_init, dtype=dtype, rngs=rngs, **options)
 
 
 def layer_norm(dim: int, *, eps: float, affine: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -89,7 +72,6 @@ class SelfAttention(nnx.Module):
         self.proj = linear(width, dim, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Attends among tokens x (B, T, d)."""
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)  # each (B, T, w)
         return self.proj(attend(self.qk_norm(q), self.qk_norm(k), v, self.heads))
 
@@ -107,7 +89,6 @@ class CrossAttention(nnx.Module):
         self.proj = linear(dim, dim, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Attends from tokens x (B, T, d) to the caption y (B, L, d)."""
         k, v = jnp.split(self.kv(y), 2, axis=-1)  # each (B, L, d)
         return self.proj(attend(self.qk_norm(self.q(x)), self.qk_norm(k), v, self.heads))
 
@@ -130,5 +111,4 @@ class SwiGLU(nnx.Module):
         self.w3 = linear(hidden, dim, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Transforms tokens x (B, T, d)."""
         return self.w3(jax.nn.silu(self.w1(x)) * self.w2(x))

@@ -9,7 +9,7 @@ from flax import nnx
 from micro_dit.models.blocks import DiTBlock, FinalLayer, NormedProjection
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.embeddings import position_table
-from micro_dit.models.layers import Constrain, normal_init, unconstrained
+from micro_dit.models.layers import Constrain, normal_init
 from micro_dit.models.masking import TokenMask, restore_tokens
 
 
@@ -20,10 +20,7 @@ class Decoder(nnx.Module):
     this network's, which attend to the caption.
     """
 
-    def __init__(
-        self, config: DiTConfig, *, remat: str = "none", constrain: Constrain = unconstrained, dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):  # fmt: skip
+    def __init__(self, config: DiTConfig, *, remat: str, constrain: Constrain, dtype: jnp.dtype, rngs: nnx.Rngs):
         D, G = config.dim, config.decoder_dim
         self.dtype = dtype
         self.positions = (G, config.grid, config.pos_interp_scale)
@@ -34,17 +31,7 @@ class Decoder(nnx.Module):
         self.blocks = nnx.List([block(shape) for shape in config.decoder_blocks()])
 
     def __call__(self, x: jax.Array, y: jax.Array, c: jax.Array, mask: TokenMask | None) -> jax.Array:
-        """Decodes the kept tokens.
-
-        Args:
-            x: (B, K, D) tokens; all N if `mask` is None.
-            y: (B, L, D) caption.
-            c: (B, D) conditioning.
-            mask: The tokens kept.
-
-        Returns:
-            (B, N, G) tokens.
-        """
+        """Decodes the kept tokens x (B, K, D), all N if `mask` is None, given caption y (B, L, D) and c (B, D)."""
         x, y = self.proj_in(x, c), self.caption_in(y)  # (B, K, G), (B, L, G)
         if mask is not None:
             x = restore_tokens(x, mask, fill=self.mask_token[...])  # (B, N, G)

@@ -13,15 +13,10 @@ import jax.numpy as jnp
 
 
 class TokenMask(NamedTuple):
-    """A random subset of each image's tokens.
+    """A random subset of each image's tokens."""
 
-    Attributes:
-        keep: (B, K) int32, positions of the kept tokens, in random order.
-        restore: (B, N) int32, for each position its rank in the random order; ranks below K are kept.
-    """
-
-    keep: jax.Array
-    restore: jax.Array
+    keep: jax.Array  # (B, K) int32, positions of the kept tokens, in random order
+    restore: jax.Array  # (B, N) int32, for each position its rank in the random order; ranks below K are kept
 
     @property
     def dropped(self) -> jax.Array:

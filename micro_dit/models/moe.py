@@ -36,11 +36,7 @@ class ExpertChoiceFFN(nnx.Module):
         )  # fmt: skip
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Chooses each expert's tokens in x (B, N, d).
-
-        Returns:
-            The chosen tokens' positions, (B, E, T) int32, and their probabilities, (B, E, T) float32.
-        """
+        """Returns positions, (B, E, T) int32, and probabilities, float32, of each expert's tokens in x (B, N, d)."""
         T = tokens_per_expert(x.shape[1], self.experts, self.capacity)
         probabilities = jax.nn.softmax(self.gate(x), axis=-1).transpose(0, 2, 1)  # (B, E, N)
         # A sort, not top_k: XLA's top_k over a sharded batch gathers it first.
@@ -48,7 +44,6 @@ class ExpertChoiceFFN(nnx.Module):
         return chosen, jnp.take_along_axis(probabilities, chosen, axis=-1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Transforms tokens x (B, N, d)."""
         B, N, d = x.shape
         chosen, probabilities = self.route(x)
         E, T = chosen.shape[1:]

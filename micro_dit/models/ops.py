@@ -43,13 +43,11 @@ def _product(x: jax.Array, kernel: jax.Array, precision: Any) -> jax.Array:
     return jnp.matmul(x, kernel, precision=precision)
 
 
-def _product_forward(x: jax.Array, kernel: jax.Array, precision: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _product_forward(x: jax.Array, kernel: jax.Array, precision: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     return jnp.matmul(x, kernel, precision=precision), (x, kernel)
 
 
-def _product_backward(
-    precision: Any, saved: tuple[jax.Array, jax.Array], d_out: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _product_backward(precision: Any, saved: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     # On a CPU, the kernel's gradient is faster if x is transposed beforehand: behind a barrier, because XLA would merge
     # the transpose into the product.
@@ -61,16 +59,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Computes softmax(q kᵀ) v for each head.
-
-    Args:
-        q: (B, T, n, h) queries, already scaled.
-        k: (B, L, n, h) keys.
-        v: (B, L, n, h) values.
-
-    Returns:
-        (B, T, n, h).
-    """
+    """Computes softmax(q kᵀ) v for each head: q (B, T, n, h), already scaled, and k, v (B, L, n, h) → (B, T, n, h)."""
     q, k, v = (a.transpose(0, 2, 1, 3) for a in (q, k, v))
     return _attention(q, k, v).transpose(0, 2, 1, 3)
 

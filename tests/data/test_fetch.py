@@ -339,9 +339,9 @@ def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) 
 def test_sizes_that_are_not_known_are_estimated(tmp_path: Path) -> None:
     files = [RemoteFile("a", "", 100), RemoteFile("b", ""), RemoteFile("c", "", 300)]
     with download.DownloadProgress(files, tmp_path) as progress:
-        assert progress._bar.total == 600
+        assert progress.bar.total == 600
         progress.learn_size("b", 50)
-        assert progress._bar.total == 450
+        assert progress.bar.total == 450
 
 
 def test_killed_and_started_again(server: Server, tmp_path: Path) -> None:

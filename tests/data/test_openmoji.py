@@ -75,8 +75,8 @@ def test_examples_are_drawn_on_white_with_their_captions() -> None:
 def test_groups_restrict_a_split_without_moving_anything() -> None:
     whole, part = OpenMoji(), OpenMoji(("food-drink", "flags"))
     for split in SPLITS:
-        kept = {emoji.hexcode for emoji in part._emojis(split)}
-        assert kept == {e.hexcode for e in whole._emojis(split) if e.group in ("food-drink", "flags")}
+        kept = {emoji.hexcode for emoji in part._splits[split]}
+        assert kept == {e.hexcode for e in whole._splits[split] if e.group in ("food-drink", "flags")}
 
 
 def test_pixels_are_the_examples_in_order_with_one_process_or_two() -> None:
@@ -91,7 +91,7 @@ def test_open_source_passes_groups_and_size_on() -> None:
     source = open_source("openmoji:flags,component", px=48)
     assert isinstance(source, OpenMoji)
     assert source.px == 48
-    assert {emoji.group for emoji in source._emojis("train")} == {"flags", "component"}
+    assert {emoji.group for emoji in source._splits["train"]} == {"flags", "component"}
     assert [len(part) for part in open_source("openmoji", px=48).parts("train")] == [4096, 154]
 
 

@@ -15,7 +15,7 @@ from micro_dit.interop.torch_checkpoint import from_release_layout, release_name
 from micro_dit.models.blocks import CaptionBlock, DiTBlock, FinalLayer
 from micro_dit.models.config import BlockShape, DiTConfig, expert_width, swiglu_width, tokens_per_expert
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table
-from micro_dit.models.layers import CrossAttention, SelfAttention, SwiGLU
+from micro_dit.models.layers import CrossAttention, SelfAttention, SwiGLU, unconstrained
 from micro_dit.models.masking import drop_tokens, kept_tokens, mask_from_noise, restore_tokens
 from micro_dit.models.moe import ExpertChoiceFFN
 from tests.helpers.golden import assert_close, caption, nhwc, read, under
@@ -70,8 +70,9 @@ def build(unit: str, about: dict[str, Any], args: dict[str, Any]) -> tuple[nnx.M
         return PatchEmbedding(a["patch_size"], a["in_chans"], a["embed_dim"], **args), "patch_embedding."
     if unit.startswith("dit_block"):
         config = network_config(a, a["pooled_emb_dim"])
-        shape = config._block(a["dim"], a["qkv_ratio"], a["mlp_ratio"], moe=a["moe_block"], out_std=0.02)
+        shape = config._block(a["dim"], a["qkv_ratio"], a["mlp_ratio"], moe=a["moe_block"], scale=1)
         assert (shape.attention_width, shape.hidden_width) == (a["qkv_hidden_dim"], a["mlp_hidden_dim"])
+        args |= dict(remat="none", constrain=unconstrained)
         return DiTBlock(BlockShape(**dataclasses.asdict(shape)), config, **args), "blocks.0."
     if unit.startswith("final_layer"):
         config = network_config(a, a["hidden_size"])

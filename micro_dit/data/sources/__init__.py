@@ -33,26 +33,15 @@ DAMAGED = "archive is truncated or damaged"
 
 
 class Example(NamedTuple):
-    """One captioned image.
+    """One captioned image; its texts are valid Unicode."""
 
-    Attributes:
-        id: Unique within the split and stable between runs and machines; always valid Unicode.
-        image: An encoded image file (PNG, JPEG, ...), not looked into.
-        captions: What the image shows, in one or more versions; at least one, each valid Unicode, perhaps empty.
-    """
-
-    id: str
-    image: bytes
-    captions: tuple[str, ...]
+    id: str  # unique within the split and stable between runs and machines
+    image: bytes  # an encoded image file (PNG, JPEG, ...), not looked into
+    captions: tuple[str, ...]  # one or more versions, perhaps empty
 
 
 class Reject(NamedTuple):
-    """An item that the source cannot yield as an example.
-
-    Attributes:
-        id: The item, or the archive if the archive is broken.
-        reason: One of a small fixed set of sentences.
-    """
+    """An item, or a broken archive, that the source cannot yield as an example; the reason is one of those above."""
 
     id: str
     reason: str
@@ -65,36 +54,22 @@ class Part(Protocol):
     """A piece of a split that is read on its own, in a fixed order.
 
     Parts of listings and of archives with random access can be indexed as well: `part[3]` is the fourth item.
-
-    Attributes:
-        name: Unique within the split and stable: the archive's name without its ending, or 'slice-00003'.
     """
 
-    name: str
+    name: str  # unique within the split and stable: the archive's name without its ending, or 'slice-00003'
 
     def __len__(self) -> int:
-        """Returns the number of items, rejects included.
-
-        An estimate where a compressed archive would have to be read to know.
-        """
+        """Returns the number of items with rejects, estimated if a compressed archive would have to be read."""
         ...
 
-    def __iter__(self) -> Iterator[Item]:
-        """Yields the items in order."""
-        ...
+    def __iter__(self) -> Iterator[Item]: ...
 
 
 class Source(Protocol):
-    """A data set of captioned images, cut into named splits.
+    """A data set of captioned images, cut into named splits."""
 
-    Attributes:
-        name: The name in `SOURCES`.
-        attribution: One line: whose data it is, and under which license.
-        splits: The names that `parts` takes.
-    """
-
-    name: str
-    attribution: str
+    name: str  # in `SOURCES`
+    attribution: str  # one line: whose data it is, and under which license
     splits: tuple[str, ...]
 
     def parts(self, split: str) -> Sequence[Part]:
@@ -142,12 +117,9 @@ def slices(items: Items, size: int = SLICE_SIZE) -> list[Slice]:
 
 
 def make_item(id: str, image: bytes, captions: object) -> Item:
-    """Makes an example of what was read, or a reject if its captions are missing or no valid Unicode.
+    """Makes an example of what was read, or a reject if its captions are missing or not valid Unicode.
 
-    Args:
-        id: Characters that are no valid Unicode (of file names, say) are escaped.
-        image: An encoded image file.
-        captions: A string or a sequence of strings as found in the data; anything else counts as no caption.
+    `captions` is a string or a sequence of strings as found in the data; anything else counts as no caption.
     """
     texts = [captions] if isinstance(captions, str) else captions if isinstance(captions, list | tuple) else []
     texts = [text for text in texts if isinstance(text, str)]
@@ -187,12 +159,7 @@ def check_split(source: Source, split: str) -> None:
 
 
 def parse_argument(spec: str, argument: str, options: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Splits 'path,key=value,...' into the path and the options; the path may hold commas.
-
-    Args:
-        spec: The whole specification, for messages.
-        argument: What follows the source's name.
-        options: The known keys.
+    """Splits 'path,key=value,...' into the path and the options; the path may hold commas. Errors name `spec`.
 
     Raises:
         UserError: There is no path, or an option is not known.

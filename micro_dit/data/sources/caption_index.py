@@ -1,8 +1,7 @@
 """Captions by image, for sets that keep them apart from the images: millions of rows, in an SQLite file.
 
 Ten million captions of a paragraph each are gigabytes, too many to hold in every process that reads images. The file is
-made once, beside the captions, in the order in which they are read (a few minutes for ten million); a caption is then
-found in well under a millisecond, by any number of processes, and takes no memory.
+written once (a few minutes for ten million); any number of processes then find a caption in under a millisecond.
 """
 
 import sqlite3
@@ -28,12 +27,9 @@ class CaptionIndex:
         return cls(Path(file).expanduser() if file else captions.with_name(f"{captions.name}.index.sqlite"))
 
     def ensure(self, inputs: Iterable[Path], settings: str, rows: Callable[[], Iterable[tuple[str, str]]]) -> None:
-        """Makes the file, unless it is there and was made from the same inputs.
+        """Writes the (key, caption) pairs of `rows`, unless the file was written from the same inputs and settings.
 
-        Args:
-            inputs: The files that the captions come from; they count as the same while size and time do.
-            settings: Whatever else the captions depend on, such as the name of a column.
-            rows: Called to get the (key, caption) pairs, if they are needed.
+        Inputs count as the same while their size and time do; settings are names of columns and the like.
 
         Raises:
             UserError: The file cannot be written.

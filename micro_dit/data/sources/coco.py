@@ -23,11 +23,7 @@ class COCO:
     attribution = "COCO 2014 (https://cocodataset.org), annotations CC BY 4.0; images under Flickr's terms of use"
 
     def __init__(self, path: str):
-        """Looks for the annotations.
-
-        Raises:
-            UserError: There are none in the folder.
-        """
+        """Looks for the annotations; raises UserError if there are none in the folder."""
         self.folder = existing_path(path, "folder of COCO")
         self.annotations = {split: self.folder / f"annotations/captions_{name}.json" for split, name in SETS.items()}
         self.splits: tuple[str, ...] = tuple(split for split, file in self.annotations.items() if file.exists())

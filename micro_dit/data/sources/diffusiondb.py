@@ -15,16 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from micro_dit.data.sources import (
-    DAMAGED,
-    NOT_JSON,
-    Item,
-    Part,
-    Reject,
-    check_split,
-    existing_path,
-    is_image_name,
-)
+from micro_dit.data.sources import DAMAGED, NOT_JSON, Item, Part, Reject, check_split, existing_path, is_image_name
 from micro_dit.data.sources.caption_index import CaptionIndex
 from micro_dit.data.sources.image_files import ImageFiles, Row, open_zip, read_file
 from micro_dit.data.sources.tables import read_rows
@@ -40,11 +31,6 @@ class DiffusionDB:
 
     def __init__(self, path: str, *, metadata: str = "", index: str = ""):
         """Lists the archives; opens none.
-
-        Args:
-            path: The folder.
-            metadata: metadata.parquet or metadata-large.parquet, to take the prompts from it.
-            index: Where to keep the index of its prompts; by default beside it.
 
         Raises:
             UserError: There are no archives, or the metadata are not there.

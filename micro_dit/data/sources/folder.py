@@ -35,11 +35,7 @@ class Folder:
     name = "folder"
 
     def __init__(self, path: str, *, split: str = "train"):
-        """Looks at nothing but whether the folder is there.
-
-        Raises:
-            UserError: There is no such folder.
-        """
+        """Raises UserError if there is no such folder; reads nothing."""
         self.folder = existing_path(path, "folder of images")
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is not a folder: 'folder:' takes a folder of images with .txt files.")

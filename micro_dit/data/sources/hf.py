@@ -11,16 +11,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, overload
 
-from micro_dit.data.sources import (
-    MISSING_FILE,
-    NOT_UTF8,
-    Item,
-    Part,
-    Reject,
-    check_split,
-    make_item,
-    slices,
-)
+from micro_dit.data.sources import MISSING_FILE, NOT_UTF8, Item, Part, Reject, check_split, make_item, slices
 from micro_dit.data.sources.image_files import read_file
 from micro_dit.errors import UserError
 
@@ -31,17 +22,7 @@ class HuggingFace:
     name = "hf"
 
     def __init__(self, path: str, *, image: str = "image", caption: str = "text", split: str = "train"):
-        """Opens nothing.
-
-        Args:
-            path: A folder that `save_to_disk` wrote, or what `load_dataset` takes.
-            image: Name of the column with the images.
-            caption: Name of the column with the captions.
-            split: Name of the split, there and here.
-
-        Raises:
-            UserError: The package is missing.
-        """
+        """Raises UserError if the package is missing; opens nothing."""
         if importlib.util.find_spec("datasets") is None:
             raise UserError("Data sets of Hugging Face need a package: run `pip install datasets`.")
         self.path, self.image, self.caption = path, image, caption

@@ -12,29 +12,17 @@ from micro_dit.errors import UserError
 
 
 class Row(NamedTuple):
-    """One image of a listing.
-
-    Attributes:
-        id: Unique within the split.
-        file: Path of the image within the root; absolute paths stand for themselves if the root is a folder.
-        captions: A string or a sequence of strings.
-    """
+    """One image of a listing."""
 
     id: str
-    file: str
-    captions: object
+    file: str  # path within the root; absolute paths stand for themselves if the root is a folder
+    captions: object  # a string or a sequence of strings
 
 
 class ImageFiles:
-    """The images of a list of rows, read one by one, on demand; see `micro_dit.data.sources.Items`."""
+    """The images of rows in a folder or a zip, read one by one, on demand; see `micro_dit.data.sources.Items`."""
 
     def __init__(self, root: Path, rows: list[Row]):
-        """Opens nothing.
-
-        Args:
-            root: A folder, or a zip archive.
-            rows: The images.
-        """
         self.root, self.rows = root, rows
 
     def __len__(self) -> int:
@@ -77,12 +65,7 @@ def _open_zip(path: Path, process: int) -> zipfile.ZipFile:
 
 
 def find_images(folder: Path, name: str, archive: str) -> tuple[Path, str]:
-    """Finds the images of a data set that are unpacked, or still in their zip.
-
-    Args:
-        folder: The data set.
-        name: Of the folder with images: `folder/name`, or the same within the zip.
-        archive: Of the zip.
+    """Finds images in `folder/name`, or else in the zip `folder/archive`, perhaps in a folder `name` there.
 
     Returns:
         The root for `ImageFiles`, and what to put before the names of the images.

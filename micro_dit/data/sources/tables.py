@@ -14,33 +14,22 @@ from micro_dit.errors import UserError
 
 
 def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a table, JSON objects as they are.
+    """Yields the rows of a table, JSON objects as they are; of Parquet, reads the given columns only.
 
-    Args:
-        file: The table. A JSON file, read into memory whole, holds a list of objects, or one object {key: value}, whose
-            values are captions or objects: its rows get the key as 'key', and a caption as 'caption'.
-        columns: Of Parquet, read these columns only.
+    A JSON file, read into memory whole, holds a list of objects, or one object {key: value}, whose values are captions
+    or objects: its rows get the key as 'key', and a caption as 'caption'.
 
     Raises:
         UserError: The file is damaged, of another kind, or lacks a column.
     """
-    match file.suffix:
-        case ".csv" | ".tsv":
-            yield from _read_csv(file)
-        case ".jsonl":
-            yield from _read_json_lines(file)
-        case ".parquet":
-            yield from _read_parquet(file, columns)
-        case _:
-            yield from _read_json_rows(file)
+    if file.suffix == ".parquet":
+        return _read_parquet(file, columns)
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_json_lines}
+    return readers.get(file.suffix, _read_json_rows)(file)
 
 
 def read_json(file: Path) -> Any:
-    """Reads a JSON file of annotations.
-
-    Raises:
-        UserError: It is missing or is not valid JSON.
-    """
+    """Reads a JSON file of annotations; raises UserError if it is missing or not valid JSON."""
     try:
         return json.loads(file.read_bytes().decode("utf-8-sig", "surrogateescape"))
     except FileNotFoundError as error:
@@ -50,11 +39,7 @@ def read_json(file: Path) -> Any:
 
 
 def pick_column(file: Path, row: dict[str, Any], names: Sequence[str]) -> str:
-    """Returns the first of the names that is a column of the row.
-
-    Raises:
-        UserError: None is.
-    """
+    """Returns the first of the names that is a column of the row; raises UserError if none is."""
     for name in names:
         if name in row:
             return name

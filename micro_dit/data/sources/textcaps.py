@@ -24,11 +24,7 @@ class TextCaps:
     attribution = "TextCaps (https://textvqa.org/textcaps), CC BY 4.0; images from Open Images, CC BY 2.0"
 
     def __init__(self, path: str):
-        """Looks for the annotations.
-
-        Raises:
-            UserError: There are none in the folder.
-        """
+        """Looks for the annotations; raises UserError if there are none in the folder."""
         self.folder = existing_path(path, "folder of TextCaps")
         self.splits: tuple[str, ...] = tuple(s for s, file in ANNOTATIONS.items() if (self.folder / file).exists())
         if not self.splits:

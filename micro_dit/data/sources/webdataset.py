@@ -43,15 +43,7 @@ class WebDataset:
     name = "webdataset"
 
     def __init__(self, path: str, *, split: str = "train"):
-        """Lists the archives; opens none.
-
-        Args:
-            path: A folder or a pattern.
-            split: What to call the only split.
-
-        Raises:
-            UserError: There are no tars, or some are compressed.
-        """
+        """Lists the archives, opens none; raises UserError if there are no tars, or some are compressed."""
         self.tars = find_tars(path)
         self.splits: tuple[str, ...] = (split,)
         self.attribution = f"your own data: {path}"
@@ -179,16 +171,16 @@ def _index_tar(path: str, size: int, modified: int) -> TarIndex:
     if not whole:
         rejects.append(Reject("", DAMAGED))
     # Samples without image and caption (a shard's statistics, say) are no samples.
-    kept = [Sample(key, members) for key, members in samples.items() if any(map(_is_wanted, members))]
+    kept = [
+        Sample(key, members)
+        for key, members in samples.items()
+        if any(suffix in ("txt", "json") or is_image_name(suffix) for suffix in members)
+    ]
     return TarIndex(kept, rejects)
 
 
-def _is_wanted(suffix: str) -> bool:
-    return suffix in ("txt", "json") or is_image_name(suffix)
-
-
 def find_tars(path: str) -> dict[str, str]:
-    """Finds tars by a folder or a pattern: their paths by their names, which are paths without the ending, in order.
+    """Finds tars by a folder or a pattern: sorted paths by names, which are paths without the ending.
 
     Raises:
         UserError: There are none, or some are compressed.

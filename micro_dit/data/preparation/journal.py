@@ -63,11 +63,8 @@ class Journal:
     ):
         """Opens the folder, or makes it.
 
-        Args:
-            out: the folder.
-            settings: everything that the records depend on, by name; values as JSON has them.
-            parts: names of the parts of each split of the source.
-            process_index: which of the processes that work on the folder this is.
+        The settings are everything that the records depend on, with values as JSON has them; the parts are named by
+        split of the source.
 
         Raises:
             UserError: the folder holds something else, or was begun with other settings.
@@ -179,6 +176,12 @@ class Journal:
 
     def _report_path(self, split: str, index: int) -> Path:
         return self.folder / PARTS / f"{split}-{index:05d}.json"
+
+
+def check_process(index: int, count: int) -> None:
+    """Raises UserError if the index of a process is out of range."""
+    if not 0 <= index < count:
+        raise UserError(f"The process index must be from 0 to {count - 1}, not {index}.")
 
 
 def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from micro_dit.data.captions import CLEANING_VERSION, clean_caption
-from micro_dit.data.preparation.journal import Journal, PartReport
+from micro_dit.data.preparation.journal import Journal, PartReport, check_process
 from micro_dit.data.preparation.workers import EMPTY_CAPTION
 from micro_dit.data.shard_writer import ShardFileWriter, shard_name
 from micro_dit.data.shards import FORMAT_VERSION, Manifest, Record, read_manifest, record_fields
@@ -100,27 +100,17 @@ def convert_mds(
     process_count: int = 1,
     report: Callable[[str], None] = print,
 ) -> Manifest | None:
-    """Converts MDS latents to shards, or what is not converted yet; this needs no device.
+    """Converts the MDS latents in a folder and its sub-folders to shards; this needs no device.
 
-    Args:
-        folder: holds an index.json, or sub-folders that do.
-        out: the folder to make or to continue.
-        vae: the image encoder that made the latents: a local folder, whose fingerprint is taken, or just its name.
-        text_encoder: name of the text encoder that made the caption embeddings.
-        resolutions: sides of the images in pixels; all that there are by default.
-        process_index: which of the processes that share the work this is.
-        process_count: how many processes share the work.
-        report: called with each line of progress.
-
-    Returns:
-        The manifest of the shards; None if other processes still have parts to convert.
+    Returns the manifest, or None if other processes still have parts to convert. The encoders are those that made the
+    latents and embeddings; `vae` may be a local folder, whose fingerprint is taken. By default all resolutions in
+    pixels that there are are converted.
 
     Raises:
         UserError: there are no such files or some are missing, they hold something else, `out` was begun with other
             settings, no sample is usable, or the disk is full.
     """
-    if not 0 <= process_index < process_count:
-        raise UserError(f"The process index must be from 0 to {process_count - 1}, not {process_index}.")
+    check_process(process_index, process_count)
     files = list_mds(folder)
     layout = find_layout(files, resolutions)
     manifest = describe(layout, vae, text_encoder)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from micro_dit.data.captions import CLEANING_VERSION, clean_caption
-from micro_dit.data.preparation.journal import Journal
+from micro_dit.data.preparation.journal import Journal, check_process
 from micro_dit.data.preparation.progress import PreparationProgress
 from micro_dit.data.preparation.settings import PreparationSettings
 from micro_dit.data.preparation.stages import Encoders, Job, make_parts
@@ -32,17 +32,8 @@ def make_shards(
 ) -> Manifest | None:
     """Makes a folder of shards, or the parts of it that are missing.
 
-    Args:
-        settings: What to prepare, and how.
-        out: The folder to make or to continue.
-        workers: Number of processes that decode; 0 decodes in threads, which suits a few hundred images.
-        process_index: Index of this host among those that share the work; by default JAX's.
-        process_count: Number of hosts that share the work; by default JAX's.
-        dollars_per_hour: Price of this host, to report the cost.
-        report: Called with each line of progress.
-
-    Returns:
-        The manifest of the shards; None if other processes still have parts to make.
+    Returns the manifest, or None if other processes still have parts to make. By default JAX's processes share the
+    work. The price of this host is for the progress lines only; 0 `workers` decode in threads, without processes.
 
     Raises:
         UserError: An argument is wrong, `out` was begun with other settings, a package is missing, no input is usable,
@@ -55,8 +46,7 @@ def make_shards(
     together = process_count is None and jax.process_count() > 1
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
-    if not 0 <= index < count:
-        raise UserError(f"The process index must be from 0 to {count - 1} among {count} processes, not {index}.")
+    check_process(index, count)
     source = open_checked(settings)
     encoders = load_encoders(settings)
     report(f"loaded {encoders.image.name} and {encoders.text.name} in {time.monotonic() - started:.1f} s")

@@ -104,18 +104,10 @@ class Decoders:
     def map(
         self, function: Callable[..., R], items: Iterable[tuple[T, tuple[Any, ...] | None]], ahead: int
     ) -> Iterator[tuple[T, R | None]]:
-        """Calls a function for each item, and keeps the order.
+        """Calls an importable function for each item, and keeps the order; at most `ahead` items are held at once.
 
-        Args:
-            function: Must be importable by its name.
-            items: A label and the arguments; None in their place calls nothing.
-            ahead: Number of items held at once, at most.
-
-        Yields:
-            The label and the result; None without arguments, or if two worker processes died of them.
-
-        Raises:
-            Exception: Whatever `function` or `items` raises.
+        An item is a label and the arguments, or None in their place. Yields the label and the result, which is None
+        without arguments, or if two worker processes died of them.
         """
         pending: deque[tuple[T, Future[R | None] | None]] = deque()
         call: Callable[..., R | None] = partial(self._call, function) if self.workers else function
@@ -172,12 +164,7 @@ class _Worker:
         theirs.close()
 
     def call(self, function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
-        """Calls a function in the process.
-
-        Raises:
-            WorkerDied: The process has ended; a new one is there for the next call.
-            Exception: Whatever `function` raises.
-        """
+        """Calls a function in the process; raises WorkerDied if it has ended: a new one is there for the next call."""
         request = pickle.dumps((function, arguments), pickle.HIGHEST_PROTOCOL)  # may raise, with the worker unharmed
         try:
             self._connection.send_bytes(request)

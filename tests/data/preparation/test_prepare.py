@@ -323,7 +323,7 @@ def test_nothing_usable_is_an_error(run: Run, tmp_path: Path) -> None:
         ({"resolutions": (16, 20)}, "Resolution 20 is not a multiple of 8"),
         ({"posterior": "mode"}, "Unknown posterior 'mode': choose one of mean_std, sample"),
         ({"validation": 1.0}, "at least 0 and less than 1"),
-        ({"process_index": 2, "process_count": 2}, "from 0 to 1 among 2 processes, not 2"),
+        ({"process_index": 2, "process_count": 2}, "from 0 to 1, not 2"),
     ],
 )
 def test_wrong_arguments_are_refused(run: Run, tmp_path: Path, changed: dict, message: str) -> None:

@@ -1,7 +1,6 @@
-"""Saving and restoring a run with Orbax: asynchronous, atomic, and never silently different from what was saved.
+"""Saves and restores a run with Orbax: asynchronously, atomically, and with all shapes and dtypes checked.
 
-One checkpoint is a folder named by its step with separate parts: params, opt, ema (where there is one) and meta: phase,
-counters and the position in the data. Parameters alone can be read from it without the rest.
+A checkpoint is a folder named by its step with separate parts: params, opt, ema (if the phase has one) and meta.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """Where a run stands, saved with each of its states.
+    """The position of a run, saved with each of its states.
 
     Attributes:
         step: Optimizer steps done, over all phases.
@@ -35,7 +34,7 @@ class Meta:
         images: Images trained on.
         seconds: Time spent training.
         dollars: Money spent.
-        data: Position in the data of the phase, as its iterator returns it; None at the start of a phase.
+        data: State of the phase's data iterator; None at the start of a phase.
         model: Fields of the phase's network.
         lora: Settings of a LoRA adapter and the origin of the weights under it; None without LoRA.
     """
@@ -62,27 +61,19 @@ class Meta:
 class Checkpoints:
     """The checkpoints of one work directory."""
 
-    def __init__(
-        self,
-        workdir: str | Path,
-        keep_steps: tuple[int, ...] = (),
-        keep_every: int = 0,
-        keep_latest: int = KEEP_LATEST,
-        clean: bool = False,
-    ):
+    def __init__(self, workdir: str | Path, keep_steps: tuple[int, ...] = (), keep_every: int = 0, clean: bool = False):
         """Opens (or makes) the folder `checkpoints`.
 
         Args:
-            workdir: of the run.
-            keep_steps: checkpoints at these steps are kept for good, such as the ends of phases.
-            keep_every: and at the multiples of so many steps; 0 for none.
-            keep_latest: so many of the newest are kept besides.
-            clean: remove what a killed run has left half saved. For the run itself alone: whoever reads its checkpoints
-                would remove the one that it is saving.
+            workdir: Work directory of the run.
+            keep_steps: Steps whose checkpoints are never removed, besides the KEEP_LATEST newest.
+            keep_every: Multiples of this step are never removed either; 0 for none.
+            clean: Whether to remove what a killed run has left half saved. Only for the run itself: a reader would
+                remove the checkpoint that the run is saving.
         """
         self.folder = Path(workdir).absolute() / "checkpoints"
         policies = ocp.training.preservation_policies
-        kept: list[Any] = [policies.LatestN(keep_latest), policies.CustomSteps(list(keep_steps))]
+        kept: list[Any] = [policies.LatestN(KEEP_LATEST), policies.CustomSteps(list(keep_steps))]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
         self._orbax = ocp.training.Checkpointer(
@@ -94,19 +85,17 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, newest first."""
+        """Steps of the complete checkpoints, newest first."""
         return sorted((int(c.step) for c in self._orbax.checkpoints), reverse=True)
 
     def save(self, state: TrainState, meta: Mapping[str, Any], wait: bool = False) -> None:
-        """Saves in the background; a save in progress is waited for first, so none is ever skipped.
+        """Saves in the background, after a save in progress, so that none is ever skipped.
 
         Raises:
-            UserError: no space on the disk (the checkpoints before are whole).
+            UserError: The disk is full. Earlier checkpoints are complete.
         """
-        parts: dict[str, Any] = {"params": state.params, "opt": state.opt_state, "meta": dict(meta)}
-        if state.ema is not None:
-            parts["ema"] = state.ema
-        with self._full_disk_is_told():
+        parts = _parts(state) | {"meta": dict(meta)}
+        with self._full_disk_as_user_error():
             self._orbax.wait()
             if int(state.step) in self.steps:
                 return
@@ -116,7 +105,7 @@ class Checkpoints:
                 self._orbax.wait()
 
     @contextlib.contextmanager
-    def _full_disk_is_told(self) -> Iterator[None]:
+    def _full_disk_as_user_error(self) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as error:
@@ -131,11 +120,11 @@ class Checkpoints:
             ) from error
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """Phase, counters and data position of a checkpoint."""
+        """Returns the meta of a checkpoint."""
         return self._read(step, {"meta": None})["meta"]
 
     def _read(self, step: int, parts: dict[str, Any]) -> dict[str, Any]:
-        """Parts of a checkpoint: each process reads what it needs, and waits for no other, which may fail to."""
+        """Reads parts of a checkpoint without waiting for other processes, which may fail to read theirs."""
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
@@ -146,18 +135,17 @@ class Checkpoints:
     def restore(
         self, abstract_of: Callable[[dict[str, Any]], TrainState], warn: Callable[[str], None]
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that every process can read, with its meta; None if there is no checkpoint.
+        """Restores the newest checkpoint that every process can read, with its meta; None if there is none.
 
         Args:
             abstract_of: meta → the state's shapes, dtypes and shardings.
-            warn: is told of a checkpoint that could not be read.
+            warn: Prints a warning, for each unreadable checkpoint.
 
         Raises:
-            UserError: there are checkpoints, but none can be read, or the newest readable one is of another network.
+            UserError: No checkpoint can be read, or the newest readable one is of another network.
         """
-        steps = self.steps
         unreadable: list[int] = []
-        for step in steps:
+        for step in self.steps:
             damage = ""
             try:
                 meta = self.read_meta(step)
@@ -172,12 +160,12 @@ class Checkpoints:
             reason = damage or "another process failed to"
             warn(f"checkpoint {self.folder / str(step)} can't be read ({reason}); trying the one before.")
             unreadable.append(step)
-        if steps:
+        if unreadable:
             raise UserError(f"no checkpoint in {self.folder} can be read; move that folder away to start anew.")
         return None
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Moves checkpoints away that would be in the way of new ones: Orbax saves no step at or before its newest."""
+        """Moves checkpoints away: Orbax saves no step at or before its newest."""
         for step in steps if jax.process_index() == 0 else ():
             aside = self.folder.with_name("unreadable_checkpoints") / str(step)
             shutil.rmtree(aside, ignore_errors=True)
@@ -189,29 +177,27 @@ class Checkpoints:
             self._orbax.reload()
 
     def _load(self, step: int, abstract: TrainState) -> TrainState:
-        parts: dict[str, Any] = {"params": abstract.params, "opt": abstract.opt_state}
-        if abstract.ema is not None:
-            parts["ema"] = abstract.ema
+        parts = _parts(abstract)
         self._check(step, parts)
         loaded = self._read(step, parts)
         counter = jax.make_array_from_callback((), abstract.step.sharding, lambda index: np.asarray(step, np.int32))
         return TrainState(counter, loaded["params"], loaded["opt"], loaded.get("ema"))
 
     def has_average(self, step: int) -> bool:
-        """Whether a checkpoint holds a moving average besides the parameters."""
+        """Returns whether a checkpoint holds EMA weights."""
         return "ema" in self._orbax.checkpointables_metadata(step).metadata
 
     def load_params(
         self, step: int | None = None, params: str | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The parameters to sample from on the host, and the meta.
+        """Reads the parameters to sample with, on the host, and the meta.
 
         Args:
-            step: of the checkpoint; the newest if None.
-            params: 'ema', the moving average, or 'raw', what was trained; the average where there is one if None.
+            step: Step of the checkpoint; None reads the newest.
+            params: 'ema' or 'raw'; None reads the EMA weights if there are any.
 
         Raises:
-            UserError: there is no such checkpoint, or no average in it.
+            UserError: There is no such checkpoint, or it has no EMA weights.
         """
         if params not in (None, "ema", "raw"):
             raise UserError(f"there are no parameters {params!r}; choose ema or raw.")
@@ -231,7 +217,7 @@ class Checkpoints:
         return {name: np.asarray(value) for name, value in loaded[part].items()}, loaded["meta"]
 
     def _check(self, step: int, parts: Mapping[str, Any]) -> None:
-        """Orbax's own message about a mismatch is opaque, and a dtype it would cast; say what differs."""
+        """Raises UserError if a checkpoint has other names, shapes or dtypes; Orbax would cast a dtype silently."""
         metadata = self._orbax.checkpointables_metadata(step).metadata
         readable = [part for part in parts if metadata.get(part) is not None]  # damage shows when it is loaded
         saved = {name: leaf for part in readable for name, leaf in _leaves({part: metadata[part]}).items()}
@@ -253,12 +239,17 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for a save in progress."""
-        with self._full_disk_is_told():
+        with self._full_disk_as_user_error():
             self._orbax.close()
 
 
+def _parts(state: TrainState) -> dict[str, Any]:
+    parts = {"params": state.params, "opt": state.opt_state}
+    return parts if state.ema is None else parts | {"ema": state.ema}
+
+
 def _leaves(tree: Any) -> dict[str, Any]:
-    """Arrays by name, such as 'opt.1.mu.layer.kernel'; Orbax has dicts and lists where the optimizer has classes."""
+    """Returns arrays by name, such as 'opt.1.mu.layer.kernel', alike for Orbax's dicts and the optimizer's classes."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

@@ -1,4 +1,4 @@
-"""Draws the curves of a run, and everything else that a finished run leaves to look at."""
+"""Plots and images that a finished run leaves in its work directory."""
 
 import math
 import os
@@ -55,19 +55,16 @@ def plot_curves(
     phases: Sequence[tuple[str, int, int]] = (),
     title: str | None = None,
 ) -> None:
-    """Draws training loss, held-out loss and learning rate over steps; whole file or none.
-
-    Shown are the scalars "loss" (raw, faint, and smoothed), "heldout_loss", "heldout_loss_ema" and "learning_rate", and
-    in a panel of its own the loss by noise level, if there are scalars "heldout_loss/sigma=…".
+    """Plots training loss, held-out loss and learning rate over steps, and held-out loss over noise levels.
 
     Args:
-        metrics: records as `read_metrics` gives them; each has "step".
-        path: a .png, .svg or .pdf file.
-        phases: (name, first step, last step) of each phase, shaded by turns and named.
-        title: above everything.
+        metrics: Records as `read_metrics` returns them.
+        path: A .png, .svg or .pdf file, written atomically.
+        phases: Name, first and last step of each phase.
+        title: Title of the figure.
 
     Raises:
-        UserError: if no record has a loss.
+        UserError: No record has a loss.
     """
     import matplotlib
     from matplotlib.figure import Figure  # drawn without pyplot: no display, no global state
@@ -79,23 +76,19 @@ def plot_curves(
     rates, by_sigma = _series(metrics, "learning_rate"), _loss_by_sigma(metrics)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.5 if by_sigma else 8.5, 5), dpi=160, facecolor=PAPER, layout="constrained")
-        panels: Any = [["loss", "sigma"], ["learning rate", "sigma"]]
-        axes = figure.subplot_mosaic(
-            [row[: 2 if by_sigma else 1] for row in panels[: 2 if len(rates[0]) else 1]],
-            height_ratios=[4, 1][: 2 if len(rates[0]) else 1],
-            width_ratios=[3, 1][: 2 if by_sigma else 1],
-        )
+        rows, columns = 2 if len(rates[0]) else 1, 2 if by_sigma else 1
+        panels: Any = [row[:columns] for row in (["loss", "sigma"], ["learning rate", "sigma"])[:rows]]
+        axes = figure.subplot_mosaic(panels, height_ratios=[4, 1][:rows], width_ratios=[3, 1][:columns])
         if title:
             figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
         _draw_losses(axes["loss"], metrics)
         over_steps = [axes["loss"]]
-        if "learning rate" in axes:
-            axes["learning rate"].plot(*rates, color=FAINT, linewidth=1.4)
-            axes["learning rate"].set_ylim(bottom=0)
-            axes["learning rate"].set_ylabel("learning rate")
-            axes["learning rate"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        if panel := axes.get("learning rate"):
+            panel.plot(*rates, color=FAINT, linewidth=1.4)
+            panel.set(ylim=(0, None), ylabel="learning rate")
+            panel.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
             axes["loss"].tick_params(labelbottom=False)
-            over_steps.append(axes["learning rate"])
+            over_steps.append(panel)
         _draw_phases(over_steps, phases)
         first = min([steps[0], *(start for _, start, _ in phases)])
         last = max([steps[-1], *(end for _, _, end in phases)])
@@ -115,11 +108,8 @@ def _draw_losses(panel: Any, metrics: Sequence[Mapping[str, float]]) -> None:
     smooth = [_smooth(losses)]
     panel.plot(steps, losses, color=TRAIN, alpha=0.22, linewidth=0.8)
     panel.plot(steps, smooth[0], color=TRAIN, linewidth=1.8, label="training")
-    for name, label, color in (
-        ("heldout_loss", "held out", HELDOUT),
-        ("heldout_loss_ema", "held out, averaged weights", HELDOUT_EMA),
-    ):
-        x, y = _series(metrics, name)
+    for suffix, label, color in ("", "held out", HELDOUT), ("_ema", "held out, averaged weights", HELDOUT_EMA):
+        x, y = _series(metrics, f"heldout_loss{suffix}")
         if len(x):
             marker = "o" if len(x) <= 40 else None
             panel.plot(x, y, color=color, linewidth=1.4, marker=marker, markersize=3.5, clip_on=False, label=label)
@@ -139,7 +129,7 @@ def _draw_losses(panel: Any, metrics: Sequence[Mapping[str, float]]) -> None:
 
 
 def _draw_phases(panels: Sequence[Any], phases: Sequence[tuple[str, int, int]]) -> None:
-    """Shades every other phase, and names all above the first panel, in as many rows as the names need."""
+    """Shades every other phase, and writes all names above the first panel, in as many rows as they need."""
     first, last = min((start for _, start, _ in phases), default=0), max((end for _, _, end in phases), default=1)
     rows: list[list[tuple[float, float]]] = []  # places taken, in fractions of the panel's width
     for i, (name, start, end) in enumerate(phases):
@@ -159,27 +149,26 @@ def _draw_phases(panels: Sequence[Any], phases: Sequence[tuple[str, int, int]]) 
 
 
 def _draw_loss_by_sigma(panel: Any, curves: Mapping[int, list[tuple[float, float]]]) -> None:
-    """The first evaluation, faint, and the last."""
+    """Plots the first evaluation, faint, and the last."""
     for step, alpha in {min(curves): 0.35, max(curves): 1.0}.items():
         x, y = zip(*curves[step], strict=True)
         panel.plot(x, y, color=HELDOUT, alpha=alpha, marker="o", markersize=3.5, label=f"step {step:,}")
     panel.set_xscale("log", subs=[])
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.set_ylim(0, 1.25 * panel.get_ylim()[1])  # room for the legend
-    panel.set_xlabel("noise level σ")
-    panel.set_ylabel("held-out loss")
+    panel.set(xlabel="noise level σ", ylabel="held-out loss")
     panel.legend(loc="upper right")
 
 
 def _series(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of one scalar."""
+    """Returns steps and finite values of one scalar."""
     pairs = [(record["step"], record[name]) for record in metrics if math.isfinite(record.get(name, math.nan))]
     steps, values = np.array(pairs, float).reshape(-1, 2).T
     return steps, values
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Average over a thirtieth of the curve around each value; narrower at the start, where the curve is steep."""
+    """Averages over a thirtieth of the curve around each value; less at the start, where the curve is steep."""
     n, i = len(values), np.arange(len(values))
     reach = np.minimum(i, n // 60)
     first, end = i - reach, np.minimum(i + reach + 1, n)
@@ -188,14 +177,10 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _loss_by_sigma(metrics: Sequence[Mapping[str, float]]) -> dict[int, list[tuple[float, float]]]:
-    """For each step with scalars "heldout_loss/sigma=…": (sigma, loss), by growing sigma."""
+    """Returns (sigma, loss), by growing sigma, for each step with scalars "heldout_loss/sigma=…"."""
     prefix, curves = "heldout_loss/sigma=", {}
     for record in metrics:
-        points = [
-            (float(name.removeprefix(prefix)), value)
-            for name, value in record.items()
-            if name.startswith(prefix) and math.isfinite(value)
-        ]
-        if points:
-            curves[int(record["step"])] = sorted(points)
+        losses = {name: loss for name, loss in record.items() if name.startswith(prefix) and math.isfinite(loss)}
+        if losses:
+            curves[int(record["step"])] = sorted((float(name.removeprefix(prefix)), y) for name, y in losses.items())
     return curves

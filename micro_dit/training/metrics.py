@@ -1,7 +1,6 @@
-"""Scalars and images of a run: one JSON line a time in `metrics.jsonl`, and TensorBoard or Weights & Biases beside it.
+"""Scalars and images of a run, in `metrics.jsonl` and in TensorBoard or Weights & Biases.
 
-`metrics.jsonl` is the record; the other two are views of it. A line looks like
-{"step": 100, "time": 1765432100.123, "loss": 0.42, "learning_rate": 0.00024}.
+A line of `metrics.jsonl` looks like {"step": 100, "time": 1765432100.123, "loss": 0.42, "learning_rate": 0.00024}.
 Infinities and NaN are written as null, which keeps every line valid JSON, and are read back as NaN.
 """
 
@@ -21,21 +20,20 @@ from micro_dit.files import write_atomically
 
 
 class MetricWriter:
-    """Writes what a run measures into its work directory.
+    """Writes the metrics of a run into its work directory.
 
-    Opening the directory of an earlier run continues its files. A run that was killed in the middle of a line leaves
-    that line torn: it is mended on opening. Nothing else is ever removed, so a run that was killed and resumed repeats
-    some steps; `read_metrics` keeps the last.
+    Opening the work directory of an earlier run repairs a last line torn by a kill and appends to the rest. A run that
+    was killed and resumed repeats some steps; `read_metrics` keeps the last.
 
     Args:
-        workdir: where `metrics.jsonl` and `tensorboard/` go; made if missing.
-        tensorboard: also write TensorBoard event files.
-        wandb_project: also report to this Weights & Biases project.
-        config: the run's configuration, shown by Weights & Biases.
-        enabled: False on every process but the first: then nothing is written at all.
+        workdir: Folder of `metrics.jsonl` and `tensorboard/`; made if missing.
+        tensorboard: Whether to write TensorBoard event files.
+        wandb_project: Weights & Biases project to report to; None reports to none.
+        config: The run's config, for Weights & Biases.
+        enabled: False on every process but the first; writes nothing.
 
     Raises:
-        UserError: if Weights & Biases is asked for and not installed.
+        UserError: Weights & Biases is not installed.
     """
 
     def __init__(
@@ -62,12 +60,7 @@ class MetricWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one line; it is on its way to disk when this returns.
-
-        Args:
-            step: steps done.
-            scalars: numbers by name, Python's or zero-dimensional arrays. "step" and "time" are taken.
-        """
+        """Appends one line and flushes it. The names "step" and "time" are reserved."""
         if not self._enabled:
             return
         if reserved := {"step", "time"} & set(scalars):
@@ -84,7 +77,7 @@ class MetricWriter:
             self._wandb.log(values | {"step": int(step)})
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Shows pictures, uint8 (H, W, 3) by name, in TensorBoard and Weights & Biases; the caller saves files."""
+        """Sends images, uint8 (H, W, 3) by name, to TensorBoard and Weights & Biases."""
         for name, image in images.items():
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
                 raise ValueError(f"{name} must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
@@ -97,15 +90,8 @@ class MetricWriter:
             pictures = {name: wandb.Image(image) for name, image in images.items()}
             self._wandb.log(pictures | {"step": int(step)})
 
-    def flush(self) -> None:
-        """Writes what is buffered to disk."""
-        if self._enabled:
-            self._file.flush()
-        if self._tensorboard:
-            self._tensorboard.flush()
-
     def close(self) -> None:
-        """Ends all files; closing twice does no harm."""
+        """Closes all files; may be called twice."""
         if self._enabled:
             self._file.close()
         if self._tensorboard:
@@ -116,14 +102,13 @@ class MetricWriter:
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`, ordered by step.
+    """Reads the lines of a `metrics.jsonl`, ordered by step.
 
-    Of lines with the same step that have a name in common the last one counts: a run that was killed and resumed
-    repeats steps, and the first step after a start has no rate yet.
-    A torn last line (of a run that is being killed, or written to, right now) is left out; null becomes NaN.
+    A run that was killed and resumed repeats steps, and the first step after a start has no rate yet: the last of
+    several lines counts if they share step and a name. A torn last line is left out; null becomes NaN.
 
     Raises:
-        UserError: if there is no such file, or if a line before the last is no JSON object with a step.
+        UserError: There is no such file, or a line before the last is not a JSON object with a step.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -150,14 +135,12 @@ def _is_record(line: bytes) -> bool:
 
 
 def _mend_last_line(path: pathlib.Path) -> None:
-    """Ends a last line that lacks only its newline; cuts off one that was torn by a kill."""
+    """Completes a last line that lacks only its newline; removes one that was torn by a kill."""
     if not path.exists():
         return
     with path.open("r+b") as file:
         data = file.read()
         end = data.rfind(b"\n") + 1
-        if end == len(data):
-            return
         if _is_record(data[end:]):
             file.write(b"\n")
         else:
@@ -165,20 +148,18 @@ def _mend_last_line(path: pathlib.Path) -> None:
 
 
 def _summary_writer_class() -> Any:
-    """Returns the SummaryWriter of tensorboardX, imported without PyTorch.
+    """Imports the SummaryWriter of tensorboardX without PyTorch.
 
-    tensorboardX imports torch, if it is installed, for a type annotation: seconds of start-up and a second thread pool
-    in a process that trains with JAX. A None in `sys.modules` makes that import fail, which it allows for.
+    tensorboardX imports torch, if installed, for a type annotation: seconds of start-up and a second thread pool in a
+    process that trains with JAX. A None in `sys.modules` makes that import fail, which tensorboardX allows for.
     """
-    if "torch" in sys.modules:
-        from tensorboardX import SummaryWriter
-
-        return SummaryWriter
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    imported = "torch" in sys.modules
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         from tensorboardX import SummaryWriter
     finally:
-        del sys.modules["torch"]
+        if not imported:
+            del sys.modules["torch"]
     return SummaryWriter
 
 
@@ -189,7 +170,7 @@ def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] 
         raise UserError(
             f"Reporting to the Weights & Biases project {project!r} needs its package: pip install 'micro_dit[wandb]'."
         ) from error
-    # A resumed run goes on in the same Weights & Biases run; its id is kept in the work directory.
+    # A resumed run continues the same Weights & Biases run, by the id in the work directory.
     id_file = workdir / "wandb_run_id.txt"
     if not id_file.exists():
         write_atomically(id_file, uuid.uuid4().hex[:12])
@@ -198,8 +179,8 @@ def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] 
         id=id_file.read_text().strip(),
         resume="allow",
         dir=str(workdir),
-        config=dict(config) if config else None,
+        config=config and dict(config),
     )
-    # Its own step counter may only grow, but a resumed run repeats steps: plot against ours.
+    # The step counter of Weights & Biases may only grow, but a resumed run repeats steps: plot against the run's own.
     run.define_metric("*", step_metric="step")
     return run

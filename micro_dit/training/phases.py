@@ -1,6 +1,7 @@
-"""A run is a list of phases: masked pre-training, unmasked fine-tuning, higher resolution, one after another."""
+"""Phases of a run: masked pre-training, unmasked fine-tuning, the same at higher resolution."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,26 +13,26 @@ from micro_dit.models.config import MASK_POSITIONS
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """What is constant for a stretch of training. Defaults are the paper's.
+    """Settings of a phase of training. Defaults are the paper's.
 
     Attributes:
-        name: for logs and pictures.
-        resolution: side of the images in pixels.
-        steps: optimizer steps of this phase.
-        batch_size: images per step, over all devices.
-        learning_rate: its peak.
-        mask_ratio: part of the tokens that is dropped.
+        name: Name of the phase, for logs and plots.
+        resolution: Side of the images in pixels.
+        steps: Optimizer steps.
+        batch_size: Images per step, over all devices.
+        learning_rate: Peak learning rate.
+        mask_ratio: Fraction of the tokens that is dropped.
         mask_position: 'after_mixer' (deferred masking) or 'before_mixer' (naive masking).
-        warmup_steps: steps of linear warm-up from 0.
-        final_lr_ratio: the cosine after the warm-up ends at this part of the peak; 1 keeps it constant.
-        clip: the global gradient norm is clipped to this.
-        P_mean, P_std: of the logarithm of the training noise level.
-        pos_interp_scale: positions are divided by this: 1 at the resolution trained first, 2 at twice that.
-        ema_decay: decay of the moving average of the parameters; 0 keeps none.
-        ema_start: until this step of the phase the average is a copy of the parameters; at 0 it goes on from the
-            phase before.
-        fresh_optimizer: start with the weights alone.
-        shards: the folder it trains on; empty for the run's common one.
+        warmup_steps: Steps of linear warm-up from 0.
+        final_lr_ratio: Final over peak learning rate of the cosine decay; 1 keeps the rate constant.
+        clip: Largest global gradient norm.
+        P_mean, P_std: Mean and standard deviation of the logarithm of the training noise level.
+        pos_interp_scale: Divisor of positions: 1 at the resolution trained first, 2 at twice that.
+        ema_decay: Decay of the EMA weights; 0 keeps none.
+        ema_start: Step of the phase until which the EMA weights are a copy of the parameters; 0 continues the EMA
+            weights of the phase before.
+        fresh_optimizer: Whether to reset the optimizer state at the start.
+        shards: Folder of shards; empty for that of the run.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Phase:
     shards: str = ""
 
     def schedule(self) -> optax.Schedule:
-        """Learning rate by step within the phase."""
+        """Returns the learning rate as a function of the step within the phase."""
         if self.final_lr_ratio == 1:
             after: optax.Schedule = optax.constant_schedule(self.learning_rate)
         else:
@@ -67,26 +68,25 @@ class Phase:
 
 def with_mask_ratio(configs: Sequence[Mapping[str, Any]], ratio: float | None) -> tuple[dict[str, Any], ...]:
     """Returns the fields of phases with `mask_ratio` replaced in all phases that mask; None replaces nothing."""
-    changed = {} if ratio is None else {"mask_ratio": ratio}
-    return tuple({**config, **(changed if config.get("mask_ratio") else {})} for config in configs)
+    replaced = ratio is not None
+    return tuple({**c, "mask_ratio": ratio} if replaced and c.get("mask_ratio") else dict(c) for c in configs)
 
 
 def make_phases(configs: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
-    """Phases from the config's list.
+    """Builds the phases from the config's list.
 
     Raises:
-        UserError: a field is unknown or missing, or has an impossible value.
+        UserError: A field is unknown, missing or out of range.
     """
     known = {field.name: field for field in dataclasses.fields(Phase)}
     required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
     phases = []
     for index, config in enumerate(configs):
-        values = dict(config)
-        if unknown := sorted(set(values) - set(known)):
+        if unknown := sorted(set(config) - set(known)):
             raise UserError(f"phases[{index}] has no field {', '.join(unknown)}; the fields are {', '.join(known)}.")
-        if missing := sorted(required - set(values)):
+        if missing := sorted(required - set(config)):
             raise UserError(f"phases[{index}] lacks {', '.join(missing)}.")
-        phase = Phase(**values)
+        phase = Phase(**config)
         if phase.steps < 1 or phase.batch_size < 1:
             raise UserError(f"phase {phase.name!r} needs at least 1 step and a batch of at least 1 image.")
         if not 0 <= phase.ema_decay < 1 or phase.clip <= 0 or phase.P_std <= 0 or phase.learning_rate <= 0:
@@ -104,8 +104,5 @@ def make_phases(configs: Sequence[Mapping[str, Any]]) -> tuple[Phase, ...]:
 
 
 def phase_starts(phases: Sequence[Phase]) -> list[int]:
-    """The global step at which each phase starts, and at the end the total."""
-    starts = [0]
-    for phase in phases:
-        starts.append(starts[-1] + phase.steps)
-    return starts
+    """Returns the global step at which each phase starts, and at the end the total."""
+    return list(itertools.accumulate((phase.steps for phase in phases), initial=0))

@@ -1,6 +1,7 @@
-"""What a person watching the run wants to know: how far, how fast, how long still, and what it costs."""
+"""Progress of a phase in the terminal: steps, speed, remaining time and cost."""
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -15,77 +16,63 @@ UPDATES_IN_RATE = 200  # long enough to be steady, short enough to follow a mach
 LOSS_DECAY = 0.98
 
 
+@dataclasses.dataclass
 class Progress:
-    """One bar for one phase of training; where no terminal listens, one plain line every ten seconds.
+    """A progress bar for one phase; without a terminal, one plain line every ten seconds.
 
-    The rate leaves out everything up to the first update (compilation and the first step) and all time spent inside
-    `paused`; it covers the last UPDATES_IN_RATE updates. Dollars run with the wall clock from construction on, through
-    pauses and compilation too, because that is what is billed.
+    The rate covers the last UPDATES_IN_RATE updates. It excludes everything up to the first update (compilation and the
+    first step) and all time inside `paused`. Dollars count from construction on, including pauses and compilation,
+    because all of it is billed.
 
-    Args:
-        name: the phase.
-        total_steps: the step at which the phase ends.
-        initial_step: steps already done.
-        batch_size: images per step, over all devices.
-        flops_per_image: training FLOPs of one image.
-        peak_flops: FLOP/s of all devices together; None if unknown, then achieved FLOP/s are shown instead of MFU.
-        dollars_per_hour: price of all devices together; 0 shows no money.
-        dollars_before: spent before this phase, or before a resume.
-        enabled: False counts without showing anything (on every process but the first).
-        stream: where to write; standard error if None.
-        clock: seconds, monotonic.
+    Attributes:
+        name: Name of the phase.
+        total_steps: Step at which the phase ends.
+        initial_step: Steps already done.
+        batch_size: Images per step, over all devices.
+        flops_per_image: Training FLOPs of one image.
+        peak_flops: FLOP/s of all devices together; None if unknown, which shows achieved FLOP/s instead of MFU.
+        dollars_per_hour: Price of all devices together; 0 shows no cost.
+        dollars_before: Dollars spent before this phase, or before a resume.
+        enabled: False on every process but the first; counts without printing.
+        stream: Where to print.
+        clock: Returns seconds, monotonic.
     """
 
-    def __init__(
-        self,
-        name: str,
-        total_steps: int,
-        initial_step: int = 0,
-        batch_size: int = 1,
-        flops_per_image: float = 0.0,
-        peak_flops: float | None = None,
-        dollars_per_hour: float = 0.0,
-        dollars_before: float = 0.0,
-        enabled: bool = True,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._name, self._total, self._step, self._batch_size = name, total_steps, initial_step, batch_size
-        self._flops_per_image, self._peak_flops = flops_per_image, peak_flops
-        self._dollars_per_hour, self._dollars_before = dollars_per_hour, dollars_before
-        self._stream = sys.stderr if stream is None else stream
-        self._clock = clock
-        self._start = clock()
-        self._paused = 0.0
+    name: str
+    total_steps: int
+    initial_step: int = 0
+    batch_size: int = 1
+    flops_per_image: float = 0.0
+    peak_flops: float | None = None
+    dollars_per_hour: float = 0.0
+    dollars_before: float = 0.0
+    enabled: bool = True
+    stream: TextIO = dataclasses.field(default_factory=lambda: sys.stderr)
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        """Starts the clock, and opens the bar if `stream` is a terminal."""
+        self._step, self._start, self._paused = self.initial_step, self.clock(), 0.0
         self._first_update = 0.0  # seconds until it came
         self._updates: deque[tuple[int, float]] = deque(maxlen=UPDATES_IN_RATE + 1)  # (step, seconds without pauses)
         self._loss, self._loss_weight = 0.0, 0.0
         self._last_loss: float | None = None
-        self._printed_at, self._printed_step = -math.inf, initial_step
-        self._lines = enabled
+        self._printed_at, self._printed_step = -math.inf, self.initial_step
         self._bar: tqdm | None = None
-        if enabled and self._stream.isatty():
-            self._lines = False
+        self._lines = self.enabled and not self.stream.isatty()
+        if self.enabled and not self._lines:
             self._bar = tqdm(
-                desc=name,
-                total=total_steps,
-                initial=initial_step,
-                file=self._stream,
-                dynamic_ncols=True,
+                desc=self.name, total=self.total_steps, initial=self.initial_step, file=self.stream, dynamic_ncols=True,
                 bar_format="{desc} {percentage:3.0f}% {bar:12} {n_fmt}/{total_fmt}{postfix}",
-            )
+            )  # fmt: skip
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Tells that `step` steps are done.
-
-        Args:
-            step: steps done since the beginning of training; may advance by more than one.
-            metrics: numbers already on the host; "loss" is shown, smoothed.
-        """
+        """Records that `step` steps of the phase are done, and shows the smoothed "loss" of `metrics`."""
+        seconds = self.clock() - self._start - self._paused
         if not self._updates:
-            self._first_update = self._clock() - self._start - self._paused
+            self._first_update = seconds
         self._step = step
-        self._updates.append((step, self._clock() - self._start - self._paused))
+        self._updates.append((step, seconds))
         if metrics and "loss" in metrics:
             self._last_loss = float(metrics["loss"])
             if math.isfinite(self._last_loss):  # one bad step must not spoil the average for good
@@ -94,27 +81,20 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self._status(), refresh=False)
             self._bar.update(step - self._bar.n)
-        elif self._lines and self._clock() - self._printed_at >= SECONDS_BETWEEN_LINES:
+        elif self._lines and self.clock() - self._printed_at >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside (evaluation, samples, checkpoints) does not count in the rate."""
-        start = self._clock()
+        """Excludes the time spent inside (evaluation, samples, checkpoints) from the rate."""
+        start = self.clock()
         try:
             yield
         finally:
-            self._paused += self._clock() - start
-
-    def write(self, text: str) -> None:
-        """Prints a line of text without tearing the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        elif self._lines:
-            print(text, file=self._stream, flush=True)
+            self._paused += self.clock() - start
 
     def close(self) -> None:
-        """Leaves the last state on the screen; closing twice does no harm."""
+        """Leaves the last state on the screen; may be called twice."""
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
@@ -125,41 +105,37 @@ class Progress:
 
     @property
     def images_per_second(self) -> float | None:
-        """Recent rate; None until the second update."""
+        """Returns the recent rate; None until the second update."""
         seconds_per_step = self._seconds_per_step()
-        return self._batch_size / seconds_per_step if seconds_per_step else None
+        return self.batch_size / seconds_per_step if seconds_per_step else None
 
     @property
     def flops_per_second(self) -> float | None:
-        """Achieved FLOP/s of all devices together; None until the second update."""
+        """Returns achieved FLOP/s of all devices together; None until the second update."""
         rate = self.images_per_second
-        return rate * self._flops_per_image if rate and self._flops_per_image else None
+        return rate * self.flops_per_image if rate and self.flops_per_image else None
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilization, achieved FLOP/s over the peak; None if either is unknown."""
+        """Returns the FLOPs utilization, achieved FLOP/s over the peak; None if either is unknown."""
         achieved = self.flops_per_second
-        return achieved / self._peak_flops if achieved and self._peak_flops else None
+        return achieved / self.peak_flops if achieved and self.peak_flops else None
 
     @property
     def dollars(self) -> float:
-        """Spent so far."""
-        return self._dollars_before + (self._clock() - self._start) / 3600 * self._dollars_per_hour
+        """Returns the dollars spent so far."""
+        return self.dollars_before + (self.clock() - self._start) / 3600 * self.dollars_per_hour
 
     @property
     def seconds_left(self) -> float | None:
-        """At the recent rate, without the pauses to come; None until the second update."""
+        """Returns the remaining seconds at the recent rate, without pauses; None until the second update."""
         seconds_per_step = self._seconds_per_step()
-        return max(0, self._total - self._step) * seconds_per_step if seconds_per_step else None
+        return max(0, self.total_steps - self._step) * seconds_per_step if seconds_per_step else None
 
     def scalars(self) -> dict[str, float]:
-        """What is known of images_per_second, flops_per_second, mfu and dollars, by name, for the metrics."""
-        values = {
-            "images_per_second": self.images_per_second,
-            "flops_per_second": self.flops_per_second,
-            "mfu": self.mfu,
-            "dollars": self.dollars if self._dollars_per_hour else None,
-        }
+        """Returns those of images_per_second, flops_per_second, mfu and dollars that are known."""
+        values = {name: getattr(self, name) for name in ("images_per_second", "flops_per_second", "mfu")}
+        values["dollars"] = self.dollars if self.dollars_per_hour else None
         return {name: value for name, value in values.items() if value is not None}
 
     def _seconds_per_step(self) -> float | None:
@@ -183,29 +159,27 @@ class Progress:
         elif (achieved := self.flops_per_second) is not None:
             parts.append(f"{achieved / 1e12:.1f} TFLOP/s" if achieved >= 1e12 else f"{achieved / 1e9:.0f} GFLOP/s")
         left = self.seconds_left
-        if self._step >= self._total:
-            parts.append(f"took {_duration(self._clock() - self._start)}")
+        if self._step >= self.total_steps:
+            parts.append(f"took {_duration(self.clock() - self._start)}")
         elif left is not None:
             parts.append(f"ETA {_duration(left)}")
-        if self._dollars_per_hour:
+        if self.dollars_per_hour:
             money = f"${self.dollars:,.2f}"
             if left:
-                money += f" → ${self.dollars + left / 3600 * self._dollars_per_hour:,.2f}"
+                money += f" → ${self.dollars + left / 3600 * self.dollars_per_hour:,.2f}"
             parts.append(money)
         return " · ".join(parts)
 
     def _print_line(self) -> None:
-        percent = 100 * self._step / max(1, self._total)
-        where = f"{self._name}  step {self._step:,}/{self._total:,} ({percent:.1f}%)"
-        print(f"{where}  {self._status()}", file=self._stream, flush=True)
-        self._printed_at, self._printed_step = self._clock(), self._step
+        percent = 100 * self._step / max(1, self.total_steps)
+        where = f"{self.name}  step {self._step:,}/{self.total_steps:,} ({percent:.1f}%)"
+        print(f"{where}  {self._status()}", file=self.stream, flush=True)
+        self._printed_at, self._printed_step = self.clock(), self._step
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
-    text = f"{minutes:02d}:{seconds:02d}"
-    if days or hours:
-        text = f"{hours}:{text}"
-    return f"{days} d {text}" if days else text
+    text = f"{hours}:" if days or hours else ""
+    return (f"{days} d " if days else "") + f"{text}{minutes:02d}:{seconds:02d}"

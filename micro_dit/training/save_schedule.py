@@ -48,21 +48,16 @@ class SaveSchedule:
     """
 
     def __init__(
-        self,
-        interrupt: Interrupt,
-        *,
-        every: int,
-        keep_every: int,
-        minutes: float,
+        self, interrupt: Interrupt, *, every: int, keep_every: int, minutes: float,
         clock: Callable[[], float] = time.monotonic,
-    ):
+    ):  # fmt: skip
         """Starts the clock.
 
         Args:
             interrupt: Holds whether this process received a signal to stop.
-            every: Save at the multiples of this number of steps; 0 does not.
-            keep_every: Save at the multiples of this number of steps too; `Checkpoints` keeps these.
-            minutes: Save if nothing was saved for this long; 0 does not.
+            every: Steps between saves; 0 for none.
+            keep_every: Steps between saves that `Checkpoints` never removes; 0 for none.
+            minutes: Longest time without a save; 0 for no limit.
             clock: Returns seconds.
         """
         self._interrupt, self._clock, self._minutes = interrupt, clock, minutes
@@ -78,15 +73,15 @@ class SaveSchedule:
             return saves, False
         now = self._clock()
         late = self._minutes > 0 and now - self._saved_at >= 60 * self._minutes
-        told = gather([self._interrupt.requested, late, self._steps_until_next(step, now)])
+        gathered = gather([self._interrupt.requested, late, self._steps_until_next(step, now)])
         self._asked_step, self._asked_at = step, now
-        if len(told) > 1:
-            self._next_step = step + int(told[0, 2])
-        return saves or bool(told[0, 1]), bool(told[:, 0].any())
+        if len(gathered) > 1:
+            self._next_step = step + int(gathered[0, 2])
+        return saves or bool(gathered[0, 1]), bool(gathered[:, 0].any())
 
     def _steps_until_next(self, step: int, now: float) -> int:
-        """The steps that took ASK_SECONDS lately."""
-        if self._asked_step is None or step == self._asked_step:
+        """Returns the number of steps that took ASK_SECONDS lately."""
+        if self._asked_step is None:
             return 1
         seconds_per_step = max((now - self._asked_at) / (step - self._asked_step), 1e-3)
         return max(1, round(ASK_SECONDS / seconds_per_step))

@@ -17,15 +17,10 @@ SUFFIXES = (".safetensors", ".json", ".txt", ".model")
 
 
 def resolve_folder(name: str, allow: Sequence[str]) -> Path:
-    """Finds the folder of an encoder, downloading the files that are asked for if it is on the Hugging Face hub.
+    """Finds a folder, one that comes with the package ('openmoji_vae'), or 'owner/repository[/folder]' on the hub.
 
-    What was downloaded before is found again without a network, in the hub's own cache.
-
-    Args:
-        name: A folder; the name of one that comes with the package, such as 'openmoji_vae'; or 'owner/repository' or
-            'owner/repository/folder' on the hub.
-        allow: Patterns of the files to download, relative to the folder ('../tokenizer/*.json' is possible), with one
-            of SUFFIXES. None has to exist.
+    Of the hub's files, those that match `allow` are downloaded, or found in the hub's own cache. Patterns are relative
+    to the folder ('../tokenizer/*.json' is possible) and end in one of SUFFIXES.
 
     Raises:
         UserError: There is no such folder or repository, or it can't be downloaded.

@@ -48,15 +48,10 @@ def save_model_folder(
     dtype: str = "float32",
     vae: Path | None = None,
 ) -> None:
-    """Writes a model, in place of one that is there.
+    """Writes a model, in place of one that is there, with the files of the image encoder's folder `vae`.
 
-    Args:
-        folder: Created if missing.
-        params: By name; float32, or narrower floats.
-        config: Configuration of the network.
-        about: The fields of ABOUT, and any of OPTIONAL; 'vae_included' is added.
-        dtype: Dtype of the weights' file, one of DTYPES.
-        vae: Folder with the image encoder, whose files are copied in.
+    `params` are float32 or narrower floats, and are stored as `dtype`, one of DTYPES. `about` has the fields of ABOUT,
+    and any of OPTIONAL; 'vae_included' is added.
 
     Raises:
         UserError: The folder belongs to something else, the parameters are not this network's, or too large for dtype.
@@ -85,10 +80,10 @@ def save_model_folder(
 
 
 def load_model_folder(folder: str | Path) -> tuple[dict[str, np.ndarray], DiTConfig, dict[str, Any]]:
-    """The parameters (on the host, float32), the network's configuration, and what is told of the model.
+    """Returns the parameters (on the host, float32), the network's configuration, and the fields of ABOUT and OPTIONAL.
 
     Raises:
-        UserError: the folder holds no model, one of a later version, or one that is damaged or does not fit itself.
+        UserError: The folder holds no model, one of a later version, or one that is damaged or does not fit itself.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -130,11 +125,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def config_from(fields: Any, where: object) -> DiTConfig:
-    """The network's configuration from its fields as JSON or a checkpoint keeps them; `where` is named in errors.
-
-    Raises:
-        UserError: fields are missing or unknown, or no such network can be built.
-    """
+    """Returns the configuration from its fields as stored; raises UserError, naming `where`, if they do not fit."""
     fields = dict(fields) if isinstance(fields, Mapping) else {}
     known = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(DiTConfig)}
     problems = [f"{name} is missing" for name, required in known.items() if required and name not in fields]

@@ -20,15 +20,13 @@ WRAPPERS = ("state_dict", "model")  # under which trainers put the network's sta
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a `.safetensors` file or of a state dict that `torch.save` wrote, in memory mapped from the file.
+    """Maps the tensors of a `.safetensors` file or of a state dict that `torch.save` wrote into memory, read-only.
 
-    A state dict inside a dictionary, under 'state_dict' or 'model', is found if only plain values are beside it.
-
-    Returns:
-        Arrays of float32, float16 or (`ml_dtypes`) bfloat16 by name. Don't write to them.
+    They are float32, float16 or (`ml_dtypes`) bfloat16. A state dict inside a dictionary, under 'state_dict' or
+    'model', is found if only plain values are beside it.
 
     Raises:
-        UserError: the file can't be read, or holds anything but float tensors by name.
+        UserError: The file can't be read, or holds anything but float tensors by name.
     """
     import torch
 

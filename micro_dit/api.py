@@ -1,4 +1,4 @@
-"""A trained model in three lines.
+"""Samples with a trained model from Python.
 
 >>> from micro_dit import load
 >>> model = load("runs/mask75")
@@ -33,42 +33,27 @@ BATCH_SIZE = 4  # images at once
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a model is, besides its parameters.
+    """Description of a model: origin, encoders and defaults."""
 
-    Attributes:
-        name: of the folder it came from.
-        step: of the checkpoint; None if it is not known to be from a run.
-        config_hash: twelve hexadecimal digits, the same for the same config.json.
-        source: attribution of the images it was trained with, or where the weights come from; may be empty.
-        sigma_data: standard deviation of the latents, as in training.
-        vae, text_encoder: names of its encoders.
-        vae_fingerprint, text_fingerprint: of the encoders it was trained with; empty if not known.
-        caption_tokens: L.
-        caption_cleaning: what was done to captions (data/captions.py).
-        guidance, steps: what is sampled with by default.
-        vae_folder: where the VAE's files are; empty if its name tells.
-        params: 'raw' if they are not the checkpoint's default, which is the moving average where there is one.
-    """
-
-    name: str
-    config_hash: str
-    source: str
-    sigma_data: float
+    name: str  # of the run or model folder
+    config_hash: str  # twelve hexadecimal digits of config.json
+    source: str  # attribution of the training images, or origin of the weights; may be empty
+    sigma_data: float  # standard deviation of the latents, as in training
     vae: str
     text_encoder: str
-    caption_tokens: int
-    caption_cleaning: str
-    step: int | None = None
-    vae_fingerprint: str = ""
+    caption_tokens: int  # L
+    caption_cleaning: str  # see data/captions.py
+    step: int | None = None  # of the checkpoint; None if it is not known to be from a run
+    vae_fingerprint: str = ""  # of the encoder it was trained with; empty if not known
     text_fingerprint: str = ""
     guidance: float = 5.0
     steps: int = 30
-    vae_folder: str = ""
-    params: str = ""
+    vae_folder: str = ""  # of the VAE's files; empty if `vae` names them
+    params: str = ""  # 'raw', or empty for the checkpoint's default: EMA weights where there are some
 
     @property
     def where(self) -> str:
-        """Where the parameters come from, in words."""
+        """Description of where the parameters come from."""
         raw = ", raw parameters" if self.params == "raw" else ""
         return self.name if self.step is None else f"step {self.step} of {self.name}{raw}"
 
@@ -78,8 +63,8 @@ class GenerationSettings:
     """Everything besides model and prompts that images depend on.
 
     Attributes:
-        num: Images per prompt, with the seeds `seed`, `seed` + 1 ….
-        seed: Seed of a prompt's first image.
+        num: Images per prompt.
+        seed: Seed of a prompt's first image; the next ones have `seed` + 1 ….
         steps: Number of sampler steps; by default the model's.
         guidance: Guidance scale, by default the model's; 1 turns guidance off.
         sampler: 'heun' (two calls of the network per step), 'euler' (which is DDIM) or 'dpmpp_2m' (one call per step).
@@ -129,18 +114,16 @@ class GenerationSettings:
 
 
 def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE, params: str | None = None) -> "Model":
-    """Loads a model; its encoders follow when they are needed.
+    """Loads a model; its encoders are loaded when they are needed.
 
     Args:
-        path: the work directory of a run, or a model folder (micro_dit/interop/model_folder.py).
-        step: the run's checkpoint; the newest if None.
-        batch_size: images at once. More are done in turns, fewer are filled up: an image does not depend on how many
-            there are.
-        params: of the run's checkpoint: 'ema', the moving average, or 'raw', what was trained; by default the average
-            where there is one.
+        path: Work directory of a run, or a model folder.
+        step: Checkpoint of the run; by default the newest.
+        batch_size: Number of images sampled at once; an image does not depend on it.
+        params: 'ema' or 'raw' parameters of the checkpoint; by default the EMA weights where there are some.
 
     Raises:
-        UserError: there is no model, no such checkpoint, or no average in it.
+        UserError: There is no model, no such checkpoint, or no EMA weights in it.
     """
     path = Path(path)
     values, config, told = read_model(path, step, params)
@@ -152,14 +135,7 @@ def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE
 
 
 class Model:
-    """A trained network with its encoders.
-
-    Attributes:
-        config: the network's.
-        about: what it is and where it comes from.
-        batch_size: images at once.
-        warn: is told what a user should know, such as a prompt that is too long.
-    """
+    """A trained network with its encoders; `warn` is called with warnings, as of a prompt that is too long."""
 
     def __init__(self, params: dict[str, np.ndarray], config: DiTConfig, about: About, batch_size: int = BATCH_SIZE):
         if batch_size < 1:
@@ -173,13 +149,9 @@ class Model:
 
     def share(self, other: "Model") -> None:
         """Uses the encoders and compiled programs of the other model if its network and encoders are the same."""
-
-        def kind(model: "Model") -> tuple[DiTConfig, About]:
-            of_these_params: dict[str, Any]
-            of_these_params = dict(name="", step=None, config_hash="", source="", guidance=0, steps=0, params="")
-            return model.config, dataclasses.replace(model.about, **of_these_params)
-
-        if kind(self) == kind(other):
+        own = ("name", "step", "config_hash", "source", "guidance", "steps", "params")
+        about = dataclasses.replace(other.about, **{name: getattr(self.about, name) for name in own})
+        if (self.config, self.about) == (other.config, about):
             self._generator, self._encoders, self._embeddings = other._generator, other._encoders, other._embeddings
 
     # ---- Images ------------------------------------------------------------------------------------------------------
@@ -197,12 +169,12 @@ class Model:
         watch: Callable[[float, np.ndarray, np.ndarray], object] | None = None,
         **changes: Any,
     ) -> np.ndarray:
-        """Samples latents (n, H, W, C) float32 for prompts; `decode` turns them into images.
+        """Samples latents (n, H, W, C) float32 for prompts.
 
         Args:
             prompts: One prompt or several; an empty one is unconditional.
             settings: Settings; by default those of the model.
-            progress: Whether to show a bar that counts calls of the network.
+            progress: Whether to show a progress bar.
             watch: Called after each call of the network with the fraction done, from 0 to 1, the indices (B,) of the
                 images it was for, and their denoised latents (B, H, W, C).
             **changes: Fields of GenerationSettings, in place of those of `settings`.
@@ -246,13 +218,7 @@ class Model:
         return sampled if known is None else np.where(known[1], sampled, known[0])
 
     def png_metadata(self, settings: GenerationSettings, image: str = "", mask: str = "") -> dict[str, str]:
-        """Returns what an image's file records besides prompt and seed, without empty entries.
-
-        Args:
-            settings: Settings that the image was generated with.
-            image: Name of the file of the settings' image.
-            mask: Name of the file of the settings' mask.
-        """
+        """Returns what an image's file records besides prompt and seed; `image` and `mask` are names of files."""
         about, sampling, interval = self.about, settings.sampling(self.about), settings.guidance_interval
         recorded = {
             "sampler": f"{sampling.sampler}, {sampling.steps} steps", "guidance": str(float(sampling.guidance)),
@@ -266,17 +232,12 @@ class Model:
 
     def decode(self, latents: np.ndarray) -> list[Image.Image]:
         """Decodes latents (n, H, W, C) to images."""
-        pictures: list[np.ndarray] = []
-        for rows in batches(len(latents), self.batch_size):
-            pictures.extend(to_uint8(self.image_encoder.decode(latents[rows])))
-        return [Image.fromarray(picture) for picture in pictures[: len(latents)]]
+        n, decode = len(latents), self.image_encoder.decode
+        images = (image for rows in batches(n, self.batch_size) for image in to_uint8(decode(latents[rows])))
+        return list(map(Image.fromarray, itertools.islice(images, n)))
 
     def encode(self, image: Image.Image) -> np.ndarray:
-        """Encodes an image to latents (H, W, C), the mean of the encoder's posterior.
-
-        Raises:
-            UserError: The image is not of the model's size.
-        """
+        """Encodes an image of the model's size to latents (H, W, C), the mean of the encoder's posterior."""
         side = self.config.input_size * self.image_encoder.downsample
         if image.size != (side, side):
             width, height = image.size
@@ -287,10 +248,7 @@ class Model:
     # ---- Prompts -----------------------------------------------------------------------------------------------------
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:
-        """Caption embeddings (n, L, Y) float32, each made alone, so that it does not depend on the others.
-
-        Prompts that are too long are cut, and the cut is told to `warn`.
-        """
+        """Embeds prompts one by one, (n, L, Y) float32, and warns of those that are too long and are cut."""
         for prompt in dict.fromkeys(prompts):
             (caption,) = clean_captions([prompt], self.about.caption_cleaning)  # as those it was trained with
             if not caption.strip():
@@ -308,14 +266,13 @@ class Model:
         return np.stack([self._embeddings[prompt] for prompt in prompts])
 
     def _cut(self, caption: str) -> tuple[int, str] | None:
-        """The tokens of a caption that is too long, and the beginning that is read, in whole words; None if it fits."""
+        """Returns the tokens of a too long caption and the part that is read, in whole words; None if it fits."""
         (count,) = self.text_encoder.count_tokens([caption])
-        if count <= self.about.caption_tokens:
+        most = self.about.caption_tokens
+        if count <= most:
             return None
-        ends = [i for i, letter in enumerate(caption) if letter.isspace()]
-        fitting = (caption[:i] for i in reversed(ends))
-        kept = next((k for k in fitting if self.text_encoder.count_tokens([k])[0] <= self.about.caption_tokens), "")
-        return count, kept
+        parts = (caption[:i] for i in reversed(range(len(caption))) if caption[i].isspace())
+        return count, next((part for part in parts if self.text_encoder.count_tokens([part])[0] <= most), "")
 
     # ---- Encoders ----------------------------------------------------------------------------------------------------
 
@@ -325,13 +282,9 @@ class Model:
         if "image" not in self._encoders:
             from micro_dit.encoders.image import load_image_encoder
 
-            encoder = load_image_encoder(self.about.vae_folder or self.about.vae)
-            if encoder.channels != self.config.in_channels:
-                raise UserError(
-                    f"{self.about.vae} has latents of {encoder.channels} channels, the model of "
-                    f"{self.config.in_channels}: name the VAE that it was trained with in its config.json."
-                )
-            _check_fingerprint(encoder, self.about.vae, self.about.vae_fingerprint)
+            name, trained_with = self.about.vae, self.about.vae_fingerprint
+            encoder = load_image_encoder(self.about.vae_folder or name)
+            _check_encoder(encoder, name, "latents", self.config.in_channels, trained_with)
             self._encoders["image"] = encoder
         return self._encoders["image"]
 
@@ -341,13 +294,9 @@ class Model:
         if "text" not in self._encoders:
             from micro_dit.encoders.text import load_text_encoder
 
-            encoder = load_text_encoder(self.about.text_encoder, self.about.caption_tokens)
-            if encoder.channels != self.config.caption_channels:
-                raise UserError(
-                    f"{self.about.text_encoder} has embeddings of {encoder.channels} channels, the model takes "
-                    f"{self.config.caption_channels}: name the encoder that it was trained with in its config.json."
-                )
-            _check_fingerprint(encoder, self.about.text_encoder, self.about.text_fingerprint)
+            name, trained_with = self.about.text_encoder, self.about.text_fingerprint
+            encoder = load_text_encoder(name, self.about.caption_tokens)
+            _check_encoder(encoder, name, "embeddings", self.config.caption_channels, trained_with)
             self._encoders["text"] = encoder
         return self._encoders["text"]
 
@@ -365,7 +314,7 @@ class Model:
                 )
 
     def _latent_mask(self, mask: Image.Image | np.ndarray) -> np.ndarray:
-        """(H, W, 1) bool: True where any pixel of a latent is to be redrawn."""
+        """Returns the mask of the latents, (H, W, 1) bool: True where any pixel of a latent is sampled anew."""
         pixels: np.ndarray
         pixels = np.asarray(mask.convert("L")) > 127 if isinstance(mask, Image.Image) else np.asarray(mask, bool)
         side, f = self.config.input_size, self.image_encoder.downsample
@@ -377,7 +326,12 @@ class Model:
         return np.any(pixels.reshape(side, f, side, f, 1), axis=(1, 3))
 
 
-def _check_fingerprint(encoder: Any, name: str, trained_with: str) -> None:
+def _check_encoder(encoder: Any, name: str, output: str, channels: int, trained_with: str) -> None:
+    if encoder.channels != channels:
+        raise UserError(
+            f"{name} has {output} of {encoder.channels} channels, the model of {channels}: "
+            "name the encoder that it was trained with in its config.json."
+        )
     if trained_with not in ("", UNVERIFIED, encoder.fingerprint):
         raise UserError(
             f"the model was trained with another {name} ({trained_with}) than is found now ({encoder.fingerprint}): "

@@ -1,6 +1,6 @@
-"""A trained model as a folder to keep, give away or serve from: `python -m micro_dit.export --workdir=… --out=…`.
+"""Exports a trained model as a folder in the hub's layout: `python -m micro_dit.export --workdir=… --out=…`.
 
-See docs/export.md. The folder's format is that of micro_dit/interop/model_folder.py, in the hub's layout.
+See docs/export.md and micro_dit/interop/model_folder.py.
 """
 
 import contextlib
@@ -10,21 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from absl import flags
 
 from micro_dit.cli import run_command
 from micro_dit.diffusion.samplers import SAMPLERS
 from micro_dit.encoders.hub import ASSETS, HUB_NAME
 from micro_dit.errors import UserError
-from micro_dit.interop.model_folder import (
-    ABOUT,
-    DTYPES,
-    OPTIONAL,
-    VAE,
-    WEIGHTS_FILE,
-    is_model_folder,
-    save_model_folder,
-)
+from micro_dit.interop.model_folder import ABOUT, DTYPES, OPTIONAL, VAE, WEIGHTS_FILE, save_model_folder
 
 if TYPE_CHECKING:
     from micro_dit.api import About, Model
@@ -40,28 +33,17 @@ LICENSES = {"CC BY-SA 4.0": "cc-by-sa-4.0", "CC BY 4.0": "cc-by-4.0", "CC0": "cc
 class ExportSettings:
     """Contents of an exported model folder.
 
-    Attributes:
-        dtype: dtype of the weights' file, one of DTYPES.
-        vae: Image encoder, in place of the name that it was trained under. A folder is copied; a repository on the hub
-            is only named.
-        text_encoder: Text encoder, in place of the name that it was trained under; it is only named.
-        license: License of the weights, an identifier of the hub; by default that of the data's attribution, if it
-            names one.
-        stablehlo: Whether to write the denoiser, and the decoder if it is in the folder, as programs.
-        sampler: Default sampler in the programs' signature, one of SAMPLERS.
-        steps: Number of noise levels in the programs' signature; by default the model's.
-
     Raises:
         UserError: The weights can't be written in this dtype.
     """
 
-    dtype: str = "float32"
-    vae: str | None = None
-    text_encoder: str | None = None
-    license: str | None = None
-    stablehlo: bool = False
-    sampler: str = "heun"
-    steps: int | None = None
+    dtype: str = "float32"  # of the weights' file, one of DTYPES
+    vae: str | None = None  # in place of the name in training: a folder, which is copied, or a repository on the hub
+    text_encoder: str | None = None  # in place of the name in training; it is only named
+    license: str | None = None  # an identifier of the hub; by default that of the data's attribution
+    stablehlo: bool = False  # whether to write the denoiser, and the decoder if it is in the folder, as programs
+    sampler: str = "heun"  # default in the programs' signature, one of SAMPLERS
+    steps: int | None = None  # noise levels in the programs' signature; by default the model's
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -106,8 +88,9 @@ def export(
     named = (known for words, known in LICENSES.items() if words in model.about.source)
     license, told = settings.license or next(named, "unknown"), _told(model.about)
     with _new_folder(out) as folder:
-        save_model_folder(folder, _on_host(model.params), model.config, told, settings.dtype, vae_files)
-        picture = _picture(workdir, model.about.step, params)
+        params_on_host = {name: np.asarray(value) for name, value in model.params.items()}
+        save_model_folder(folder, params_on_host, model.config, told, settings.dtype, vae_files)
+        picture = _picture(workdir, model.about.step if run else None, params)
         if picture is not None:
             shutil.copyfile(picture, folder / PICTURE)
         if settings.stablehlo:
@@ -124,11 +107,7 @@ def export(
 
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder that becomes `out` at the end, and is removed on an error.
-
-    Raises:
-        UserError: The folder can't be created.
-    """
+    """Yields a folder that becomes `out` at the end, and is removed on an error."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
@@ -142,9 +121,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _summary(
-    workdir: Path, out: Path, model: "Model", dtype: str, vae_included: bool, license: str
-) -> Iterator[str]:  # fmt: skip
+def _summary(workdir: Path, out: Path, model: "Model", dtype: str, vae_included: bool, license: str) -> Iterator[str]:
     """Yields lines that describe an exported folder."""
     about = model.about
     where = f"step {about.step} of {workdir.name}" if about.step is not None else workdir.name
@@ -165,18 +142,17 @@ def _count(model: "Model") -> int:
 
 
 def _with_encoders(about: "About", vae: str | None, text_encoder: str | None) -> tuple["About", Path | None]:
-    """What is told of the encoders, and the folder of the image encoder unless it is on the hub."""
-    text_encoder = text_encoder or about.text_encoder
+    """Returns the description with other encoders, and the folder of the image encoder unless it is on the hub."""
     files = _vae_files(about.vae_folder if about.vae_folder and vae is None else vae or about.vae)
     name = vae or about.vae
     if files is not None and Path(name).expanduser().is_dir():
         name = Path(name).expanduser().resolve().name  # a path of this machine means nothing elsewhere
-    folder = "" if files is None else str(files)
+    text_encoder, folder = text_encoder or about.text_encoder, str(files or "")
     return dataclasses.replace(about, vae=name, text_encoder=text_encoder, vae_folder=folder), files
 
 
 def _vae_files(name: str) -> Path | None:
-    """The folder of an autoencoder that is here or comes with the package; None if it is on the hub."""
+    """Returns the folder of an autoencoder that is here or comes with the package; None if it is on the hub."""
     for folder in (Path(name).expanduser(), ASSETS / name):
         if folder.is_dir():
             return folder / VAE if (folder / VAE / "config.json").is_file() else folder
@@ -186,30 +162,23 @@ def _vae_files(name: str) -> Path | None:
 
 
 def _told(about: "About") -> dict[str, Any]:
-    """What the folder's config.json tells of the model."""
-    told = {name: getattr(about, name) for name in ABOUT}
+    """Returns the fields of the folder's config.json that describe the model."""
     optional = {name: getattr(about, name, None) for name in OPTIONAL}
-    return told | {name: value for name, value in optional.items() if value not in (None, "")}
-
-
-def _on_host(params: Mapping[str, Any]) -> dict[str, Any]:
-    import numpy as np
-
-    return {name: np.asarray(value) for name, value in params.items()}
+    told = {name: value for name, value in optional.items() if value not in (None, "")}
+    return {name: getattr(about, name) for name in ABOUT} | told
 
 
 def _recipe(config: Mapping[str, Any], workdir: Path, step: int | None, params: str | None) -> "Recipe":
-    """How the model of a run was trained, from what the run has written."""
+    """Returns how the model of a run was trained, from its config and metrics."""
     from micro_dit.interop.model_card import Recipe
     from micro_dit.training.metrics import read_metrics
 
     assert step is not None
     data, started_from = config["data"].get("source", ""), config.get("init_from", "")
     recipe = Recipe(config["phases"], step, averaged=False, data=data, started_from=started_from)
-    averaged = params != "raw" and recipe.phase.get("ema_decay", 0) > 0
-    recipe = dataclasses.replace(recipe, averaged=averaged)
+    recipe = dataclasses.replace(recipe, averaged=params != "raw" and recipe.phase.get("ema_decay", 0) > 0)
     metrics = workdir / "metrics.jsonl"
-    name = "heldout_loss_ema" if averaged else "heldout_loss"
+    name = "heldout_loss_ema" if recipe.averaged else "heldout_loss"
     records = read_metrics(metrics) if metrics.is_file() else []
     measured = [record for record in records if name in record and record["step"] <= step]
     if not measured:
@@ -218,10 +187,10 @@ def _recipe(config: Mapping[str, Any], workdir: Path, step: int | None, params: 
 
 
 def _picture(workdir: Path, step: int | None, params: str | None) -> Path | None:
-    """The grid of samples of a checkpoint, or of the model folder that is exported again."""
+    """Returns the file with samples of a checkpoint, or of the model folder that is exported again."""
     if params == "raw":
-        return None  # the grids were drawn with the average
-    picture = workdir / (PICTURE if step is None or is_model_folder(workdir) else f"samples/step_{step:08d}.png")
+        return None  # the grids were sampled with the EMA weights
+    picture = workdir / (PICTURE if step is None else f"samples/step_{step:08d}.png")
     return picture if picture.is_file() else None
 
 

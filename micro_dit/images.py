@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from micro_dit.files import replacing
 
 PAPER, INK, FAINT = "#fbfaf7", "#26241f", "#8a857a"
+ImageLike = Image.Image | np.ndarray  # an array is (H, W, 3) uint8
 SMALLEST_TILE = 96  # pixels; smaller images leave no room for their captions
 CAPTION_LINES = 6
 
@@ -122,8 +123,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> l
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def save_png(image: Image.Image | np.ndarray, path: str | os.PathLike, metadata: Mapping[str, str] = {}) -> None:
-    """Writes an image or (H, W, 3) uint8 pixels as a PNG, whole or not at all; its folder is created if missing.
+def save_png(image: ImageLike, path: str | os.PathLike, metadata: Mapping[str, str] = {}) -> None:
+    """Writes an image as a PNG, whole or not at all; its folder is created if missing.
 
     `PIL.Image.open(path).text` reads the metadata (prompt, seed, checkpoint …). Text outside ASCII is UTF-8 in iTXt.
     """
@@ -135,10 +136,7 @@ def save_png(image: Image.Image | np.ndarray, path: str | os.PathLike, metadata:
 
 
 def save_gif(
-    frames: Sequence[Image.Image | np.ndarray],
-    path: str | os.PathLike,
-    seconds_per_frame: float = 0.25,
-    hold_last: float = 2.0,
+    frames: Sequence[ImageLike], path: str | os.PathLike, seconds_per_frame: float = 0.25, hold_last: float = 2.0
 ) -> None:
     """Writes an endless animation whose last frame stays `hold_last` seconds; whole or not at all.
 
@@ -163,12 +161,12 @@ def save_gif(
         quantized[0].save(temporary, **options)
 
 
-def _as_image(image: Image.Image | np.ndarray) -> Image.Image:
+def _as_image(image: ImageLike) -> Image.Image:
     return image if isinstance(image, Image.Image) else Image.fromarray(image)
 
 
 def file_name(number: int, prompt: str, seed: int) -> str:
-    """Returns the name of the file for one of several images."""
+    """Returns a file name for one of several images."""
     words = re.sub(r"\W+", "_", prompt).strip("_")[:40]
     return f"{number:03}_{words or 'unconditional'}_seed_{seed}.png"
 

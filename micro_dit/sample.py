@@ -1,6 +1,6 @@
 """Generates images with a trained model: `python -m micro_dit.sample --workdir=runs/mask75 --prompt="red heart"`.
 
-See docs/sampling.md. The work is done by micro_dit/api.py.
+See docs/sampling.md.
 """
 
 import sys
@@ -43,13 +43,14 @@ def main() -> None:
     images = model.generate(prompts, settings, progress=True)
 
     metadata = model.png_metadata(settings, FLAGS.image, FLAGS.mask)
-    drawn = [(prompt, FLAGS.seed + i) for prompt in prompts for i in range(FLAGS.num)]
-    for number, (image, (prompt, seed)) in enumerate(zip(images, drawn, strict=True)):
+    sampled = [(prompt, FLAGS.seed + i) for prompt in prompts for i in range(FLAGS.num)]
+    for number, (image, (prompt, seed)) in enumerate(zip(images, sampled, strict=True)):
         path = out if len(images) == 1 else out.with_suffix("") / file_name(number, prompt, seed)
         save_png(image, path, {"prompt": prompt, "seed": str(seed)} | metadata)
     also = ""
     if len(images) > 1:
-        grid = caption_grid(np.stack([np.asarray(image) for image in images]), [prompt or "–" for prompt, _ in drawn])
+        pixels = np.stack([np.asarray(image) for image in images])
+        grid = caption_grid(pixels, [prompt or "–" for prompt, _ in sampled])
         seeds = {"seed": f"{FLAGS.seed} to {FLAGS.seed + FLAGS.num - 1}" if FLAGS.num > 1 else str(FLAGS.seed)}
         save_png(grid, out, {"prompt": " | ".join(prompts)} | seeds | metadata)
         also = f", and each alone in {out.with_suffix('')}/"
@@ -57,11 +58,7 @@ def main() -> None:
 
 
 def parse_interval(text: str) -> tuple[float, float] | None:
-    """Parses 'low,high' as two noise levels; returns None for an empty text.
-
-    Raises:
-        UserError: The text is something else.
-    """
+    """Parses 'low,high' as two noise levels, and an empty text as None; raises UserError for another text."""
     if not text:
         return None
     try:
@@ -72,11 +69,7 @@ def parse_interval(text: str) -> tuple[float, float] | None:
 
 
 def read_image(path: str) -> "Image | None":
-    """Reads an image file; returns None without a path.
-
-    Raises:
-        UserError: The file can't be read.
-    """
+    """Reads an image file; returns None without a path, and raises UserError if the file can't be read."""
     from PIL import Image, UnidentifiedImageError
 
     if not path:

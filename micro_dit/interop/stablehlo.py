@@ -40,18 +40,11 @@ def write_programs(
     decoder: tuple[Mapping[str, Any], AutoencoderConfig] | None = None,
     decoder_weights: str = "",
 ) -> None:
-    """Writes DENOISER, SIGNATURE and, if its tensors are given, DECODER.
+    """Writes DENOISER, SIGNATURE and, if its tensors are given, DECODER to a new folder.
 
-    Args:
-        folder: New folder to write to.
-        config: Network configuration.
-        dtype: dtype of the parameters in their file.
-        caption_tokens: L.
-        sigma_data: Standard deviation of the latents, as in training.
-        sampling: Default sampler settings, written to the signature.
-        weights: Path of the parameters' file relative to the folder, written to the signature.
-        decoder: Tensors of the image encoder's file (shapes and dtypes are enough), and its configuration.
-        decoder_weights: Path of that file, as `weights`.
+    `dtype` is that of the parameters' file, which the signature names by its path `weights` relative to the folder.
+    `decoder` has the tensors of the image encoder's file `decoder_weights` (shapes and dtypes are enough) and its
+    configuration. The sampler settings are the defaults in the signature.
 
     Raises:
         UserError: The package flatbuffers, which jax.export writes with, is not installed.

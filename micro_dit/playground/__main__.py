@@ -94,9 +94,8 @@ def build_page(session: "Session") -> Any:
             outputs=[output, messages, gallery, history], show_progress="hidden", concurrency_limit=1,
             concurrency_id="device",
         )  # fmt: skip
-        new_seed = buttons["another"].click(
-            None, None, controls["seed"], js="() => Math.floor(Math.random() * 2 ** 31)"
-        )
+        random_seed = "() => Math.floor(Math.random() * 2 ** 31)"
+        new_seed = buttons["another"].click(None, None, controls["seed"], js=random_seed)
         started = [
             buttons["draw"].click(**drawing, api_name="draw"),
             controls["prompt"].submit(**drawing, api_visibility="private"),
@@ -153,14 +152,12 @@ def draw(session: "Session", *given: Any) -> Iterator[tuple[Any, ...]]:
         yield "", notice(str(error), "error"), same, same
 
 
-def read_request(
-    prompt: Any, negative: Any, seed: Any, steps: Any, guidance: Any, sampler: Any, num: Any, checkpoint: Any,
-    beside: Any,
-) -> "Request":  # fmt: skip
+def read_request(*values: Any) -> "Request":
     """Returns the request of the controls' values, which may come from elsewhere: UserError if one makes no sense."""
     from micro_dit.api import GenerationSettings
     from micro_dit.playground.session import Request
 
+    prompt, negative, seed, steps, guidance, sampler, num, checkpoint, beside = values
     try:
         settings = GenerationSettings(
             num=int(num), seed=int(seed), steps=int(steps), guidance=float(guidance), sampler=str(sampler),
@@ -179,13 +176,9 @@ def controls_of(request: "Request") -> tuple[Any, ...]:
 
 
 def serve(page: Any, host: str, port: int, folder: str) -> str:
-    """Starts the page in the background and returns its URL; Gradio's own files go to a folder.
-
-    Raises:
-        UserError: The port is taken.
-    """
+    """Starts the page in the background and returns its URL; raises UserError if the port is taken."""
     gr = import_gradio()
-    os.environ["GRADIO_TEMP_DIR"] = folder
+    os.environ["GRADIO_TEMP_DIR"] = folder  # for Gradio's own files
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # themes bring fonts from the network
     theme = gr.themes.Base(
         primary_hue="orange", neutral_hue="stone", radius_size="md", font=fonts, font_mono=["ui-monospace", "monospace"]
@@ -261,12 +254,13 @@ def figure(sample: "Sample | None") -> str:
     if sample is None:
         return '<figure><div class="blank"></div><figcaption>…</figcaption></figure>'
     if sample.path:
-        source = data_url(sample.path.read_bytes(), "png")
-        save = f'<a href="{source}" download="{html.escape(sample.path.name)}">Save</a>'
+        kind, data = "png", sample.path.read_bytes()
     else:
         buffer = io.BytesIO()
         sample.image.save(buffer, "WEBP", quality=80)
-        source, save = data_url(buffer.getvalue(), "webp"), ""
+        kind, data = "webp", buffer.getvalue()
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    save = f'<a href="{source}" download="{html.escape(sample.path.name)}">Save</a>' if sample.path else ""
     caption = f"<figcaption><span>seed {sample.request.settings.seed}</span>{save}</figcaption>"
     return f'<figure><img src="{source}" alt="{html.escape(sample.request.prompt)}">{caption}</figure>'
 
@@ -286,11 +280,6 @@ def about(request: "Request", alone: bool = True) -> str:
 def thumbnails(history: Sequence["Sample"]) -> list[tuple[str, str]]:
     """Returns files and captions for the gallery, which escapes them itself."""
     return [(str(p.path), f"{p.request.prompt or '–'} · {p.request.settings.seed}") for p in history]
-
-
-def data_url(data: bytes, kind: str) -> str:
-    """Returns an encoded image as a URL that holds its bytes."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 FLAGS = flags.FLAGS

@@ -2,9 +2,9 @@
 
 import difflib
 import errno
-import importlib.util
 import os
 import re
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,11 +22,10 @@ def run_command(
     """Runs a command from its flags to its exit status.
 
     Args:
-        main: The command. It is called without arguments.
+        main: The command, called without arguments.
         define_flags: Defines the flags of the command.
         takes_config: Whether there is a flag --config, whose fields can be overridden.
-        takes_arguments: Whether there are arguments that are not flags. `main` is then called with `sys.argv` without
-            the flags.
+        takes_arguments: Whether `main` is called with `sys.argv` without the flags.
     """
 
     def command(argv: Sequence[str]) -> None:
@@ -45,13 +44,10 @@ def run_command(
 
 
 def exit_status(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
-    """Runs a command and prints a UserError as one line, without a traceback.
+    """Runs a command, prints a UserError as one line without a traceback, and returns the exit status.
 
     Libraries log only errors. Compiled programs are kept between runs, in JAX_COMPILATION_CACHE_DIR if that is set,
     else in the user's cache folder.
-
-    Returns:
-        The exit status.
     """
     import jax  # not at the top: worker processes that import a command do without it
 
@@ -61,15 +57,15 @@ def exit_status(command: Callable[[Sequence[str]], object], argv: Sequence[str])
         jax.config.update("jax_compilation_cache_dir", str(cache))
     try:
         command(argv)
+        return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        message = str(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: no space left on the disk of {error.filename}; make room and run it again.", file=sys.stderr)
-        return 1
-    return 0
+        message = f"no space left on the disk of {error.filename}; make room and run it again."
+    print(f"error: {message}", file=sys.stderr)
+    return 1
 
 
 def define_distributed_flags() -> None:
@@ -85,11 +81,8 @@ def define_distributed_flags() -> None:
 
 def distributed_options() -> dict[str, Any]:
     """Returns the arguments of `parallel.distributed.start` that these flags give."""
-    values = flags.FLAGS
-    return {
-        "coordinator": values.coordinator, "process_index": values.process_index,
-        "process_count": values.process_count, "cluster": values.cluster, "timeout_seconds": values.timeout,
-    }  # fmt: skip
+    names = ("coordinator", "process_index", "process_count", "cluster")
+    return {name: flags.FLAGS[name].value for name in names} | {"timeout_seconds": flags.FLAGS.timeout}
 
 
 def parse_or_exit(argv: Sequence[str]) -> list[str]:
@@ -114,7 +107,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(raised[-1] if raised else lines[0]) from error
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         fields = [argument.partition("=")[0].removeprefix("config.") for argument in given if "config." in argument]
-        known = _leaves(load_config(path))
+        known = _fields(load_config(path))
         for field in fields:
             if field in REMOVED_FIELDS:
                 raise removed_field(field) from error
@@ -127,31 +120,22 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 def load_config(path: str) -> Any:
     """Returns the config of a `file.py:variant`, without overrides."""
     file, _, variant = path.partition(":")
-    spec = importlib.util.spec_from_file_location("config", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant) if variant else module.get_config()
+    get_config = runpy.run_path(file, run_name="config")["get_config"]
+    return get_config(variant) if variant else get_config()
 
 
-def _leaves(config: Any, prefix: str = "") -> list[str]:
+def _fields(config: Any, prefix: str = "") -> list[str]:
     """Returns the dotted names of all fields that can be set."""
+    nested: list[tuple[str, Any]] = []
     if hasattr(config, "items"):
-        nested = [(f"{prefix}.{name}" if prefix else name, value) for name, value in config.items()]
+        nested = [(f"{prefix}.{name}".removeprefix("."), value) for name, value in config.items()]
     elif isinstance(config, tuple | list):
         nested = [(f"{prefix}[{index}]", value) for index, value in enumerate(config)]
-    else:
-        return [prefix]
-    return [*([prefix] if prefix else []), *(leaf for name, value in nested for leaf in _leaves(value, name))]
+    return [*filter(None, [prefix]), *(field for name, value in nested for field in _fields(value, name))]
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Reads a text file with a prompt per line, without blank lines.
-
-    Raises:
-        UserError: The file can't be read, or has no prompt in it.
-    """
+    """Reads a text file with a prompt per line; raises UserError if it can't be read or has no prompt."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:

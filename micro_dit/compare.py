@@ -4,13 +4,15 @@ r"""Compares recipes at the same training FLOPs: which makes the most of a budge
         --budget_flops=2e12,4e12 --out=runs/compare
 
 Each recipe's phases are shortened or lengthened alike until they cost the budget, as `budget` counts it. Each run has a
-work directory of its own in the folder, and is trained, measured and told of in results.md, results.json and
-isoflop.png, before the next one starts. The same command goes on where it was stopped. See docs/ablations.md.
+work directory of its own and is trained, measured and reported in results.md, results.json and isoflop.png before the
+next one starts. The same command resumes a comparison that was stopped. See docs/ablations.md.
 """
 
 import ast
+import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -44,14 +46,7 @@ METRICS = ("heldout_loss", "domain")
 class Run:
     """One training run.
 
-    Attributes:
-        name: of the recipe.
-        budget: training FLOPs that were asked for.
-        seed: of everything random.
-        config: what `train` gets.
-        workdir: where.
-        flops: what the phases cost; less than the budget by less than a step of the last phase.
-        steps, images, parameters: how many.
+    `flops` is what the phases of `config` cost: less than the budget by less than a step of the last phase.
     """
 
     name: str
@@ -64,41 +59,30 @@ class Run:
     images: int
     parameters: int
 
-    def result(self) -> dict[str, Any]:
-        """What results.json tells of the run, less what was measured."""
-        told = ("name", "budget", "seed", "flops", "steps", "images", "parameters")
-        return {name: getattr(self, name) for name in told}
-
 
 def compare(
-    configs: Sequence[str],
-    budgets: Sequence[float],
-    out: str | Path,
-    *,
-    seeds: Sequence[int] = (0,),
-    metrics: Sequence[str] = METRICS,
-    num_images: int = 64,
-    say: Callable[[str], None] = print,
-) -> list[dict[str, Any]]:
+    configs: Sequence[str], budgets: Sequence[float], out: str | Path, *, seeds: Sequence[int] = (0,),
+    metrics: Sequence[str] = METRICS, num_images: int = 64, say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Trains and measures every recipe with every budget and seed.
 
     Args:
-        configs: config files, each with a variant after ':' and fields after '+', if any, as in
+        configs: Config files, each with an optional variant after ':' and fields after '+', as in
             'configs/mask75.py:small+masking.ratio=0.5+name=mask50'.
-        budgets: training FLOPs.
-        out: folder of all runs and of what comes out.
-        seeds: a run each.
-        metrics: some of METRICS.
-        num_images: that are drawn of each model, with held-out captions, for 'domain'.
-        say: is told what is going on.
+        budgets: Training FLOPs.
+        out: Folder of all runs and of the report.
+        seeds: Seeds, with a run each.
+        metrics: Names from METRICS.
+        num_images: Images of held-out captions that are sampled from each model for 'domain'.
+        say: Prints a line of progress.
 
     Returns:
         The results of all runs in the folder, of earlier calls too.
 
     Raises:
-        UserError: a recipe can't be read or trained, a budget is too small, or runs would share a folder; before the
+        UserError: A recipe can't be read or trained, a budget is too small, or runs would share a folder; before the
             first is trained.
-        Stopped: the user has asked to stop.
+        Stopped: The user has asked to stop.
     """
     check_names(metrics, METRICS)
     if num_images < 1:
@@ -128,18 +112,14 @@ def compare(
 
 
 def read_config(text: str) -> ConfigDict:
-    """The config of 'FILE:VARIANT+FIELD=VALUE+…'.
-
-    Raises:
-        UserError: there is no such file, variant or field, or the value is of the wrong type.
-    """
+    """Returns the config of 'FILE:VARIANT+FIELD=VALUE+…'; raises UserError if one of these is wrong."""
     path, *fields = text.split("+")
     file = path.partition(":")[0]
     if not Path(file).is_file():
         raise UserError(f"there is no config file {file}; see the folder configs/ for those there are.")
     try:
         config = load_config(path)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path} can't be read as a config: {error}") from error
     for field in fields:
         name, _, value = field.partition("=")
@@ -150,17 +130,19 @@ def read_config(text: str) -> ConfigDict:
         if last not in group:
             raise removed_field(name) if name in REMOVED_FIELDS else UserError(f"{path} has no field {name!r}.")
         try:
-            group[last] = _literal(value)
+            with contextlib.suppress(ValueError, SyntaxError):  # other text is taken as it is
+                value = ast.literal_eval(value)
+            group[last] = value
         except TypeError as error:
             raise UserError(f"{text}: the value of {name} is of the wrong type ({error}).") from error
     return config
 
 
 def plan_runs(configs: Sequence[Any], budgets: Sequence[float], seeds: Sequence[int], out: Path) -> list[Run]:
-    """The runs, seed after seed, so that a comparison that is cut short has all recipes.
+    """Returns the runs, seed after seed, so that a comparison that is cut short has all recipes.
 
     Raises:
-        UserError: a recipe can't be trained, a budget is too small, or two runs would have the same folder.
+        UserError: A recipe can't be trained, a budget is too small, or two runs would have the same folder.
     """
     if not configs or not budgets or not seeds:
         raise UserError("there is nothing to compare: give --configs, --budget_flops and --seeds.")
@@ -191,10 +173,8 @@ def _within(config: Any, budget: float) -> tuple[Any, dict[str, int]]:
         for phase, network in zip(phases, networks, strict=True)
     ]
     if budget < sum(costs):
-        raise UserError(
-            f"a budget of {budget:g} FLOPs is too small for {config.name}, of whose phases a step each costs "
-            f"{sum(costs):.3g}."
-        )
+        needed = f"of whose phases a step each costs {sum(costs):.3g}"
+        raise UserError(f"a budget of {budget:g} FLOPs is too small for {config.name}, {needed}.")
     steps = fit_steps([phase.steps for phase in phases], costs, budget)
     config = copy.deepcopy(config)
     config.phases = tuple(_with_steps(phase, n) for phase, n in zip(config.phases, steps, strict=True))
@@ -202,12 +182,11 @@ def _within(config: Any, budget: float) -> tuple[Any, dict[str, int]]:
     config.evaluate_every = config.sampling.every = 0
     config.sampling.prompts = ()
     config.logging.tensorboard = False
-    sizes = (math.prod(leaf.shape) for leaf in abstract_params(networks[-1]).values())
     return config, {
         "flops": sum(n * cost for n, cost in zip(steps, costs, strict=True)),
         "steps": sum(steps),
         "images": sum(n * phase.batch_size for n, phase in zip(steps, phases, strict=True)),
-        "parameters": sum(sizes),
+        "parameters": sum(leaf.size for leaf in abstract_params(networks[-1]).values()),
     }
 
 
@@ -238,20 +217,11 @@ def _with_steps(phase: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return {**phase, **changed, "steps": steps}
 
 
-def _literal(text: str) -> Any:
-    """Parses a Python literal; returns other text as it is."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 # ---- Running ---------------------------------------------------------------------------------------------------------
 
 
 def _is_done(run: Run, settings: Mapping[str, Any]) -> bool:
-    path = run.workdir / RESULT
-    if not path.exists():
+    if not (path := run.workdir / RESULT).exists():
         return False
     done = json.loads(path.read_text(encoding="utf-8"))
     return done["settings"] == settings and done["config"] == json.loads(json.dumps(run.config.to_dict()))
@@ -265,28 +235,21 @@ def _train_and_measure(run: Run, settings: Mapping[str, Any], say: Callable[[str
     """
     started = time.monotonic()
     train(run.config, run.workdir)
-    checkpoints = Checkpoints(run.workdir)
-    trained = checkpoints.steps[:1] == [run.steps]
-    meta = checkpoints.read_meta(run.steps) if trained else {}
-    checkpoints.close()
-    if not trained:
+    with contextlib.closing(Checkpoints(run.workdir)) as checkpoints:
+        meta = checkpoints.read_meta(run.steps) if checkpoints.steps[:1] == [run.steps] else None
+    if meta is None:
         raise Stopped(f"{run.workdir} is trained in part")
-    averaged = bool(run.config.phases[-1].get("ema_decay"))
-    request = EvaluationRequest(
-        settings["metrics"], params="ema" if averaged else "raw", num_images=settings["num_images"] or None
-    )
+    params, other = ("ema", "raw") if run.config.phases[-1].get("ema_decay") else ("raw", "ema")
+    request = EvaluationRequest(settings["metrics"], params=params, num_images=settings["num_images"] or None)
     with Interrupt() as interrupt:
         measures = ModelEvaluation(run.workdir, request, load, lambda: interrupt.requested, say).run()
-    other = "raw" if averaged else "ema"
     values = {m.name + (f" ({other})" if m.images.get("params") == other else ""): m.value for m in measures}
-    result = run.result() | {
+    told = ("name", "budget", "seed", "flops", "steps", "images", "parameters")
+    result = {name: getattr(run, name) for name in told} | {
         "training_seconds": meta["seconds"], "seconds": time.monotonic() - started, "measures": values,
         "settings": settings, "config": run.config.to_dict(),
     }  # fmt: skip
     write_atomically(run.workdir / RESULT, json.dumps(result, indent=2) + "\n")
-
-
-# ---- Reporting -------------------------------------------------------------------------------------------------------
 
 
 def write_report(out: Path) -> list[dict[str, Any]]:
@@ -299,14 +262,9 @@ def write_report(out: Path) -> list[dict[str, Any]]:
     return results
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     """Compares the recipes of the flags."""
-
-    def say(text: str) -> None:
-        print(text, flush=True)
+    say = functools.partial(print, flush=True)
 
     def numbers(flag: str, texts: Sequence[str], kind: type) -> list[Any]:
         try:

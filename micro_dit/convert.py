@@ -5,7 +5,7 @@ python -m micro_dit.convert --to_torch=microdit.pt --workdir=models/microdit
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from absl import flags
 
 from micro_dit.cli import run_command
+from micro_dit.diffusion.edm import SIGMA_DATA
 from micro_dit.errors import UserError
 from micro_dit.interop.model_folder import config_from, is_model_folder, read_config, save_model_folder
 from micro_dit.interop.tensor_files import read_tensors, write_safetensors, write_torch
@@ -22,37 +23,28 @@ from micro_dit.models.config import DiTConfig
 # What the release was trained with: the autoencoder by its channels, the text encoder and its tokens by its channels.
 VAES = {4: "stabilityai/stable-diffusion-xl-base-1.0", 16: "ostris/vae-kl-f8-d16"}
 TEXT_ENCODERS = {1024: ("apple/DFN5B-CLIP-ViT-H-14-378", 77)}
-SIGMA_DATA = 0.9
 TORCH_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 def from_torch(
-    path: str | Path,
-    out: str | Path,
-    *,
-    config: DiTConfig | None = None,
-    vae: str | None = None,
-    text_encoder: str | None = None,
-    caption_tokens: int | None = None,
-    caption_cleaning: str = "none",
+    path: str | Path, out: str | Path, *, config: DiTConfig | None = None, vae: str | None = None,
+    text_encoder: str | None = None, caption_tokens: int | None = None, caption_cleaning: str = "none",
     sigma_data: float = SIGMA_DATA,
-    report: Callable[[str], None] = print,
-) -> None:
-    """Makes a model folder of a state dict with the release's names.
+) -> None:  # fmt: skip
+    """Converts a `.pt` or `.safetensors` state dict with the release's names to the model folder `out`.
 
     Args:
-        path: a `.pt` file or a `.safetensors` file.
-        out: the folder.
-        config: of the network; by default it is recognized.
-        vae: the autoencoder that made the latents; by default the release's for that number of channels.
-        text_encoder: by default the release's for that number of channels.
-        caption_tokens: that the captions are padded to; by default the release's.
-        caption_cleaning: what a prompt goes through first; the release itself does nothing to it.
-        sigma_data: standard deviation of the latents, that the network was trained with.
-        report: is told what was recognized.
+        path: The state dict.
+        out: The folder.
+        config: Config of the network; by default it is recognized.
+        vae: The autoencoder that made the latents; by default the release's for that number of channels.
+        text_encoder: The text encoder; by default the release's for that number of channels.
+        caption_tokens: Tokens that captions are padded to; by default the release's.
+        caption_cleaning: How prompts are cleaned; the release doesn't.
+        sigma_data: Standard deviation of the latents that the network was trained with.
 
     Raises:
-        UserError: the file holds other things than float tensors, or the wrong ones; encoders are not known.
+        UserError: The file holds other things than float tensors, or the wrong ones; encoders are not known.
     """
     state_dict = without_wrappers(read_tensors(path))
     size, config = ("network as given", config) if config is not None else recognize(state_dict)
@@ -80,25 +72,22 @@ def from_torch(
     _check_space(out, params)
     save_model_folder(out, params, config, about)
     side, scale = config.input_size, config.pos_interp_scale
-    report(f"{size}: {sum(value.size for value in params.values()):,} parameters, {' and '.join(dtypes)}{widened}")
-    report(f"latents {side} × {side} × {config.in_channels} of {vae}; position scale {scale}")
-    report(f"captions {caption_tokens} × {config.caption_channels} of {text_encoder}")
-    report(f"written to {out}")
+    print(f"{size}: {sum(value.size for value in params.values()):,} parameters, {' and '.join(dtypes)}{widened}")
+    print(f"latents {side} × {side} × {config.in_channels} of {vae}; position scale {scale}")
+    print(f"captions {caption_tokens} × {config.caption_channels} of {text_encoder}")
+    print(f"written to {out}")
 
 
-def to_torch(
-    workdir: str | Path, out: str | Path, step: int | None = None, report: Callable[[str], None] = print
-) -> None:
-    """Writes a state dict with the release's names, float32.
+def to_torch(workdir: str | Path, out: str | Path, step: int | None = None) -> None:
+    """Writes a state dict with the release's names, float32, to a `.safetensors`, `.pt` or `.pth` file.
 
     Args:
-        workdir: a model folder, or the work directory of a run (the moving average is taken where there is one).
-        out: the file; `.safetensors`, `.pt` or `.pth`.
-        step: which checkpoint of the run; by default the newest.
-        report: is told what was written.
+        workdir: Model folder, or work directory of a run, whose EMA weights are taken if there are any.
+        out: The file.
+        step: Checkpoint of the run; by default the newest.
 
     Raises:
-        UserError: there is no model, or no such checkpoint, or the file's name has another ending.
+        UserError: There is no model, or no such checkpoint, or the file's name has another ending.
     """
     from micro_dit.training.pretrained import read_model
 
@@ -112,7 +101,7 @@ def to_torch(
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_space(out, state_dict)
     (write_safetensors if out.suffix == ".safetensors" else write_torch)(out, state_dict)
-    report(f"{out}: {len(state_dict)} tensors, {sum(value.size for value in params.values()):,} parameters of {what}")
+    print(f"{out}: {len(state_dict)} tensors, {sum(value.size for value in params.values()):,} parameters of {what}")
 
 
 def _check_space(out: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -129,24 +118,19 @@ def main() -> None:
     if (FLAGS.from_torch is None) == (FLAGS.to_torch is None):
         raise UserError("give either --from_torch=FILE and --out=FOLDER, or --to_torch=FILE and --workdir=FOLDER.")
     if FLAGS.to_torch is not None:
-        _need(FLAGS.workdir, "workdir", "to_torch")
-        _refuse("to_torch", "out", "model", *ENCODERS)
+        _check_flags("to_torch", "workdir", refused=("out", "model", *ENCODERS))
         to_torch(FLAGS.workdir, FLAGS.to_torch, FLAGS.step)
         return
-    _need(FLAGS.out, "out", "from_torch")
-    _refuse("from_torch", "workdir", "step")
+    _check_flags("from_torch", "out", refused=("workdir", "step"))
     config = config_from(read_config(FLAGS.model).get("model"), FLAGS.model) if FLAGS.model else None
     given: dict[str, Any] = {name: getattr(FLAGS, name) for name in ENCODERS if getattr(FLAGS, name) is not None}
     from_torch(FLAGS.from_torch, FLAGS.out, config=config, **given)
 
 
-def _need(value: Any, name: str, way: str) -> None:
-    if not value:
-        raise UserError(f"--{way} needs --{name}=FOLDER.")
-
-
-def _refuse(way: str, *names: str) -> None:
-    if given := [f"--{name}" for name in names if getattr(FLAGS, name) is not None]:
+def _check_flags(way: str, needed: str, refused: Sequence[str]) -> None:
+    if not FLAGS[needed].value:
+        raise UserError(f"--{way} needs --{needed}=FOLDER.")
+    if given := [f"--{name}" for name in refused if FLAGS[name].value is not None]:
         raise UserError(f"{', '.join(given)} means nothing with --{way}: leave it out.")
 
 

@@ -2,9 +2,8 @@
 
     python -m micro_dit.rehearse --config=configs/mask75.py:xl --topology=v5e:8x8 --config.mesh.fsdp=8
 
-The real training step and sampler of each phase are compiled for the described chips; nothing is allocated and nothing
-runs. The exit status is 0 if everything fits in the chips' memory. The times are a roofline: what the chip needs at
-least if compute, memory and interconnect are each as fast as their data sheet says and overlap perfectly.
+The training step and sampler of each phase are compiled for the described chips; nothing is allocated and nothing runs.
+The exit status is 0 if everything fits in the chips' memory. See micro_dit/planning/rehearsal.py for the times.
 """
 
 import dataclasses
@@ -36,16 +35,9 @@ def rehearse(
     config: Any, topology: Topology, only: str | None = None, optimization: str = "default",
     price: float | None = None, cache: Path | None = None, say: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Rehearsal], Chip]:  # fmt: skip
-    """Compiles the training step and the sampler of a recipe's phases.
+    """Compiles the training step and the sampler of a recipe's phases, or `only` of the phase with this name.
 
-    Args:
-        config: The recipe, see configs/mask75.py.
-        topology: What to compile for.
-        only: Name of the only phase to compile; by default all.
-        optimization: As for `Target`.
-        price: Dollars per chip-hour; by default the config's, or the chip's.
-        cache: As for `Target`.
-        say: As for `Target`.
+    `price` is in dollars per chip-hour, by default the config's, or the chip's. The other arguments are as for `Target`.
 
     Returns:
         The phases' rehearsals, and the chip.
@@ -60,16 +52,11 @@ def rehearse(
     phases = tuple(phase for phase in phases if only in (None, phase.name))
     devices = describe_devices(topology)
     chip = fake_cpu(topology.size) if topology.chip == "cpu" else CHIPS[topology.chip]
-    if price is None:
-        price = config.cost.dollars_per_device_hour or chip.price
+    price = config.cost.dollars_per_device_hour or chip.price if price is None else price
     target = Target(topology, chip, make_mesh(config.mesh, devices), optimization, cache, say)
     networks, text_tokens = phase_networks(phases, config.model, config.data)
-    sampling = config.sampling
-    rehearsals = rehearse_phases(
-        phases, networks, recipe, text_tokens, target,
-        sampler_images=min(MAX_BATCH, len(sampling.prompts) or MAX_BATCH), guided=sampling.guidance != 1, price=price,
-    )  # fmt: skip
-    return rehearsals, chip
+    images, guided = min(MAX_BATCH, len(config.sampling.prompts) or MAX_BATCH), config.sampling.guidance != 1
+    return rehearse_phases(phases, networks, recipe, text_tokens, target, images, guided, price), chip
 
 
 def fake_cpu(devices: int) -> Chip:

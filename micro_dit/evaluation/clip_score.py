@@ -2,8 +2,7 @@
 
 CLIP score (Hessel et al. 2021, arXiv 2104.08718): how similar an image and its prompt are, 100·max(cosine, 0), on
 average. CMMD (Jayasumana et al. 2024, arXiv 2401.09603): maximum mean discrepancy between the CLIP embeddings of
-generated and of real images, with a Gaussian kernel of width 10, times 1000. It takes the embeddings for no Gaussians,
-and needs fewer images than FID.
+generated and of real images. It takes the embeddings for no Gaussians, and needs fewer images than FID.
 """
 
 import contextlib
@@ -33,11 +32,7 @@ class Clip:
     """
 
     def __init__(self, name: str):
-        """Loads `name`, a folder or a repository on the Hugging Face hub.
-
-        Raises:
-            UserError: it can't be loaded, or is no CLIP model.
-        """
+        """Loads `name`, a folder or a repository on the Hugging Face hub; raises UserError if that fails."""
         try:
             import torch
             from transformers import AutoConfig, AutoTokenizer, CLIPModel
@@ -54,11 +49,11 @@ class Clip:
                 self._processor = CLIPImageProcessorPil.from_pretrained(name)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0][:200]
-            raise UserError(
-                f"no CLIP model at '{name}' ({reason}): give a folder, or owner/repository on the hub."
-            ) from error
-        self._torch, self._device = torch, "cuda" if torch.cuda.is_available() else "cpu"
+            message = f"no CLIP model at '{name}' ({reason}): give a folder, or owner/repository on the hub."
+            raise UserError(message) from error
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model.to(self._device)
+        self._embedded: tuple[Images | None, np.ndarray] = None, np.zeros((0, 0))
         weights = sorted(self._model.state_dict().items())
         digest = hash_arrays((key, tensor.detach().cpu().reshape(-1).view(torch.uint8)) for key, tensor in weights)
         processor = self._processor
@@ -69,13 +64,14 @@ class Clip:
         }  # fmt: skip
 
     def of_images(self, images: Images) -> np.ndarray:
-        """Embeddings (n, F) float32 of unit length."""
-        return np.concatenate([self._image_batch(batch) for batch in images.batches(BATCH_SIZE)])
-
-    def _image_batch(self, images: np.ndarray) -> np.ndarray:
-        pixels = self._processor(list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        with self._torch.inference_mode():
-            return _unit(self._model.get_image_features(pixels.to(self._device)))
+        """Embeddings (n, F) float32 of unit length; those of the same images again are not computed twice."""
+        if images is not self._embedded[0]:
+            parts = []
+            for batch in images.batches(BATCH_SIZE):
+                inputs = self._processor(list(batch), return_tensors="pt", input_data_format="channels_last")
+                parts.append(_unit(self._model.get_image_features(inputs["pixel_values"].to(self._device))))
+            self._embedded = images, np.concatenate(parts)
+        return self._embedded[1]
 
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (n, F) float32 of unit length; longer texts than the tower takes are cut."""
@@ -84,22 +80,12 @@ class Clip:
         for start in range(0, len(texts), BATCH_SIZE):
             batch = list(texts[start : start + BATCH_SIZE])
             tokens = self._tokenizer(batch, padding=True, truncation=True, max_length=most, return_tensors="pt")
-            with self._torch.inference_mode():
-                parts.append(_unit(self._model.get_text_features(**tokens.to(self._device))))
+            parts.append(_unit(self._model.get_text_features(**tokens.to(self._device))))
         return np.concatenate(parts)
 
 
 def clip_score(clip: Clip, images: Images, embeddings: np.ndarray) -> Measure:
-    """The CLIP score of images with their prompts.
-
-    Args:
-        clip: the model.
-        images: with prompts.
-        embeddings: of the images, as `Clip.of_images` gives them.
-
-    Raises:
-        UserError: the images have no prompts.
-    """
+    """The CLIP score of images, by their embeddings, with their prompts; raises UserError if they have none."""
     if len(images.prompts) != len(images):
         raise UserError("the CLIP score needs a prompt for each image.")
     distinct = list(dict.fromkeys(images.prompts))
@@ -143,26 +129,21 @@ def mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def save_embeddings(path: str | Path, embeddings: np.ndarray, pipeline: dict[str, Any]) -> None:
-    """Writes an .npz with CLIP embeddings and how they were made, whole or not at all."""
+    """Writes an .npz, whole or not at all."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, clip=embeddings, pipeline=json.dumps(pipeline))
 
 
 def load_embeddings(path: str | Path, clip: Clip) -> np.ndarray:
-    """Reads embeddings.
-
-    Raises:
-        UserError: the file is missing or another one, or was made with another model.
-    """
+    """Reads embeddings; raises UserError if the file is missing, another one, or was made with another model."""
     try:
         with np.load(path) as saved:
             embeddings, pipeline = saved["clip"], json.loads(str(saved["pipeline"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no file of CLIP embeddings (.npz); give one, or a folder of images.") from error
-    if pipeline.get("network") != clip.pipeline["network"]:
-        raise UserError(
-            f"{path} was made with {pipeline.get('network')}, not with {clip.pipeline['network']}: make it again."
-        )
+    theirs, ours = pipeline.get("network"), clip.pipeline["network"]
+    if theirs != ours:
+        raise UserError(f"{path} was made with {theirs}, not with {ours}: make it again.")
     return np.asarray(embeddings, np.float32)
 
 

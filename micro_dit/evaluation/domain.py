@@ -8,8 +8,6 @@ what it makes of new ones with those of the held-out split.
 
 Latent Fréchet distance: Fréchet distance between generated and real images, in latents averaged to 4×4. It is no FID:
 latents know shapes and colors, not what they mean; it compares runs on the same shards with the same autoencoder.
-
-Letters: n generated images · m real images · h w latent rows, columns · C latent channels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +20,7 @@ from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split
 from micro_dit.errors import UserError
 from micro_dit.evaluation.fid import frechet_distance, statistics
-from micro_dit.evaluation.image_sets import Images
+from micro_dit.evaluation.image_sets import Images, fill_batch
 from micro_dit.evaluation.measures import Measure
 
 POOLED = 4  # rows and columns that latents are averaged to for the Fréchet distance
@@ -46,20 +44,19 @@ def domain_measures(
         UserError: the prompts are not captions of the real images.
     """
     check_prompts(images.prompts, real["text"])
-    latents = np.concatenate([_encode(image_encoder, batch) for batch in images.batches(BATCH_SIZE)])
+    encoded = [(image_encoder.encode(fill_batch(b, BATCH_SIZE))[0], len(b)) for b in images.batches(BATCH_SIZE)]
+    latents = np.concatenate([np.asarray(latents, np.float32)[:count] for latents, count in encoded])
     theirs = np.asarray(real["latent_mean"], np.float32)
-    features = {
-        "features": f"latents of {image_encoder.name} ({image_encoder.fingerprint})",
-        "real images": len(theirs),
-    }
+    about_encoder = f"latents of {image_encoder.name} ({image_encoder.fingerprint})"
+    features = {"features": about_encoder, "real images": len(theirs)}
     ranks = retrieval_ranks(latents, images.prompts, theirs, real["text"])
     measures = []
     for k in TOP:
-        chance = sum(min(k, len(theirs)) / len(theirs) for _ in ranks) / len(ranks)
         pipeline = features | {
             "ranking": "cosine similarity of latents, less the mean of the real ones",
             "captions": len(set(images.prompts)),
-            "by chance": round(chance, 4), "standard error over captions": round(_error(ranks <= k, images.prompts), 4),
+            "by chance": round(min(k / len(theirs), 1), 4),
+            "standard error over captions": round(_error(ranks <= k, images.prompts), 4),
         }  # fmt: skip
         measures.append(Measure(f"caption_retrieval_top{k}", float((ranks <= k).mean()), "higher", pipeline))
     pooled = [pool(array) for array in (latents, theirs)]
@@ -70,10 +67,8 @@ def domain_measures(
             f"their {dimensions} features need more images."
         )
     distance = frechet_distance(*(statistics([array], {}) for array in pooled))
-    pipeline = features | {
-        "pooling": f"mean, to {POOLED}×{POOLED}, {dimensions} numbers",
-        "statistics": "float64, n - 1",
-    }
+    pooling = f"mean, to {POOLED}×{POOLED}, {dimensions} numbers"
+    pipeline = features | {"pooling": pooling, "statistics": "float64, n - 1"}
     return [*measures, Measure("latent_frechet", distance, "lower", pipeline)]
 
 
@@ -101,11 +96,8 @@ def retrieval_ranks(
 ) -> np.ndarray:
     """The place (n,) of each prompt's real image among all, 1 the most similar to the generated one.
 
-    Args:
-        latents: (n, h, w, C) of generated images.
-        prompts: n.
-        real: (m, h, w, C).
-        captions: m; of several images with the prompt as caption the best counts.
+    `latents` (n, h, w, C) are of generated images, `real` is (m, h, w, C). Of several real images with the prompt as
+    caption the best counts.
     """
     center = real.mean(0)
 
@@ -124,12 +116,6 @@ def pool(latents: np.ndarray) -> np.ndarray:
     rows = np.stack([part.mean(1) for part in np.array_split(latents, min(POOLED, latents.shape[1]), 1)], 1)
     both = np.stack([part.mean(2) for part in np.array_split(rows, min(POOLED, rows.shape[2]), 2)], 2)
     return both.reshape(len(latents), -1)
-
-
-def _encode(image_encoder: Any, images: np.ndarray) -> np.ndarray:
-    missing = BATCH_SIZE - len(images)  # one shape, compiled once
-    filled = np.concatenate([images, images[-1:].repeat(missing, 0)]) if missing else images
-    return np.asarray(image_encoder.encode(filled)[0], np.float32)[: len(images)]
 
 
 def _error(hits: np.ndarray, prompts: Sequence[str]) -> float:

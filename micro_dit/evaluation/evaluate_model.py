@@ -6,6 +6,7 @@ docs/evaluation.md.
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,19 +27,17 @@ from micro_dit.evaluation.domain import check_prompts, real_images
 from micro_dit.evaluation.evaluation_data import EvaluationData, Prompts, choose_prompts, read_evaluation_data
 from micro_dit.evaluation.image_sets import (
     FromFiles,
-    Images,
     ImageSetSettings,
-    hash_of,
-    hash_of_weights,
     numbered,
     prepare_image_files,
     sample_missing,
 )
 from micro_dit.evaluation.measures import Measure, Measures
 from micro_dit.evaluation.registry import METRICS as IMAGE_METRICS
-from micro_dit.evaluation.registry import MetricInputs, check_names, load_metrics
+from micro_dit.evaluation.registry import MeasureImages, MetricInputs, check_names, load_metrics
 from micro_dit.evaluation.report_page import write_report
 from micro_dit.evaluation.validation_loss import make_heldout_loss
+from micro_dit.files import hash_arrays, hash_text
 from micro_dit.interop.model_folder import is_model_folder
 from micro_dit.parallel.distributed import main_first
 from micro_dit.parallel.mesh import batch_sharding, make_mesh, replicated
@@ -71,10 +70,7 @@ class EvaluationRequest:
         batch_size: Images at once on each device; no image depends on it.
         dtype: Dtype of the network's matrix products.
         shards: Shards to evaluate on; by default those of the run.
-        reference: As for `MetricInputs`; so are `clip_reference`, `clip` and `inception`.
-        clip_reference: See there.
-        clip: See there.
-        inception: See there.
+        reference, clip_reference, clip, inception: As for `MetricInputs`.
         geneval_prompts: GenEval's file of prompts.
         geneval_results: File of results of GenEval's scorer.
     """
@@ -107,11 +103,6 @@ class EvaluationRequest:
                 "GenEval needs --geneval_prompts, the file evaluation_metadata.jsonl of its repository, to draw "
                 "images, or --geneval_results, its scorer's results.jsonl, to summarize."
             )
-
-    @property
-    def image_metrics(self) -> list[str]:
-        """Names of the metrics of image sets."""
-        return [name for name in self.metrics if name in IMAGE_METRICS]
 
 
 class ModelEvaluation:
@@ -151,16 +142,17 @@ class ModelEvaluation:
         })  # fmt: skip
         if "heldout_loss" in request.metrics and (self.data is None or not self.data.heldout):
             raise UserError(f"{workdir} has no held-out split to measure a loss on: leave out 'heldout_loss'.")
-        self.prompts = choose_prompts(request.prompts, self.data) if request.image_metrics else Prompts("", ())
+        self._image_metrics = [name for name in request.metrics if name in IMAGE_METRICS]
+        self.prompts = choose_prompts(request.prompts, self.data) if self._image_metrics else Prompts("", ())
         self._measure_images = self._load_metrics()
-        geneval_prompts = request.geneval_prompts if "geneval" in request.metrics else ""
-        self._geneval_tasks = geneval.read_prompts(geneval_prompts) if geneval_prompts else []
+        use_geneval = "geneval" in request.metrics and request.geneval_prompts
+        self._geneval_tasks = geneval.read_prompts(request.geneval_prompts) if use_geneval else []
         self._generate = functools.cache(self._make_generate)
 
-    def _load_metrics(self) -> Callable[[Images], list[Measure]]:
+    def _load_metrics(self) -> MeasureImages:
         """Loads the metrics of image sets, on the main process only."""
         request, model, data = self.request, self.model, self.data
-        names = request.image_metrics if self.main_process else []
+        names = self._image_metrics if self.main_process else []
         real = real_images(data.shards, data.resolution) if data and "domain" in names else None
         if real is not None:
             check_prompts(self.prompts.texts, real["text"])
@@ -185,20 +177,22 @@ class ModelEvaluation:
         if "heldout_loss" in request.metrics and self.main_process:
             assert self.data is not None
             self.measures.add(*self._heldout_losses(self.data))
-        weights = hash_of_weights(self.model.params)
-        sampler_steps = about.steps if request.steps is None else request.steps
+        weights = hash_arrays(sorted(self.model.params.items()))[:12]
+        prompts = hash_text(json.dumps(list(self.prompts.texts)))[:12]
+        steps = about.steps if request.steps is None else request.steps
         for scale in request.guidance or (about.guidance,):
             settings = ImageSetSettings(
-                weights, request.params, scale, sampler_steps, request.seed, request.dtype, self.prompts.name,
-                hash_of(self.prompts.texts),
-            )  # fmt: skip
-            if request.image_metrics:
+                weights, request.params, scale, steps, request.seed, request.dtype, self.prompts.name, prompts
+            )
+            if self._image_metrics:
                 self._measure_image_set(settings)
             if self._geneval_tasks:
                 self._sample_geneval(settings)
         if self.main_process:
-            for line in _lines(self.measures.all):
-                self._say(line)
+            width = max((len(measure.name) for measure in self.measures.all), default=0)
+            for m in self.measures.all:
+                about_images = " ".join(f"{k}={m.images[k]}" for k in ("params", "guidance", "count") if k in m.images)
+                self._say(f"{m.name:{width}}  {f'{m.value:.4f}':>10}  {about_images}".rstrip())
             self._say(f"{write_report(self.folder, self.measures, about.guidance)} shows them")
         return self.measures.all
 
@@ -294,13 +288,3 @@ class ModelEvaluation:
             time.sleep(0 if self.main_process else 1)  # a shared disk may show the others' files late
         if missing := sum(not file.exists() for file in files):
             raise Stopped(f"{n - missing:,} of {n:,} images are in {files[0].parent}")
-
-
-def _lines(measures: Sequence[Measure]) -> list[str]:
-    """Returns a line for each measure."""
-    width = max((len(measure.name) for measure in measures), default=0)
-    lines = []
-    for measure in measures:
-        images = " ".join(f"{k}={measure.images[k]}" for k in ("params", "guidance", "count") if k in measure.images)
-        lines.append(f"{measure.name:{width}}  {f'{measure.value:.4f}':>10}  {images}".rstrip())
-    return lines

@@ -17,7 +17,7 @@ import numpy as np
 from micro_dit.encoders.devices import Devices
 from micro_dit.errors import UserError
 from micro_dit.evaluation import inception
-from micro_dit.evaluation.image_sets import Images
+from micro_dit.evaluation.image_sets import Images, fill_batch
 from micro_dit.evaluation.measures import Measure
 from micro_dit.files import replacing
 
@@ -44,20 +44,14 @@ class Statistics:
 
 
 def statistics(features: Iterable[np.ndarray], pipeline: Mapping[str, Any]) -> Statistics:
-    """Mean and covariance (with n - 1) of features that come as (b, F) at a time; none are kept.
-
-    Raises:
-        UserError: there are fewer than two images.
-    """
-    n, mu, scatter = 0, np.zeros(0), np.zeros((0, 0))
+    """Mean and covariance (with n - 1) of features that come as (b, F) at a time; UserError if n < 2."""
+    n, mu, scatter = 0, np.zeros(1), np.zeros((1, 1))  # which broadcast
     for batch in features:
         batch = np.asarray(batch, np.float64)
-        if not n:
-            mu, scatter = np.zeros(batch.shape[1]), np.zeros((batch.shape[1],) * 2)
         # Chan et al. 1979: each batch is centered by its own mean, so that nothing large is subtracted in the end.
         mean = batch.mean(0)
         centered, apart, total = batch - mean, mean - mu, n + len(batch)
-        scatter += centered.T @ centered + np.outer(apart, apart) * (n * len(batch) / total)
+        scatter = scatter + (centered.T @ centered + np.outer(apart, apart) * (n * len(batch) / total))
         mu, n = mu + apart * (len(batch) / total), total
     if n < 2:
         raise UserError(f"statistics of {n} images: at least 2 are needed.")
@@ -110,21 +104,12 @@ class FidNetwork:
     def statistics(self, images: Images, **pipeline: Any) -> Statistics:
         """Of a set of images; `pipeline` says what else should be known about it."""
         size = BATCH_SIZE * self._devices.count
-        features = (self(_filled(batch, size))[: len(batch)] for batch in images.batches(size))
+        features = (self(fill_batch(batch, size))[: len(batch)] for batch in images.batches(size))
         return statistics(features, self.pipeline | pipeline)
 
 
-def _filled(batch: np.ndarray, size: int) -> np.ndarray:
-    """Repeats the last image until there are `size`: one shape, compiled once."""
-    return np.concatenate([batch, batch[-1:].repeat(size - len(batch), 0)]) if len(batch) < size else batch
-
-
 def fid(images: Images, network: FidNetwork, reference: Statistics, warn: Callable[[str], object]) -> Measure:
-    """FID of a set of images.
-
-    Raises:
-        UserError: the reference's features are those of another network.
-    """
+    """FID of a set of images; raises UserError if the reference's features are those of another network."""
     theirs = reference.pipeline.get("network", NOT_TOLD)
     if theirs not in (NOT_TOLD, network.pipeline["network"]):
         raise UserError(
@@ -147,11 +132,8 @@ def fid(images: Images, network: FidNetwork, reference: Statistics, warn: Callab
     return Measure("fid", frechet_distance(ours, reference), "lower", pipeline)
 
 
-# ---- Statistics files ------------------------------------------------------------------------------------------------
-
-
 def save_statistics(path: str | Path, given: Statistics) -> None:
-    """Writes an .npz with mu, sigma, n and pipeline, whole or not at all."""
+    """Writes an .npz, whole or not at all."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, mu=given.mu, sigma=given.sigma, n=given.n, pipeline=json.dumps(dict(given.pipeline)))
 
@@ -162,8 +144,7 @@ def load_statistics(path: str | Path, features: int = inception.FEATURES) -> Sta
     Raises:
         UserError: the file is missing, damaged, or holds other things.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise UserError(f"there is no statistics file {path}; give one, or a folder of real images.")
     try:
         with np.load(path) as saved:

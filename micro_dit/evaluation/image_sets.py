@@ -6,16 +6,16 @@ So a set does not depend on batch sizes, devices or processes; it can be interru
 import abc
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from micro_dit.data.images import UnusableImage, crop_image
 from micro_dit.errors import UserError
-from micro_dit.files import hash_arrays, hash_text, write_atomically
+from micro_dit.files import hash_text, write_atomically
+from micro_dit.images import save_png
 
 SETTINGS_FILE = "set.json"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -36,8 +36,12 @@ class Images(abc.ABC):
     def __len__(self) -> int: ...
 
     @abc.abstractmethod
+    def _read(self, numbers: slice) -> np.ndarray: ...
+
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """All images, (size, H, W, 3) uint8 at once, and what is left at the end."""
+        """Yields all images, (size, H, W, 3) uint8 at once, and what is left at the end."""
+        for start in range(0, len(self), size):
+            yield self._read(slice(start, start + size))
 
 
 class InMemory(Images):
@@ -49,10 +53,8 @@ class InMemory(Images):
     def __len__(self) -> int:
         return len(self._images)
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Yields the images in batches of at most `size`."""
-        for start in range(0, len(self), size):
-            yield self._images[start : start + size]
+    def _read(self, numbers: slice) -> np.ndarray:
+        return self._images[numbers]
 
 
 class FromFiles(Images):
@@ -65,12 +67,10 @@ class FromFiles(Images):
     def __len__(self) -> int:
         return len(self.files)
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Yields the images in batches of at most `size`."""
-        for start in range(0, len(self), size):
-            yield np.stack([self._read(file) for file in self.files[start : start + size]])
+    def _read(self, numbers: slice) -> np.ndarray:
+        return np.stack([self._decode(file) for file in self.files[numbers]])
 
-    def _read(self, file: Path) -> np.ndarray:
+    def _decode(self, file: Path) -> np.ndarray:
         try:
             if self._side is not None:
                 return crop_image(file.read_bytes(), [self._side], 1)[0][self._side]
@@ -81,12 +81,9 @@ class FromFiles(Images):
 
 
 def image_folder(folder: str | Path, side: int, only: Iterable[str] | None = None) -> FromFiles:
-    """The images of a folder and the folders in it, sorted by name.
+    """The images of a folder and the folders in it, cropped to `side` pixels, sorted by name.
 
-    Args:
-        folder: of real images.
-        side: of the crops.
-        only: file names; other files are passed over, and all of these must be there.
+    With `only`, other file names are passed over, and all of these must be there.
 
     Raises:
         UserError: there is no such folder, there are no images in it, or some are missing.
@@ -114,14 +111,13 @@ class ImageSetSettings:
     """Everything that an image depends on, except for its number.
 
     Attributes:
-        model: Hash of the weights.
+        model, prompts_hash: Hashes of the weights and of the prompts' texts.
         params: 'ema' or 'raw'.
         guidance: Guidance scale.
         steps: Steps of Heun's sampler.
         seed: Seed of image 0.
         dtype: Dtype of the matrix products.
         prompts: What the prompts are called, such as 'held-out captions'.
-        prompts_hash: Hash of the prompts' texts.
     """
 
     model: str
@@ -140,14 +136,9 @@ class ImageSetSettings:
         return f"images_{self.params}_guidance_{self.guidance:g}_{hash_text(text)[:8]}"
 
 
-def hash_of(prompts: Sequence[str]) -> str:
-    """Returns twelve hexadecimal digits of the hash of a list of prompts."""
-    return hash_text(json.dumps(list(prompts)))[:12]
-
-
-def hash_of_weights(params: Mapping[str, Any]) -> str:
-    """Returns twelve hexadecimal digits of the hash of parameters by name."""
-    return hash_arrays(sorted(params.items()))[:12]
+def fill_batch(images: np.ndarray, size: int) -> np.ndarray:
+    """Repeats the last image until there are `size`: one shape, compiled once."""
+    return np.concatenate([images, images[-1:].repeat(size - len(images), 0)])
 
 
 def numbered(prompts: Sequence[str], n: int) -> list[str]:
@@ -158,8 +149,7 @@ def numbered(prompts: Sequence[str], n: int) -> list[str]:
 def prepare_image_files(folder: Path, settings: ImageSetSettings, n: int) -> list[Path]:
     """Returns the files of n images; makes their folder, with a file of the settings in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = folder / SETTINGS_FILE
-    if not about.exists():
+    if not (about := folder / SETTINGS_FILE).exists():
         write_atomically(about, json.dumps(dataclasses.asdict(settings), indent=2, ensure_ascii=False) + "\n")
     return [folder / f"{number:06d}.png" for number in range(n)]
 
@@ -176,24 +166,15 @@ def sample_missing(
 ) -> bool:
     """Samples the images whose files are missing, in order; a file has its name only when it is complete.
 
-    Args:
-        files: Files of all images.
-        prompts: Prompts of all images.
-        seeds: Seeds of all images.
-        sample: Samples some of the images.
-        batch_size: Images at once.
-        share: Index of this process and number of processes, which take batches in turn.
-        after_batch: Called with the number of images in the batch; returns whether to stop.
+    The processes of `share` (the index of this one and their number) take batches in turn. `after_batch` is called with
+    the number of images in the batch and returns whether to stop.
 
     Returns:
         Whether all images of this share are there.
     """
-    from micro_dit.images import save_png
-
-    missing = [i for i, file in enumerate(files) if not file.exists()]
     # Processes that start at other moments see other files: what is whose must not depend on what is there.
     index, count = share
-    missing = [i for i in missing if (i // batch_size) % count == index]
+    missing = [i for i, file in enumerate(files) if not file.exists() and i // batch_size % count == index]
     for start in range(0, len(missing), batch_size):
         rows = missing[start : start + batch_size]
         filled = rows + [rows[-1]] * (batch_size - len(rows))  # one shape, compiled once

@@ -4,8 +4,6 @@ Szegedy et al. 2015, arXiv 1512.00567. FID (Heusel et al. 2017, arXiv 1706.08500
 which differs from later Inceptions in three ways: average pools do not count what lies beyond the edge, the last block
 pools with the maximum, and pixels are resized by TensorFlow 1's bilinear rule. Its weights are published for PyTorch
 as `pt_inception-2015-12-05-6726825d.pth`, whose names are kept here; their batch norms are folded into the kernels.
-
-B images · H W rows, columns · C channels.
 """
 
 import os
@@ -19,19 +17,18 @@ from jax import lax
 
 from micro_dit.errors import UserError
 from micro_dit.files import hash_file
+from micro_dit.interop.tensor_files import read_tensors
 
 SIDE = 299  # pixels
 FEATURES = 2048
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
-NORM_EPSILON = 0.001
+NORM, NORM_EPSILON = ("weight", "bias", "running_mean", "running_var"), 0.001
 PREPROCESSING = "uint8 → float32, bilinear to 299×299 as TensorFlow 1 (no antialiasing), (x - 128) / 128"
 
 Shape = tuple[int, int, int, int]  # of a kernel as PyTorch has it: outputs, inputs, rows, columns
 Params = Mapping[str, tuple[jax.Array, jax.Array]]  # kernel (rows, columns, inputs, outputs) and bias by layer
-
-
-# ---- Sizes -----------------------------------------------------------------------------------------------------------
+Conv = Callable[..., jax.Array]
 
 
 def layers() -> dict[str, Shape]:
@@ -83,6 +80,9 @@ def features(params: Params, images: jax.Array) -> jax.Array:
         )  # fmt: skip
         return jax.nn.relu(x + bias)
 
+    def within(block: str) -> Conv:
+        return lambda x, name, *how: conv(x, f"{block}.{name}", *how)
+
     x = (resize(images) - 128) / 128
     x = conv(x, "Conv2d_1a_3x3", 2, "VALID")  # 149 × 149
     x = conv(x, "Conv2d_2a_3x3", 1, "VALID")
@@ -90,21 +90,13 @@ def features(params: Params, images: jax.Array) -> jax.Array:
     x = conv(x, "Conv2d_3b_1x1")
     x = maximum(conv(x, "Conv2d_4a_3x3", 1, "VALID"), 2)  # 35 × 35
     for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-        x = _block_35(_within(conv, block), x)
-    x = _shrink_to_17(_within(conv, "Mixed_6a"), x)
+        x = _block_35(within(block), x)
+    x = _shrink_to_17(within("Mixed_6a"), x)
     for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-        x = _block_17(_within(conv, block), x)
-    x = _shrink_to_8(_within(conv, "Mixed_7a"), x)
-    x = _block_8(_within(conv, "Mixed_7b"), x, average)
-    x = _block_8(_within(conv, "Mixed_7c"), x, maximum)
-    return x.mean((1, 2))
-
-
-Conv = Callable[..., jax.Array]
-
-
-def _within(conv: Conv, block: str) -> Conv:
-    return lambda x, name, *how: conv(x, f"{block}.{name}", *how)
+        x = _block_17(within(block), x)
+    x = _shrink_to_8(within("Mixed_7a"), x)
+    x = _block_8(within("Mixed_7b"), x, average)
+    return _block_8(within("Mixed_7c"), x, maximum).mean((1, 2))
 
 
 def _block_35(conv: Conv, x: jax.Array) -> jax.Array:
@@ -151,11 +143,9 @@ def maximum(x: jax.Array, stride: int = 1) -> jax.Array:
 
 def average(x: jax.Array) -> jax.Array:
     """Over those of 3×3 that lie within the image."""
-
-    def total(x: jax.Array) -> jax.Array:
-        return lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
-
-    return total(x) / total(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
+    inside = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    total, count = (lax.reduce_window(a, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME") for a in (x, inside))
+    return total / count
 
 
 def resize(images: jax.Array) -> jax.Array:
@@ -180,11 +170,7 @@ def _bilinear(size: int) -> np.ndarray:
 
 
 def find_weights(path: str = "") -> Path:
-    """The file of weights: the one that is given, or the one in PyTorch's hub cache.
-
-    Raises:
-        UserError: there is none; it says where to get it.
-    """
+    """The given file of weights, or the one in PyTorch's hub cache; UserError says where to get it if it is missing."""
     cache = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch") / "hub" / "checkpoints" / WEIGHTS
     file = Path(path).expanduser() if path else cache
     if not file.is_file():
@@ -201,20 +187,11 @@ def load_params(path: str | Path) -> tuple[dict[str, tuple[jax.Array, jax.Array]
     Raises:
         UserError: the file can't be read, or is not of this network.
     """
-    from micro_dit.interop.tensor_files import read_tensors
-
-    path = Path(path)
-    tensors = read_tensors(path)
-    params = fold(tensors, str(path))
-    return params, hash_file(path)[:12]
+    return fold(read_tensors(path), str(path)), hash_file(path)[:12]
 
 
 def fold(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Kernels and batch norms by PyTorch's names → kernels and biases.
-
-    Raises:
-        UserError: a tensor is missing or has another shape.
-    """
+    """Kernels and batch norms by PyTorch's names → kernels and biases; UserError if one is missing or misshapen."""
     params = {}
     for name, shape in layers().items():
         parts = [f"{name}.conv.weight", *(f"{name}.bn.{part}" for part in NORM)]
@@ -228,6 +205,3 @@ def fold(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, tuple[jax.A
         folded = (kernel * scale[:, None, None, None]).transpose(2, 3, 1, 0)
         params[name] = jnp.asarray(folded, jnp.float32), jnp.asarray(bias - mean * scale, jnp.float32)
     return params
-
-
-NORM = ("weight", "bias", "running_mean", "running_var")

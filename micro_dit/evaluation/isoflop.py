@@ -3,6 +3,7 @@
 A result has "name" (of the recipe), "budget", "seed", "parameters", "images" and "measures", numbers by name.
 """
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,14 +34,13 @@ def grouped(results: Sequence[Result]) -> list[tuple[str, float, list[Result]]]:
         groups.setdefault((result["name"], result["budget"]), []).append(result)
 
     def rank(key: tuple[str, float]) -> tuple[float, float]:
-        losses = values(groups[key], "heldout_loss")
-        return key[1], statistics.fmean(losses) if losses else 0.0
+        return key[1], statistics.fmean(values(groups[key], "heldout_loss") or [0.0])
 
     return [(*key, groups[key]) for key in sorted(groups, key=rank)]
 
 
 def values(group: Sequence[Result], measure: str) -> list[float]:
-    """What the runs of a group, as far as they have it, were measured to have."""
+    """Returns a measure of those runs that have it."""
     return [result["measures"][measure] for result in group if measure in result["measures"]]
 
 
@@ -51,8 +51,8 @@ def results_table(results: Sequence[Result]) -> str:
     rows = [head, ["---"] * len(head)]
     for name, budget, group in grouped(results):
         parameters, images = f"{group[0]['parameters'] / 1e6:.2f} M", f"{group[0]['images']:,}"
-        row = [f"{budget:.3g}", name, parameters, images, str(len(group))]
-        rows.append(row + [_spread(values(group, measure)) for measure in measured])
+        spreads = [_spread(values(group, measure)) for measure in measured]
+        rows.append([f"{budget:.3g}", name, parameters, images, str(len(group)), *spreads])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -64,13 +64,9 @@ def _spread(numbers: Sequence[float]) -> str:
 
 
 def plot_isoflop(results: Sequence[Result], path: str | Path) -> None:
-    """IsoFLOP curves, whole file or none: a line through each recipe's means, a dot for each run.
+    """Plots IsoFLOP curves of at least one run to a .png file: a line through each recipe's means, a dot for each run.
 
     The last panel has the held-out loss by noise level at the largest budget, compared with that of the best recipe.
-
-    Args:
-        results: of all runs, at least one.
-        path: a .png file.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -79,7 +75,7 @@ def plot_isoflop(results: Sequence[Result], path: str | Path) -> None:
     budgets = sorted({budget for _, budget, _ in groups})
     largest = [group for group in groups if group[1] == budgets[-1]]
     names = list(dict.fromkeys(name for name, _, _ in largest + groups))
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
     measured = [name for name in PANELS if values(results, name)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4 * (len(measured) + 1), 4), dpi=160, facecolor=PAPER, layout="constrained")
@@ -94,9 +90,7 @@ def plot_isoflop(results: Sequence[Result], path: str | Path) -> None:
                     panel.plot([x] * len(runs[x]), runs[x], ".", color=colors[name], alpha=0.6, markersize=4)
             panel.set_xscale("log", subs=[])
             panel.set_xticks(budgets, [f"{budget:.3g}".replace("e+", "e") for budget in budgets])
-            panel.set_xlim(budgets[0] / 1.2, budgets[-1] * 1.2)
-            panel.set_xlabel("training FLOPs")
-            panel.set_ylabel(COLUMNS[measure])
+            panel.set(xlim=(budgets[0] / 1.2, budgets[-1] * 1.2), xlabel="training FLOPs", ylabel=COLUMNS[measure])
         _plot_by_level(by_level, largest, colors)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(names))
         with replacing(path) as temporary:
@@ -114,5 +108,4 @@ def _plot_by_level(panel: Any, groups: Sequence[tuple[str, float, list[Result]]]
             panel.plot(sigmas, 100 * (losses / best - 1), "o-", color=colors[name], linewidth=1.6, markersize=3.5)
     panel.set_xscale("log", subs=[])
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.set_xlabel("noise level σ")
-    panel.set_ylabel("held-out loss above that of the best, %")
+    panel.set(xlabel="noise level σ", ylabel="held-out loss above that of the best, %")

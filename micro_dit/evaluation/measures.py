@@ -32,11 +32,7 @@ class Measure:
 
     def replaces(self, other: "Measure") -> bool:
         """Whether it is the same metric of the same images, measured again, or of more of them."""
-        return self.name == other.name and _but_count(self.images) == _but_count(other.images)
-
-
-def _but_count(images: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in images.items() if name != "count"}
+        return self.name == other.name and {**self.images, "count": 0} == {**other.images, "count": 0}
 
 
 class Measures:

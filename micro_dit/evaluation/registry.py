@@ -1,17 +1,16 @@
 """The metrics of image sets, by name.
 
-A new metric is a class here, which loads what it needs when it is made and then measures sets of images, and a line in
-METRICS.
+A new metric is a function here, which loads what it needs and returns the function that measures a set of images, and
+a line in METRICS.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from micro_dit.errors import UserError
 from micro_dit.evaluation import inception
@@ -23,6 +22,7 @@ from micro_dit.evaluation.measures import Measure
 from micro_dit.files import hash_text
 
 T = TypeVar("T")
+MeasureImages = Callable[[Images], list[Measure]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,13 @@ class MetricInputs:
     warn: Callable[[str], object] = lambda text: None
 
     @functools.cached_property
-    def clip_features(self) -> "ClipFeatures":
+    def clip_model(self) -> Clip:
         """The CLIP model, loaded once for all metrics that use it."""
         if not self.clip:
             raise UserError(
                 "CLIP score and CMMD need a CLIP model: give --clip=openai/clip-vit-large-patch14, or a folder."
             )
-        return ClipFeatures(self.clip)
+        return Clip(self.clip)
 
     def features_of_reference(
         self, kind: str, reference: str, pipeline: Mapping[str, Any], compute: Callable[[Images], T],
@@ -73,7 +73,7 @@ class MetricInputs:
         """Returns the features of the real images: from a file, the cache, or computed and cached.
 
         Args:
-            kind: Kind of the features, for messages and the name of the cached file.
+            kind: Kind of the features, 'fid' or 'clip', for messages and the name of the cached file.
             reference: A folder of images, or a file of features (.npz).
             pipeline: How the features are computed; part of the cache key.
             compute: Computes the features.
@@ -83,6 +83,11 @@ class MetricInputs:
         Raises:
             UserError: There are no images or no features in the reference.
         """
+        if not reference:
+            raise UserError(
+                f"{'cmmd' if kind == 'clip' else kind} compares with real images: give --reference, a folder of them "
+                "or a file made from one (.npz)."
+            )
         if reference.endswith(".npz"):
             return load(reference)
         real, kept = image_folder(reference, self.side, self.only), None
@@ -104,102 +109,45 @@ class MetricInputs:
         return f"smaller side to {self.side} px (Pillow, bicubic), center crop"
 
 
-class ClipFeatures:
-    """A CLIP model, and its embeddings of the images that are being measured."""
-
-    def __init__(self, name: str):
-        """Loads the model; raises UserError if that is impossible."""
-        self.clip = Clip(name)
-        self._images: Images | None = None
-        self._embeddings = np.zeros((0, 0))
-
-    def __call__(self, images: Images) -> np.ndarray:
-        """Returns embeddings (n, F); those of the same images again are not computed twice."""
-        if images is not self._images:
-            self._images, self._embeddings = images, self.clip.of_images(images)
-        return self._embeddings
+def _load_fid(inputs: MetricInputs) -> MeasureImages:
+    """Loads the network of the Fréchet inception distance and the statistics of the reference."""
+    network = FidNetwork(*inception.load_params(inception.find_weights(inputs.inception)), inputs.sharding)
+    reference = inputs.features_of_reference(
+        "fid", inputs.reference, network.pipeline,
+        lambda real: network.statistics(real, set=Path(inputs.reference).name, crop=inputs.crop),
+        load_statistics, save_statistics,
+    )  # fmt: skip
+    return lambda images: [fid(images, network, reference, inputs.warn)]
 
 
-class Metric(Protocol):
-    """A metric of image sets.
-
-    Raises:
-        UserError: Something that the metric needs is missing; before the first image is sampled.
-    """
-
-    def __init__(self, inputs: MetricInputs): ...
-
-    def __call__(self, images: Images) -> Sequence[Measure]:
-        """Measures a set of images."""
+def _load_cmmd(inputs: MetricInputs) -> MeasureImages:
+    """Loads the CLIP model and the embeddings of the reference."""
+    clip, about = inputs.clip_model, inputs.clip_reference or inputs.reference
+    reference = inputs.features_of_reference(
+        "clip", about, clip.pipeline, clip.of_images, lambda path: load_embeddings(path, clip),
+        lambda path, embeddings: save_embeddings(path, embeddings, clip.pipeline | {"crop": inputs.crop}),
+    )  # fmt: skip
+    return lambda images: [cmmd(clip, clip.of_images(images), reference, about)]
 
 
-class Fid:
-    """The Fréchet inception distance."""
-
-    def __init__(self, inputs: MetricInputs):
-        """Loads the network and the statistics of the reference."""
-        network = FidNetwork(*inception.load_params(inception.find_weights(inputs.inception)), inputs.sharding)
-        self._network, self._warn, reference = network, inputs.warn, _required(inputs.reference, "fid")
-        self.reference = inputs.features_of_reference(
-            "fid", reference, network.pipeline,
-            lambda real: network.statistics(real, set=Path(reference).name, crop=inputs.crop),
-            load_statistics, save_statistics,
-        )  # fmt: skip
-
-    def __call__(self, images: Images) -> Sequence[Measure]:
-        """Measures a set of images."""
-        return [fid(images, self._network, self.reference, self._warn)]
+def _load_clip_score(inputs: MetricInputs) -> MeasureImages:
+    clip = inputs.clip_model
+    return lambda images: [clip_score(clip, images, clip.of_images(images))]
 
 
-class Cmmd:
-    """The maximum mean discrepancy between CLIP embeddings."""
-
-    def __init__(self, inputs: MetricInputs):
-        """Loads the CLIP model and the embeddings of the reference."""
-        self._features, self._about = inputs.clip_features, _required(inputs.clip_reference or inputs.reference, "cmmd")
-        clip = self._features.clip
-        self._reference = inputs.features_of_reference(
-            "clip", self._about, clip.pipeline, clip.of_images, lambda path: load_embeddings(path, clip),
-            lambda path, embeddings: save_embeddings(path, embeddings, clip.pipeline | {"crop": inputs.crop}),
-        )  # fmt: skip
-
-    def __call__(self, images: Images) -> Sequence[Measure]:
-        """Measures a set of images."""
-        return [cmmd(self._features.clip, self._features(images), self._reference, self._about)]
+def _load_domain(inputs: MetricInputs) -> MeasureImages:
+    real, encoder = inputs.real, inputs.image_encoder
+    if real is None or encoder is None:
+        raise UserError("the domain metric needs the run's shards; leave out 'domain' where there are none.")
+    return lambda images: domain_measures(images, real, encoder, inputs.warn)
 
 
-class ClipScore:
-    """The similarity between images and their prompts."""
-
-    def __init__(self, inputs: MetricInputs):
-        """Loads the CLIP model."""
-        self._features = inputs.clip_features
-
-    def __call__(self, images: Images) -> Sequence[Measure]:
-        """Measures a set of images with prompts."""
-        return [clip_score(self._features.clip, images, self._features(images))]
+METRICS: dict[str, Callable[[MetricInputs], MeasureImages]] = {
+    "fid": _load_fid, "cmmd": _load_cmmd, "clip_score": _load_clip_score, "domain": _load_domain,
+}  # fmt: skip
 
 
-class Domain:
-    """Caption retrieval and the latent Fréchet distance, for images of a run's own shards."""
-
-    def __init__(self, inputs: MetricInputs):
-        """Checks that there are real images."""
-        if inputs.real is None or inputs.image_encoder is None:
-            raise UserError("the domain metric needs the run's shards; leave out 'domain' where there are none.")
-        self._measure = functools.partial(
-            domain_measures, real=inputs.real, image_encoder=inputs.image_encoder, warn=inputs.warn
-        )
-
-    def __call__(self, images: Images) -> Sequence[Measure]:
-        """Measures a set of images whose prompts are captions of the shards."""
-        return self._measure(images)
-
-
-METRICS: dict[str, type[Metric]] = {"fid": Fid, "cmmd": Cmmd, "clip_score": ClipScore, "domain": Domain}
-
-
-def load_metrics(names: Sequence[str], inputs: MetricInputs) -> Callable[[Images], list[Measure]]:
+def load_metrics(names: Sequence[str], inputs: MetricInputs) -> MeasureImages:
     """Loads metrics by name and returns the function that measures a set of images.
 
     Raises:
@@ -217,12 +165,3 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
             raise UserError(f"there is no metric {name!r}; choose some of {', '.join(known)}.")
     if len(set(names)) < len(names):
         raise UserError(f"a metric is named twice: {', '.join(names)}.")
-
-
-def _required(reference: str, metric: str) -> str:
-    """Returns the reference; raises UserError if there is none."""
-    if not reference:
-        raise UserError(
-            f"{metric} compares with real images: give --reference, a folder of them or a file made from one (.npz)."
-        )
-    return reference

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ SHOWN, COMPARED = 24, 8  # images of a set, and of those that are shown at every
 LARGEST = 256  # pixels of a picture's side
 SIGMA = "heldout_loss/sigma="
 ARROWS = {"higher": "↑", "lower": "↓"}
+WEIGHTS = {"ema": "averaged weights", "raw": "raw weights"}
+FIRST = ("fid", "cmmd", "clip_score", "geneval")  # of the table
 TITLES = {
     "fid": "FID", "cmmd": "CMMD", "clip_score": "CLIP score", "latent_frechet": "latent Fréchet distance",
     "caption_retrieval_top1": "caption retrieval, first", "caption_retrieval_top5": "caption retrieval, first five",
@@ -28,33 +31,22 @@ TITLES = {
 
 
 def write_report(folder: str | Path, measures: Measures, guidance: float) -> Path:
-    """Writes report.html beside metrics.json, whole or not at all.
+    """Writes report.html beside metrics.json, whole or not at all, and returns its path.
 
-    Args:
-        folder: of the evaluation, with the image sets.
-        measures: its numbers.
-        guidance: the scale whose images are shown first.
-
-    Returns:
-        The file.
+    `folder` is that of the evaluation, with the image sets; those at the scale `guidance` are shown first.
     """
     folder = Path(folder)
-    sets = _sets(folder, measures.all, guidance)
+    names = dict.fromkeys(str(m.images["folder"]) for m in measures.all if "folder" in m.images)
+    files = {name: file for name in names if (file := folder / name / SETTINGS_FILE).exists()}
+    sets = [json.loads(file.read_text(encoding="utf-8")) | {"folder": name} for name, file in files.items()]
     parts = [
-        _header(measures.about, measures.all),
-        _samples(folder, sets, guidance),
-        _scales(folder, sets),
-        _charts(measures.all),
-        _table(measures.all),
-        _footer(measures.about),
-    ]
+        _header(measures.about, measures.all), _samples(folder, sets, guidance), _scales(folder, sets),
+        _charts(measures.all), _table(measures.all), _footer(measures.about),
+    ]  # fmt: skip
     page = PAGE.replace("{style}", STYLE).replace("{title}", html.escape(_title(measures.about)))
     path = folder / REPORT_FILE
     write_atomically(path, page.replace("{body}", "\n".join(filter(None, parts))))
     return path
-
-
-# ---- Sections --------------------------------------------------------------------------------------------------------
 
 
 def _title(about: Mapping[str, Any]) -> str:
@@ -80,12 +72,11 @@ def _samples(folder: Path, sets: Sequence[Mapping[str, Any]], guidance: float) -
             f"<figure>{_image(file)}<figcaption>{html.escape(_prompt(file))}</figcaption></figure>"
             for file in _files(folder, one, SHOWN)
         )
-        weights = "averaged weights" if one["params"] == "ema" else "raw weights"
-        about = (
-            f"{one['steps']} steps of Heun's method, guidance {one['guidance']:g}, {weights}, seeds from {one['seed']}"
+        about = f"{one['steps']} steps of Heun's method, guidance {one['guidance']:g}, {WEIGHTS[one['params']]}"
+        sections.append(
+            f"<section><h2>Images of {html.escape(one['prompts'])}</h2><p>{about}, seeds from {one['seed']}</p>"
+            f"<div class=grid>{figures}</div></section>"
         )
-        heading = html.escape(f"Images of {one['prompts']}")
-        sections.append(f"<section><h2>{heading}</h2><p>{about}</p><div class=grid>{figures}</div></section>")
     return "\n".join(sections)
 
 
@@ -114,14 +105,11 @@ def _scales(folder: Path, sets: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _charts(measures: Sequence[Measure]) -> str:
-    charts = [*_sweeps(measures), *_losses(measures)]
-    if not charts:
-        return ""
     figures = "".join(
         f"<figure><h3>{html.escape(title)}</h3><p>{better} is better</p>{picture}</figure>"
-        for title, better, picture in charts
+        for title, better, picture in (*_sweeps(measures), *_losses(measures))
     )
-    return f"<section><h2>Curves</h2><div class=charts>{figures}</div></section>"
+    return figures and f"<section><h2>Curves</h2><div class=charts>{figures}</div></section>"
 
 
 def _sweeps(measures: Sequence[Measure]) -> list[tuple[str, str, str]]:
@@ -142,30 +130,25 @@ def _sweeps(measures: Sequence[Measure]) -> list[tuple[str, str, str]]:
 
 def _losses(measures: Sequence[Measure]) -> list[tuple[str, str, str]]:
     lines: dict[str, list[tuple[float, float]]] = {}
-    names = {"ema": "averaged weights", "raw": "raw weights"}
     for m in measures:
         if m.name.startswith(SIGMA):
-            kind = m.images.get("params", "")
-            lines.setdefault(names.get(kind, kind), []).append((float(m.name.removeprefix(SIGMA)), m.value))
+            point = float(m.name.removeprefix(SIGMA)), m.value
+            lines.setdefault(WEIGHTS.get(m.images.get("params", ""), ""), []).append(point)
     return [("held-out loss by noise level", "lower", _chart(lines, "noise level σ", log=True))] if lines else []
 
 
 def _table(measures: Sequence[Measure]) -> str:
-    levels = [m for m in measures if m.name.startswith(SIGMA)]
-    rest = sorted((m for m in measures if m not in levels), key=_order)
-    rows = []
-    for m in rest:
-        rows.append(
-            f"<tr><td>{html.escape(TITLES.get(m.name, m.name))}&nbsp;{ARROWS[m.better]}</td>"
-            f"<td class=number>{_number(m.value)}</td>"
-            f"<td>{html.escape(_drawn(m.images))}</td>"
-            f"<td><details><summary>{html.escape(_short(m.pipeline))}</summary>{_definition(m.pipeline)}</details></td>"
-            "</tr>"
-        )
+    rows = [
+        f"<tr><td>{html.escape(TITLES.get(m.name, m.name))}&nbsp;{ARROWS[m.better]}</td>"
+        f"<td class=number>{f'{m.value:.4f}' if abs(m.value) < 10 else f'{m.value:,.2f}'}</td>"
+        f"<td>{html.escape(_drawn(m.images))}</td>"
+        f"<td><details><summary>{html.escape(_short(m.pipeline))}</summary>{_definition(m.pipeline)}</details></td></tr>"
+        for m in sorted(measures, key=_order)
+        if not m.name.startswith(SIGMA)
+    ]
     if not rows:
         return ""
-    heads = ("metric", "value", "measured on", "pipeline")
-    head = "".join(f"<th{' class=number' * (name == 'value')}>{name}</th>" for name in heads)
+    head = "<th>metric</th><th class=number>value</th><th>measured on</th><th>pipeline</th>"
     table = f"<table class=numbers><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     about = "Each with the pipeline that it came by: unfold it for all of it. ↑ higher is better, ↓ lower."
     return f"<section><h2>Numbers</h2><p>{about}</p><div class=wide>{table}</div></section>"
@@ -174,16 +157,6 @@ def _table(measures: Sequence[Measure]) -> str:
 def _footer(about: Mapping[str, Any]) -> str:
     source = f" {html.escape(str(about['attribution']))}." if about.get("attribution") else ""
     return f"<footer>Written by <code>python -m micro_dit.evaluate</code>.{source}</footer>"
-
-
-# ---- Pieces ----------------------------------------------------------------------------------------------------------
-
-
-def _sets(folder: Path, measures: Sequence[Measure], guidance: float) -> list[dict[str, Any]]:
-    """The settings of each set of images that something was measured on."""
-    names = dict.fromkeys(str(m.images["folder"]) for m in measures if "folder" in m.images)
-    found = [(folder / name / SETTINGS_FILE, name) for name in names]
-    return [json.loads(file.read_text(encoding="utf-8")) | {"folder": name} for file, name in found if file.exists()]
 
 
 def _files(folder: Path, one: Mapping[str, Any], most: int) -> list[Path]:
@@ -204,31 +177,22 @@ def _image(file: Path) -> str:
     small.thumbnail((LARGEST, LARGEST))
     data = io.BytesIO()
     small.save(data, "JPEG", quality=90, subsampling=0)
-    return f'<img alt="{html.escape(prompt)}" src="{_uri("image/jpeg", data.getvalue())}">'
+    return _embedded(prompt, "image/jpeg", data)
 
 
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+def _embedded(alt: str, kind: str, data: io.BytesIO) -> str:
+    content = base64.b64encode(data.getvalue()).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:{kind};base64,{content}">'
 
 
 def _order(measure: Measure) -> tuple[Any, ...]:
-    names = ["fid", "cmmd", "clip_score", "geneval"]
-    place = names.index(measure.name) if measure.name in names else len(names)
-    return (
-        place,
-        measure.name,
-        str(measure.images.get("prompts")),
-        measure.images.get("guidance", 0),
-        str(measure.images),
-    )
+    place = FIRST.index(measure.name) if measure.name in FIRST else len(FIRST)
+    images = measure.images
+    return place, measure.name, str(images.get("prompts")), images.get("guidance", 0), str(images)
 
 
 def _drawn(images: Mapping[str, Any]) -> str:
-    weights = {"ema": "averaged weights", "raw": "raw weights"}.get(images.get("params", ""), "")
+    weights = WEIGHTS.get(images.get("params", ""), "")
     if "count" not in images:
         return weights
     return f"{images['count']:,} images of {images['prompts']}, guidance {images['guidance']:g}, {weights}"
@@ -250,7 +214,6 @@ def _definition(pipeline: Mapping[str, Any]) -> str:
 
 
 def _chart(lines: Mapping[str, Iterable[tuple[float, float]]], x_label: str, log: bool = False) -> str:
-    """A picture of some curves."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -263,10 +226,9 @@ def _chart(lines: Mapping[str, Iterable[tuple[float, float]]], x_label: str, log
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(3.9, 2.5), facecolor=PAPER, layout="constrained")
         panel = figure.add_subplot()
-        colors = (HELDOUT_EMA, HELDOUT, TRAIN, FAINT)
-        for number, (label, points) in enumerate(lines.items()):
-            x, y = zip(*sorted(points), strict=True)
-            panel.plot(x, y, color=colors[number % len(colors)], marker="o", markersize=4, linewidth=1.8, label=label)
+        colors = itertools.cycle((HELDOUT_EMA, HELDOUT, TRAIN, FAINT))
+        for (label, points), color in zip(lines.items(), colors, strict=False):
+            panel.plot(*zip(*sorted(points), strict=True), "o-", color=color, markersize=4, linewidth=1.8, label=label)
         if log:
             panel.set_xscale("log", subs=[])
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -276,8 +238,7 @@ def _chart(lines: Mapping[str, Iterable[tuple[float, float]]], x_label: str, log
             panel.legend(fontsize=8)
         data = io.BytesIO()
         figure.savefig(data, format="svg", facecolor=PAPER, metadata={"Date": None})
-    names = html.escape(", ".join(lines))
-    return f'<img alt="{names} over {html.escape(x_label)}" src="{_uri("image/svg+xml", data.getvalue())}">'
+    return _embedded(f"{', '.join(lines)} over {x_label}", "image/svg+xml", data)
 
 
 STYLE = f"""

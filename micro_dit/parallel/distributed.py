@@ -21,13 +21,9 @@ LONGEST_MESSAGE = 4096  # bytes
 
 
 def start(
-    coordinator: str | None = None,
-    process_index: int | None = None,
-    process_count: int | None = None,
-    *,
-    cluster: bool = False,
-    timeout_seconds: int = 300,
-) -> None:
+    coordinator: str | None = None, process_index: int | None = None, process_count: int | None = None, *,
+    cluster: bool = False, timeout_seconds: int = 300,
+) -> None:  # fmt: skip
     """Joins the other processes of the run, before anything touches a device; does nothing for a single process.
 
     Args:
@@ -74,10 +70,8 @@ def _explicit_options(coordinator: str | None, process_index: int | None, proces
             f"process {process_index} of {process_count} at {coordinator!r} is impossible: --process_index counts "
             "from 0 to --process_count - 1, and --coordinator is host:port."
         )
-    return dict(
-        coordinator_address=coordinator, num_processes=process_count, process_id=process_index,
-        cluster_detection_method="deactivate",
-    )  # fmt: skip
+    found = dict(coordinator_address=coordinator, num_processes=process_count, process_id=process_index)
+    return found | {"cluster_detection_method": "deactivate"}
 
 
 @contextlib.contextmanager
@@ -88,12 +82,8 @@ def _exit_after(seconds: int, who: str, awaited: str) -> Iterator[None]:
     """
 
     def give_up() -> None:
-        print(
-            f"error: {who} waited {seconds} s for {awaited}, in vain; check that all of them were started and can "
-            "reach each other.",
-            file=sys.stderr,
-            flush=True,
-        )
+        hint = "check that all of them were started and can reach each other."
+        print(f"error: {who} waited {seconds} s for {awaited}, in vain; {hint}", file=sys.stderr, flush=True)
         os._exit(1)
 
     watch = threading.Timer(seconds, give_up)
@@ -138,9 +128,7 @@ def main_first(action: Callable[[], T]) -> T:
             result = action()
         except UserError as error:
             message = str(error)
-    text = np.zeros(LONGEST_MESSAGE, np.uint8)
-    encoded = message.encode()[:LONGEST_MESSAGE]
-    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    text = np.frombuffer(message.encode()[:LONGEST_MESSAGE].ljust(LONGEST_MESSAGE, b"\0"), np.uint8)
     said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).rstrip(b"\0").decode(errors="replace")
     if said:
         raise UserError(said)

@@ -23,12 +23,9 @@ BATCH_AXES = ("data", "fsdp", "expert")  # a batch is split over all of these
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes of AXES.
+    """Returns a mesh with the axes of AXES, by default of all devices of all processes on the axis 'data'.
 
-    Args:
-        sizes: of the axes; those not named are 1. One may be -1, which takes the devices that the others leave. By
-            default all devices are on the axis 'data'.
-        devices: by default all there are, of all processes.
+    Axes that `sizes` doesn't name have size 1. One size may be -1, which takes the devices that the others leave.
 
     Raises:
         UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
@@ -49,8 +46,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
             f"({devices[0].device_kind}); set one size to the rest, such as --config.mesh.data=-1."
         )
     # Auto: the compiler propagates shardings. With explicit axes each reshape that splits the batch would need its own.
-    shape = tuple(sizes[axis] for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -79,13 +75,13 @@ def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
 
 
 def share_of_batch(mesh: Mesh) -> tuple[int, int]:
-    """Which share of each batch this process reads, and how many shares there are.
+    """Returns which share of each batch this process reads, and how many shares there are.
 
     Processes whose devices hold the same rows, as along 'tensor', have the same share. Shares are counted by the first
     row, so that the shares one after another are the batch wherever a process's devices are neighbors in the mesh.
 
     Raises:
-        UserError: some processes would share only a part of their rows.
+        UserError: Some processes would share only a part of their rows.
     """
     shards = batch_shards(mesh)
     rows: dict[int, set[int]] = {}

@@ -44,16 +44,10 @@ State = TypeVar("State")
 
 
 def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, NamedSharding]:
-    """Where each parameter lives.
-
-    Args:
-        mesh: of `make_mesh`.
-        shapes: parameters or their ShapeDtypeStructs by name.
-
-    Those of a LoRA adapter are on every device: they are small.
+    """Returns where each parameter (or ShapeDtypeStruct, by name) lives; a LoRA adapter, being small, on every device.
 
     Raises:
-        UserError: no rule is for a parameter, a rule is for none, or a dimension can't be split evenly.
+        UserError: No rule is for a parameter, a rule is for none, or a dimension can't be split evenly.
     """
     if all(ADAPTER.search(name) for name in shapes):
         return dict.fromkeys(shapes, replicated(mesh))
@@ -66,17 +60,14 @@ def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, NamedSha
                 f"no parameter of the network is called like {pattern!r}, which micro_dit/parallel/sharding.py splits "
                 f"over {_axes(spec)}; make mesh.expert 1 if the network has no experts, else correct the rule."
             )
-    return {
-        name: NamedSharding(mesh, _fitted(mesh, name, shapes[name].shape, RULES[index][1]))
-        for name, index in names.items()
-    }
+    specs = {name: _fitted(mesh, name, shapes[name].shape, RULES[index][1]) for name, index in names.items()}
+    return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
 
 
 def state_shardings(mesh: Mesh, state: State) -> State:
-    """Where everything in a TrainState lives, in the same structure.
+    """Returns where everything in a TrainState lives, in the same structure.
 
-    Every dict with the parameters' names, wherever it is in the state, is placed as they are: moments, moving average.
-    All else is on every device.
+    Every dict with the parameters' names is placed as they are: moments, moving average. All else is on every device.
     """
     params: Mapping[str, Any] = state.params  # type: ignore[attr-defined]
     placed, everywhere = param_shardings(mesh, params), replicated(mesh)
@@ -89,9 +80,7 @@ def state_shardings(mesh: Mesh, state: State) -> State:
 
 def placed_as(abstract: State, shardings: State) -> State:
     """Shapes and dtypes with their shardings."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-    )
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings)
 
 
 def shardings_of(tree: State) -> State:
@@ -127,20 +116,17 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
 def sharding_table(mesh: Mesh, shapes: Mapping[str, Any]) -> str:
     """Returns a table of the rules, with the bytes of the parameters that each places, in all and per device."""
     placed = param_shardings(mesh, shapes)
-    grid = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     rows = [("parameters", "split over", "arrays", "MB", "MB per device")]
-    for index, (pattern, spec) in enumerate(RULES):
-        of_rule = {name: shapes[name] for name in shapes if _rule(name) == index}
-        if of_rule:
-            rows.append((pattern, _axes(spec), str(len(of_rule)), *_megabytes(mesh, of_rule, placed)))
-    rows.append(("all", "", str(len(shapes)), *_megabytes(mesh, shapes, placed)))
+    by_rule = {rule: [name for name in shapes if _rule(name) == i] for i, rule in enumerate(RULES)}
+    for (pattern, spec), names in [*by_rule.items(), (("all", None), list(shapes))]:
+        if names:
+            arrays = {name: shapes[name] for name in names}
+            whole = bytes_per_device(arrays, dict.fromkeys(names, replicated(mesh)))
+            split = bytes_per_device(arrays, {name: placed[name] for name in names})
+            over = "" if spec is None else _axes(spec)
+            rows.append((pattern, over, str(len(names)), f"{whole / 1e6:,.2f}", f"{split / 1e6:,.2f}"))
+    grid = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return f"mesh of {mesh.size} devices: {grid}\n{text_table(rows, left=2, rule=False)}"
-
-
-def _megabytes(mesh: Mesh, shapes: Mapping[str, Any], placed: Mapping[str, NamedSharding]) -> tuple[str, str]:
-    whole = bytes_per_device(shapes, dict.fromkeys(shapes, replicated(mesh)))
-    split = bytes_per_device(dict(shapes), {name: placed[name] for name in shapes})
-    return f"{whole / 1e6:,.2f}", f"{split / 1e6:,.2f}"
 
 
 def _rule(name: str) -> int:

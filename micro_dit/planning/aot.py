@@ -77,12 +77,11 @@ class Topology:
     def parse(cls, text: str) -> "Topology":
         """Raises UserError for what is no topology."""
         chip, _, sizes = text.partition(":")
-        dimensions = 3 if chip == "v5p" else 2 if chip in TPUS else 1
-        example = {3: "4x4x4", 2: "8x8", 1: "8"}[dimensions]
+        example = "4x4x4" if chip == "v5p" else "8x8" if chip in TPUS else "8"
         if chip not in (*TPUS, *GPUS, "cpu"):
             known = ", ".join((*TPUS, *GPUS, "cpu"))
             raise UserError(f"topology {text!r}: the chip must be one of {known}, as in v5e:8x8, v5p:4x4x4 or h100:8.")
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or sizes.count("x") + 1 != dimensions:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or sizes.count("x") != example.count("x"):
             raise UserError(f"topology {text!r}: give the chips along each side, as in {chip}:{example}.")
         shape = tuple(int(size) for size in sizes.split("x"))
         if chip in GPUS and shape[0] > 8:
@@ -99,7 +98,7 @@ class Topology:
 
 
 def describe_devices(topology: Topology) -> Sequence[Any]:
-    """The devices of a topology. Call it before anything else of JAX: it settles that this process runs on its CPU.
+    """Returns a topology's devices. Call it before anything else of JAX: it makes this process run on its CPU.
 
     Raises:
         UserError: the package that describes them is missing, or knows no such slice.
@@ -122,9 +121,8 @@ def describe_devices(topology: Topology) -> Sequence[Any]:
     else:
         if not all(importlib.util.find_spec(module) for module in ("jax_plugins", "jax_plugins.xla_cuda12")):
             raise UserError(f"{topology} needs XLA's compiler for GPUs: pip install 'micro_dit[gpu-rehearsal]'.")
-        arguments = dict(
-            platform="cuda", topology_name=topology.chip, target_config=H100, topology=f"1x1x{topology.size}"
-        )
+        shape = f"1x1x{topology.size}"
+        arguments = dict(platform="cuda", topology_name=topology.chip, target_config=H100, topology=shape)
     try:
         return topologies.get_topology_desc(**arguments).devices
     except Exception as error:
@@ -138,8 +136,7 @@ class Compiled:
     Attributes:
         seconds: that compiling took.
         arguments, outputs, aliased, temporaries, code: bytes; what is aliased is output in the place of an argument.
-        flops: that the compiler counts, with a loop's body counted once; None if it does not count.
-        bytes_accessed: of device memory, counted likewise.
+        flops, bytes_accessed: that the compiler counts, with a loop's body counted once; None if it does not count.
         traffic: by kind of collective.
         memory_limit: bytes, if the compiler refused the program for needing more; all but `seconds` and `temporaries`
             (what it says the program needs) are then 0.
@@ -156,12 +153,6 @@ class Compiled:
     traffic: dict[str, Traffic] = dataclasses.field(default_factory=dict)
     memory_limit: int | None = None
 
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Compiled":
-        """Of what `dataclasses.asdict` made."""
-        traffic = {kind: Traffic(**amounts) for kind, amounts in fields["traffic"].items()}
-        return cls(**fields | {"traffic": traffic})
-
     @property
     def peak(self) -> int:
         """Bytes of memory that the program needs."""
@@ -171,10 +162,7 @@ class Compiled:
 def abstract_train_step(
     network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh, text_tokens: int
 ) -> tuple[Callable[..., Any], TrainState, dict[str, Any], Any, Any]:
-    """Returns what is needed to compile a phase's step without making an array.
-
-    Returns:
-        The step, its abstract state, batch and key, and its out_shardings.
+    """Returns a phase's step, its abstract state, batch and key, and its out_shardings, without making an array.
 
     Raises:
         UserError: The run trains a LoRA adapter.
@@ -211,40 +199,33 @@ def heartbeat(beat: Callable[[float], object], every: float) -> Iterator[None]:
 
 
 def compile_ahead(
-    function: Callable[..., Any], arguments: Sequence[Any], topology: Topology, *, out_shardings: Any = None,
-    donate_argnums: tuple[int, ...] = (), optimization: str = "default", cache: Path | None = None,
-    progress: Callable[[float], None] = lambda seconds: None,
+    function: Callable[..., Any], arguments: Sequence[Any], topology: Topology, *, optimization: str = "default",
+    cache: Path | None = None, progress: Callable[[float], None] = lambda seconds: None, **options: Any,
 ) -> Compiled:  # fmt: skip
     """Compiles a function for the devices that its arguments' shardings name.
 
     Args:
-        function: to be jitted.
-        arguments: pytrees of ShapeDtypeStructs with shardings on devices of `describe_devices`.
-        topology: whose devices these are.
-        out_shardings: as of `jax.jit`.
-        donate_argnums: as of `jax.jit`.
+        function: Function to be jitted.
+        arguments: Pytrees of ShapeDtypeStructs with shardings on devices of `describe_devices`.
+        topology: The topology of these devices.
         optimization: 'default', or 'O0', which is several times faster and finds nearly the same memory.
-        cache: a folder where what was found is kept, for the same program never to be compiled twice.
-        progress: called every few seconds with the seconds that have passed.
+        cache: Folder that keeps the results, so that no program is compiled twice.
+        progress: Called every few seconds with the seconds that have passed.
+        options: Further options of `jax.jit`.
     """
     started = time.monotonic()
-    options: dict[str, Any] = {}
+    xla: dict[str, Any] = {}
     if topology.chip == "cpu":
         register_lowerings()
-        options |= compiler_options()
-        if optimization == "O0":
-            options |= {"xla_backend_optimization_level": "0"}
+        xla = compiler_options() | ({"xla_backend_optimization_level": "0"} if optimization == "O0" else {})
     if topology.chip in GPUS:
         # Without a GPU nothing can be timed, and what Triton would generate is chosen by timing.
-        options |= {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
-    jitted = jax.jit(
-        function, donate_argnums=donate_argnums, compiler_options=options,
-        **({} if out_shardings is None else {"out_shardings": out_shardings}),
-    )  # fmt: skip
-    lowered = jitted.lower(*arguments)
-    known = cache and cache / f"{_fingerprint(lowered, topology, optimization, options)}.json"
+        xla = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+    lowered = jax.jit(function, compiler_options=xla, **options).lower(*arguments)
+    known = cache and cache / f"{_fingerprint(lowered, topology, optimization, xla)}.json"
     if known and known.exists():
-        return Compiled.from_json(json.loads(known.read_text()))
+        kept = json.loads(known.read_text())
+        return Compiled(**kept | {"traffic": {kind: Traffic(**sums) for kind, sums in kept["traffic"].items()}})
     settings: Any = jax.config
     level = settings.jax_optimization_level
     try:
@@ -268,7 +249,6 @@ def compile_ahead(
 
 
 def _read(program: Any, topology: Topology, seconds: float) -> Compiled:
-    """What a compiled program tells of itself."""
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     return Compiled(
         seconds=seconds, arguments=memory.argument_size_in_bytes, outputs=memory.output_size_in_bytes,

@@ -15,15 +15,10 @@ import operator
 import re
 from collections import Counter
 
-KINDS = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
-    "collective-broadcast",
-)  # fmt: skip
-COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)")
+KINDS = "all-gather|all-reduce|reduce-scatter|(?:ragged-)?all-to-all|collective-permute|collective-broadcast"
+COLLECTIVE = re.compile(rf" = (.*?) ({KINDS})(-start)?\((.*)")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-CALLS = re.compile(
-    r"(?:calls|to_apply|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
-)
+CALLS = re.compile(r"(?:calls|to_apply|body|(?:branch|true|false)_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 WRAPPED = re.compile(r" async-start\(.*calls=%?([\w.\-]+)")
 CHAIN = re.compile(r'chain_id="(\d+)"')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -53,8 +48,7 @@ class Traffic:
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
-    def times(self, turns: int) -> "Traffic":
-        """Returns the traffic of `turns` repetitions."""
+    def __mul__(self, turns: int) -> "Traffic":
         return Traffic(*(turns * amount for amount in dataclasses.astuple(self)))
 
 
@@ -76,7 +70,7 @@ def collectives(program: str, devices: int) -> dict[str, Traffic]:
     wrapped = set(WRAPPED.findall(program))
 
     @functools.cache
-    def traffic(name: str) -> tuple[tuple[str, Traffic], ...]:
+    def traffic(name: str) -> dict[str, Traffic]:
         """Of a computation and all it calls."""
         found: dict[str, Traffic] = {}
         called: Counter[str] = Counter()
@@ -92,19 +86,18 @@ def collectives(program: str, devices: int) -> dict[str, Traffic]:
                 for callee in names.strip("{}").split(","):
                     called[callee.strip().removeprefix("%")] += int(turns[1]) if turns else 1
         for callee, turns_taken in called.items():
-            for kind, amount in traffic(callee):
+            for kind, amount in traffic(callee).items():
                 if callee in wrapped:
                     amount = dataclasses.replace(amount, hidden=amount.count)
-                found[kind] = found.get(kind, Traffic()) + amount.times(turns_taken)
-        return tuple(found.items())
+                found[kind] = found.get(kind, Traffic()) + amount * turns_taken
+        return found
 
-    return dict(traffic(entry))
+    return traffic(entry)
 
 
 def _one(kind: str, result: str, rest: str, starts: bool, devices: int) -> Traffic:
     """The traffic of one instruction, from the type of its result and what stands behind its name."""
-    n = _group_size(rest) or devices
-    size = _bytes(result)
+    n, size = _group_size(rest) or devices, _bytes(result)
     if starts and kind == "all-gather":
         size *= n / (n + 1)  # an asynchronous one returns its operand too
     elif starts and kind == "collective-permute":
@@ -128,8 +121,7 @@ def _group_size(rest: str) -> int:
 
 def _bytes(types: str) -> float:
     """Of the arrays in an HLO type such as '(f32[8,4]{1,0}, bf16[16]{0})'."""
-    total = 0.0
-    for letters, bits, shape in ARRAY.findall(types):
-        each = 1.0 if letters == "pred" else int(bits or 0) / 8
-        total += each * math.prod(int(size) for size in shape.split(",") if size)
-    return total
+    return sum(
+        (1.0 if letters == "pred" else int(bits or 0) / 8) * math.prod(map(int, filter(None, shape.split(","))))
+        for letters, bits, shape in ARRAY.findall(types)
+    )

@@ -22,14 +22,9 @@ class PhaseCost:
     dollars: float | None
 
     @property
-    def images(self) -> int:
-        """Training images, each counted as often as it is seen."""
-        return self.phase.steps * self.phase.batch_size
-
-    @property
     def images_per_second(self) -> float:
         """Images per second on all chips."""
-        return self.images / (3600 * self.hours)
+        return self.phase.steps * self.phase.batch_size / (3600 * self.hours)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,26 +70,13 @@ class RunCost:
 
 
 def estimate_cost(
-    networks: Sequence[DiTConfig],
-    phases: Sequence[Phase],
-    chip: Chip,
-    devices: int = 1,
-    mfu: float = 0.3,
-    price: float | None = None,
-    caption_tokens: int = 77,
-    one_hot_dispatch: bool = False,
-) -> RunCost:
-    """Estimates hours and dollars of a run.
+    networks: Sequence[DiTConfig], phases: Sequence[Phase], chip: Chip, devices: int = 1, mfu: float = 0.3,
+    price: float | None = None, caption_tokens: int = 77, one_hot_dispatch: bool = False,
+) -> RunCost:  # fmt: skip
+    """Estimates hours and dollars of a run, whose phases have a network each, on a number of chips.
 
-    Args:
-        networks: The network of each phase.
-        phases: The phases, in order.
-        chip: The chip to train on.
-        devices: Number of chips.
-        mfu: Model FLOPs utilization, the fraction of the peak that is reached, in (0, 1].
-        price: Dollars per chip-hour; the chip's list price if None.
-        caption_tokens: As for `forward_flops`.
-        one_hot_dispatch: As for `forward_flops`.
+    `mfu` is the model FLOPs utilization, the fraction of the peak that is reached, in (0, 1]. `price` is in dollars per
+    chip-hour, by default the chip's. `caption_tokens` and `one_hot_dispatch` are as for `forward_flops`.
 
     Raises:
         UserError: A phase cannot be trained with its network, or `mfu` or `devices` is out of range.

@@ -31,12 +31,9 @@ class Target:
     """The hardware to compile for, and how.
 
     Attributes:
-        topology: The described devices.
+        topology: The described devices, as in `mesh`.
         chip: Data sheet of one of them.
-        mesh: The devices as a mesh.
-        optimization: 'default' or 'O0', as for `compile_ahead`.
-        cache: Folder that keeps the results of compilations, so that a killed rehearsal can be resumed; None keeps
-            nothing.
+        optimization, cache: As for `compile_ahead`. With a cache a killed rehearsal can be resumed.
         say: Prints a line of progress.
     """
 
@@ -113,15 +110,7 @@ def rehearse_phases(
 ) -> list[Rehearsal]:  # fmt: skip
     """Compiles the training step and the sampler of each phase.
 
-    Args:
-        phases: The phases to compile.
-        networks: The network of each phase.
-        recipe: Settings that all phases share.
-        text_tokens: Caption tokens.
-        target: What to compile for.
-        sampler_images: Images that the sampler computes at once.
-        guided: Whether the sampler uses guidance.
-        price: Dollars per chip-hour; None if unknown.
+    The sampler computes `sampler_images` at once, with guidance if `guided`. `price` is in dollars per chip-hour.
 
     Raises:
         UserError: A batch cannot be split over the devices.
@@ -132,10 +121,14 @@ def rehearse_phases(
         recipe.check_batch(phase, target.mesh)
         step, microbatch, suggestion = _fit(network, phase, recipe, text_tokens, target)
         state = abstract_train_step(network, phase, recipe, target.mesh, text_tokens)[1]
-        if network not in samplers:
-            samplers[network] = _compile_sampler(
-                network, phase, recipe, state.params, text_tokens, target, sampler_images, guided
+        if network not in samplers:  # parameters are where they are, the prompts on every chip, as for previews
+            everywhere = replicated(target.mesh)
+            generator = Generator(network, sigma_data=recipe.sigma_data, dtype=recipe.dtype, sharding=everywhere)
+            denoise, arguments = generator.abstract_denoise(
+                state.params, sampler_images, text_tokens, everywhere, guided=guided
             )
+            title = f"compiling the sampler of phase {phase.name}"
+            samplers[network] = target.compile(title, denoise, arguments, out_shardings=everywhere)
         sampler = samplers[network]
         per_image = float(training_flops(network, phase.mask_ratio, text_tokens, phase.mask_position))
         before_optimization = 0.0 if step.flops else _flops_before_optimization(network, phase, recipe, text_tokens)
@@ -160,12 +153,8 @@ def _roofline(
 ) -> dict[str, float]:
     """Returns the least seconds of a step for compute, memory and interconnect, and the FLOPs the compiler counts.
 
-    Args:
-        step: The compiled step.
-        passes: Microbatches of a step; the compiler counts the body of a loop once.
-        flops: FLOPs of a step on all chips, by formula.
-        before_optimization: FLOPs of the program before optimization, for compilers that count none.
-        target: What the step is compiled for.
+    `flops` are those of a step on all chips by formula, `before_optimization` those of the program before optimization,
+    for compilers that count none. Those count the body of a loop once, so `passes` are the microbatches of a step.
     """
     chip, chips = target.chip, target.topology.size
     counted = (step.flops or before_optimization / chips) * passes
@@ -193,9 +182,8 @@ def _fit(
             network, phase, dataclasses.replace(recipe, microbatch=microbatch), mesh, text_tokens
         )
         found = target.compile(title, function, (state, batch, key), out_shardings=out_shardings, donate_argnums=(0,))
-        target.say(
-            f"{title}: {found.peak / 1e9:.3g} of {chip.memory / 1e9:.3g} GB per chip; took {found.seconds:.0f} s"
-        )
+        memory = f"{found.peak / 1e9:.3g} of {chip.memory / 1e9:.3g} GB per chip"
+        target.say(f"{title}: {memory}; took {found.seconds:.0f} s")
         return found
 
     asked = recipe.microbatch or phase.batch_size
@@ -233,8 +221,7 @@ def largest_that_fits(
         limit: Bytes of memory.
         peak_of: Compiles a microbatch, which takes minutes, and returns its peak bytes.
     """
-    fits, too_large = 0, max(peaks)
-    other = 0  # besides the smallest that is too large
+    fits, too_large, other = 0, max(peaks), 0  # `other` is known besides the smallest that is too large
     while between := [n for n in sizes if fits < n < too_large]:
         slope = (peaks[too_large] - peaks[other]) / (too_large - other)
         likely = [n for n in between if peaks[too_large] + slope * (n - too_large) <= limit]
@@ -271,17 +258,6 @@ def _padding(
     return padding(jax.make_jaxpr(function)(state, batch, key), target.topology.chip)
 
 
-def _compile_sampler(
-    network: DiTConfig, phase: Phase, recipe: Recipe, params: Any, text_tokens: int, target: Target, images: int,
-    guided: bool,
-) -> Compiled:  # fmt: skip
-    """Compiles a call of the denoiser as for previews: parameters where they are, the prompts on every chip."""
-    everywhere = replicated(target.mesh)
-    generator = Generator(network, sigma_data=recipe.sigma_data, dtype=recipe.dtype, sharding=everywhere)
-    denoise, arguments = generator.abstract_denoise(params, images, text_tokens, everywhere, guided=guided)
-    return target.compile(f"compiling the sampler of phase {phase.name}", denoise, arguments, out_shardings=everywhere)
-
-
 def rehearsal_table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: Chip) -> str:
     """Returns the rehearsals as lines of text."""
     rows = [["phase"], ["parameters"], ["images a step"], ["  in passes of"]]
@@ -299,13 +275,11 @@ def rehearsal_table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: C
         column += [f"{b / 1e9:.3g}" for b in (r.step.peak, r.sampler.peak)]
         column += ["yes" if r.fits else "NO", f"{r.flops / 1e12:,.3g}"]
         column += [f"{r.compiler_flops / 1e12:,.3g}", "–" if r.padding is None else f"{r.padding:.1%}", ""]
-        for kind in kinds:
-            column.append(_of_kind(r.step.traffic.get(kind)))
+        column += [_of_kind(r.step.traffic.get(kind)) for kind in kinds]
         column += [f"{1000 * seconds:,.3g}" for seconds in (r.compute, r.memory, r.interconnect)]
         column += [f"{r.batch_size / r.seconds:,.0f}", f"{r.hours / 24:,.3g}", f"{r.hours * topology.size:,.3g}"]
         column += ["–" if r.dollars is None else f"{r.dollars:,.0f}", f"{r.step.seconds:,.0f}"]
-        for row, cell in zip(rows, column, strict=True):
-            row.append(cell)
+        rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
     days, dollars = sum(r.hours for r in rehearsals) / 24, [r.dollars for r in rehearsals if r.dollars is not None]
     head = f"{topology}, {topology.size} chips; predicted for the phases together: at least {days:,.3g} days"
     if dollars and days:

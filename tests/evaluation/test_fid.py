@@ -22,7 +22,7 @@ from micro_dit.evaluation.fid import (
     statistics,
 )
 from micro_dit.evaluation.image_sets import InMemory
-from micro_dit.evaluation.registry import Fid, MetricInputs, load_metrics
+from micro_dit.evaluation.registry import MetricInputs, load_metrics
 from micro_dit.interop.tensor_files import write_torch
 from tests.helpers.pictures import encoded
 from tests.helpers.random_inception import images as two_images
@@ -256,10 +256,11 @@ def test_statistics_of_a_folder_are_kept(
     for number, image in enumerate(drawings(5, 3)):
         Image.fromarray(image).resize((96, 80)).save(tmp_path / "real" / f"{number}.png")
     monkeypatch.setattr("micro_dit.evaluation.registry.FidNetwork", lambda *arguments: network)
+    monkeypatch.setattr("micro_dit.evaluation.registry.fid", lambda images, network, reference, warn: reference)
     said: list[str] = []
     for _ in range(2):
         inputs = MetricInputs(64, str(tmp_path / "real"), inception=weights, cache=tmp_path / "kept", say=said.append)
-        reference = Fid(inputs).reference
+        (reference,) = load_metrics(["fid"], inputs)(InMemory(drawings(2, 0)))
         assert reference.n == 5
         assert "center crop" in reference.pipeline["crop"]
     assert len(said) == 1  # computed once

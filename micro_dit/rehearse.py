@@ -37,7 +37,7 @@ def rehearse(
 ) -> tuple[list[Rehearsal], Chip]:  # fmt: skip
     """Compiles the training step and the sampler of a recipe's phases, or `only` of the phase with this name.
 
-    `price` is in dollars per chip-hour, by default the config's, or the chip's. The other arguments are as for `Target`.
+    `price` is in dollars per chip-hour, by default the config's, or the chip's. Other arguments are as for `Target`.
 
     Returns:
         The phases' rehearsals, and the chip.

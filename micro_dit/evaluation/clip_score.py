@@ -25,11 +25,7 @@ ROWS = 1024  # of the kernel at once
 
 
 class Clip:
-    """A CLIP model's two towers, in torch, on a GPU that torch knows or on the CPU.
-
-    Attributes:
-        pipeline: model and preprocessing.
-    """
+    """A CLIP model's two towers, in torch, on a GPU that torch knows or on the CPU; `pipeline` describes both."""
 
     def __init__(self, name: str):
         """Loads `name`, a folder or a repository on the Hugging Face hub; raises UserError if that fails."""

@@ -32,16 +32,16 @@ TOP = (1, 5)
 def domain_measures(
     images: Images, real: Mapping[str, Any], image_encoder: Any, warn: Callable[[str], object] = lambda text: None
 ) -> list[Measure]:
-    """Caption retrieval and the latent Fréchet distance.
+    """Computes caption retrieval and the latent Fréchet distance of images with prompts.
 
     Args:
-        images: n, with their prompts.
+        images: The images.
         real: 'latent_mean' (m, h, w, C) and 'text', m captions, as `load_split` returns them.
-        image_encoder: the encoders.image.ImageEncoder of the real latents.
-        warn: is told of too few images.
+        image_encoder: The `ImageEncoder` of the real latents.
+        warn: Prints a warning of too few images.
 
     Raises:
-        UserError: the prompts are not captions of the real images.
+        UserError: The prompts are not captions of the real images.
     """
     check_prompts(images.prompts, real["text"])
     encoded = [(image_encoder.encode(fill_batch(b, BATCH_SIZE))[0], len(b)) for b in images.batches(BATCH_SIZE)]
@@ -62,10 +62,8 @@ def domain_measures(
     pooled = [pool(array) for array in (latents, theirs)]
     dimensions = pooled[0].shape[1]
     if min(len(latents), len(theirs)) <= dimensions:
-        warn(
-            f"the latent Fréchet distance of {len(latents)} generated and {len(theirs)} real images is too large, as "
-            f"their {dimensions} features need more images."
-        )
+        sizes = f"{len(latents)} generated and {len(theirs)} real images"
+        warn(f"the latent Fréchet distance of {sizes} is too large, as their {dimensions} features need more images.")
     distance = frechet_distance(*(statistics([array], {}) for array in pooled))
     pooling = f"mean, to {POOLED}×{POOLED}, {dimensions} numbers"
     pipeline = features | {"pooling": pooling, "statistics": "float64, n - 1"}
@@ -96,8 +94,7 @@ def retrieval_ranks(
 ) -> np.ndarray:
     """The place (n,) of each prompt's real image among all, 1 the most similar to the generated one.
 
-    `latents` (n, h, w, C) are of generated images, `real` is (m, h, w, C). Of several real images with the prompt as
-    caption the best counts.
+    `latents` are (n, h, w, C), `real` is (m, h, w, C). Of several images with the prompt as caption the best counts.
     """
     center = real.mean(0)
 

@@ -25,13 +25,7 @@ from micro_dit.evaluation import geneval
 from micro_dit.evaluation.coco import IMAGES as COCO_IMAGES
 from micro_dit.evaluation.domain import check_prompts, real_images
 from micro_dit.evaluation.evaluation_data import EvaluationData, Prompts, choose_prompts, read_evaluation_data
-from micro_dit.evaluation.image_sets import (
-    FromFiles,
-    ImageSetSettings,
-    numbered,
-    prepare_image_files,
-    sample_missing,
-)
+from micro_dit.evaluation.image_sets import FromFiles, ImageSetSettings, numbered, prepare_image_files, sample_missing
 from micro_dit.evaluation.measures import Measure, Measures
 from micro_dit.evaluation.registry import METRICS as IMAGE_METRICS
 from micro_dit.evaluation.registry import MeasureImages, MetricInputs, check_names, load_metrics
@@ -100,7 +94,7 @@ class EvaluationRequest:
             raise UserError("--batch_size and --num_images must be at least 1, and --seed at least 0.")
         if "geneval" in self.metrics and not (self.geneval_prompts or self.geneval_results):
             raise UserError(
-                "GenEval needs --geneval_prompts, the file evaluation_metadata.jsonl of its repository, to draw "
+                "GenEval needs --geneval_prompts, the file evaluation_metadata.jsonl of its repository, to sample "
                 "images, or --geneval_results, its scorer's results.jsonl, to summarize."
             )
 
@@ -109,20 +103,16 @@ class ModelEvaluation:
     """The evaluation of one model."""
 
     def __init__(
-        self,
-        workdir: str | Path,
-        request: EvaluationRequest,
-        load: "Callable[..., Model]",
-        stops: Callable[[], bool] = lambda: False,
-        say: Callable[[str], None] = print,
-    ):
+        self, workdir: str | Path, request: EvaluationRequest, load: "Callable[..., Model]", stops: Callable[[], bool],
+        say: Callable[[str], None],
+    ):  # fmt: skip
         """Loads the model and the metrics, and checks all that can be checked before the first image is sampled.
 
         Args:
             workdir: Work directory of a run, or a model folder.
             request: What to measure.
             load: Loads a model: `micro_dit.api.load`.
-            stops: Asked after each batch whether to stop.
+            stops: Returns, after each batch, whether to stop.
             say: Prints a line of progress.
 
         Raises:
@@ -136,10 +126,9 @@ class ModelEvaluation:
         step = "model" if model.about.step is None else str(model.about.step)
         self.folder = Path(request.out) if request.out else self.workdir / "evaluation" / step
         self.mesh = make_mesh(None, jax.local_devices())
-        self.measures = Measures(self.folder, {
-            "model": model.about.name, "step": model.about.step, "attribution": model.about.source,
-            "parameters": sum(array.size for array in model.params.values()),
-        })  # fmt: skip
+        about = {"model": model.about.name, "step": model.about.step, "attribution": model.about.source}
+        parameters = sum(array.size for array in model.params.values())
+        self.measures = Measures(self.folder, about | {"parameters": parameters})
         if "heldout_loss" in request.metrics and (self.data is None or not self.data.heldout):
             raise UserError(f"{workdir} has no held-out split to measure a loss on: leave out 'heldout_loss'.")
         self._image_metrics = [name for name in request.metrics if name in IMAGE_METRICS]
@@ -197,7 +186,6 @@ class ModelEvaluation:
         return self.measures.all
 
     def _measure_image_set(self, settings: ImageSetSettings) -> None:
-        """Samples a set of images and adds its measures."""
         count = self.request.num_images or (COCO_IMAGES if self.prompts.files else 256)
         files = prepare_image_files(self.folder / settings.folder, settings, count)
         texts = numbered(self.prompts.texts, count)
@@ -208,7 +196,6 @@ class ModelEvaluation:
                 self.measures.add(dataclasses.replace(measure, images=about_images))
 
     def _sample_geneval(self, settings: ImageSetSettings) -> None:
-        """Samples the images of GenEval, which its own program scores."""
         folder = self.folder / settings.folder.replace("images", "geneval")
         files, texts = geneval.prepare_geneval_files(folder, self._geneval_tasks)
         self._sample_missing(files, texts, settings)
@@ -226,10 +213,9 @@ class ModelEvaluation:
             f"that training draws (P_mean {data.phase.P_mean:g}, P_std {data.phase.P_std:g})",
             "held-out images": len(heldout["text"]), "shards": data.shards,
         }  # fmt: skip
-        params = self.request.params
+        params, other = ("ema", "raw") if self.request.params == "ema" else ("raw", "ema")
         weights: dict[str, Any] = {params: self.model.params}
         if self.of_run:
-            other = "raw" if params == "ema" else "ema"
             try:
                 weights[other] = self._load(self.workdir, self.model.about.step, params=other).params
             except UserError:

@@ -86,7 +86,7 @@ class FidNetwork:
     """
 
     def __init__(self, params: inception.Params, fingerprint: str, sharding: jax.sharding.Sharding | None = None):
-        """Takes what `inception.load_params` returns; `sharding` says how batches are split over devices."""
+        """Takes what `inception.load_params` returns; `sharding` splits batches over devices."""
         self._devices = Devices("float32", sharding)
         self._params = self._devices.replicate(dict(params))
         self._apply = self._devices.compile(inception.features)
@@ -122,12 +122,11 @@ def fid(images: Images, network: FidNetwork, reference: Statistics, warn: Callab
                 f"FID with {n:,} {whose} images: below {ENOUGH:,} the covariance has not full rank, and the number "
                 "is too large and compares only with others of as many images."
             )
-    ours = network.statistics(images)
-    side = next(images.batches(1)).shape[1]
+    ours, side = network.statistics(images), next(images.batches(1)).shape[1]
+    differing = {k: v for k, v in reference.pipeline.items() if k not in ours.pipeline or v != ours.pipeline[k]}
     pipeline = {
         **ours.pipeline, "statistics": "float64, n - 1", "generated images": f"{len(images)}, {side} px",
-        "reference": {"images": reference.n or NOT_TOLD, **{k: v for k, v in reference.pipeline.items()
-                      if k not in ours.pipeline or v != ours.pipeline[k]}},
+        "reference": {"images": reference.n or NOT_TOLD, **differing},
     }  # fmt: skip
     return Measure("fid", frechet_distance(ours, reference), "lower", pipeline)
 

@@ -155,22 +155,13 @@ def prepare_image_files(folder: Path, settings: ImageSetSettings, n: int) -> lis
 
 
 def sample_missing(
-    files: Sequence[Path],
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    sample: SampleImages,
-    *,
-    batch_size: int,
-    share: tuple[int, int] = (0, 1),
-    after_batch: Callable[[int], bool] = lambda done: False,
-) -> bool:
+    files: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int], sample: SampleImages, *, batch_size: int,
+    share: tuple[int, int] = (0, 1), after_batch: Callable[[int], bool] = lambda done: False,
+) -> None:  # fmt: skip
     """Samples the images whose files are missing, in order; a file has its name only when it is complete.
 
     The processes of `share` (the index of this one and their number) take batches in turn. `after_batch` is called with
     the number of images in the batch and returns whether to stop.
-
-    Returns:
-        Whether all images of this share are there.
     """
     # Processes that start at other moments see other files: what is whose must not depend on what is there.
     index, count = share
@@ -182,5 +173,4 @@ def sample_missing(
         for i, image in zip(rows, images, strict=False):
             save_png(image, files[i], {"prompt": prompts[i], "seed": str(seeds[i])})
         if after_batch(len(rows)):
-            return start + batch_size >= len(missing)
-    return True
+            return

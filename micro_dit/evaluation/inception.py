@@ -66,9 +66,6 @@ def _add(shapes: dict[str, Shape], block: str, **branches: Shape) -> None:
     shapes.update({f"{block}.{name}": shape for name, shape in branches.items()})
 
 
-# ---- The network -----------------------------------------------------------------------------------------------------
-
-
 def features(params: Params, images: jax.Array) -> jax.Array:
     """Features (B, 2048) float32 of images (B, H, W, 3) uint8: the mean over the last block's positions."""
 
@@ -164,9 +161,6 @@ def _bilinear(size: int) -> np.ndarray:
     np.add.at(weights, (new, low), 1 - (at - low))
     np.add.at(weights, (new, np.minimum(low + 1, size - 1)), at - low)
     return weights
-
-
-# ---- Weights ---------------------------------------------------------------------------------------------------------
 
 
 def find_weights(path: str = "") -> Path:

@@ -57,9 +57,7 @@ def results_table(results: Sequence[Result]) -> str:
 
 
 def _spread(numbers: Sequence[float]) -> str:
-    if not numbers:
-        return "–"
-    mean = f"{statistics.fmean(numbers):.4g}"
+    mean = f"{statistics.fmean(numbers):.4g}" if numbers else "–"
     return f"{mean} ± {statistics.stdev(numbers):.2g}" if len(numbers) > 1 else mean
 
 

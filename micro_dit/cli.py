@@ -82,7 +82,7 @@ def define_distributed_flags() -> None:
 def distributed_options() -> dict[str, Any]:
     """Returns the arguments of `parallel.distributed.start` that these flags give."""
     names = ("coordinator", "process_index", "process_count", "cluster")
-    return {name: flags.FLAGS[name].value for name in names} | {"timeout_seconds": flags.FLAGS.timeout}
+    return {name: getattr(flags.FLAGS, name) for name in names} | {"timeout_seconds": flags.FLAGS.timeout}
 
 
 def parse_or_exit(argv: Sequence[str]) -> list[str]:

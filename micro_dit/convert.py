@@ -128,9 +128,9 @@ def main() -> None:
 
 
 def _check_flags(way: str, needed: str, refused: Sequence[str]) -> None:
-    if not FLAGS[needed].value:
+    if not getattr(FLAGS, needed):
         raise UserError(f"--{way} needs --{needed}=FOLDER.")
-    if given := [f"--{name}" for name in refused if FLAGS[name].value is not None]:
+    if given := [f"--{name}" for name in refused if getattr(FLAGS, name) is not None]:
         raise UserError(f"{', '.join(given)} means nothing with --{way}: leave it out.")
 
 

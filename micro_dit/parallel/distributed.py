@@ -31,11 +31,10 @@ def start(
         process_index: Index of this process, 0 to process_count - 1.
         process_count: Number of processes.
         cluster: Whether to ask the cluster for the three above even if the environment shows no other processes.
-        timeout_seconds: Seconds to wait for the other processes.
+        timeout_seconds: Seconds to wait for the other processes; then the process ends with a message and status 1.
 
     Raises:
-        UserError: Only a part of the three is given, the cluster does not tell them, or the other processes can't be
-            reached. If they do not come in time, the process ends with status 1 and a sentence on who was waited for.
+        UserError: Only some of the three are given, the cluster doesn't provide them, or the others are unreachable.
     """
     found = launcher(os.environ)
     if (coordinator, process_index, process_count) != (None, None, None):

@@ -66,12 +66,9 @@ def batch_shards(mesh: Mesh) -> int:
 
 def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
     """Raises UserError if a batch of this size can't be split evenly."""
-    shards = batch_shards(mesh)
-    if batch_size < 1 or batch_size % shards:
-        raise UserError(
-            f"{name} is {batch_size}, which is no multiple of the {shards} parts that the mesh splits a batch into "
-            f"({' × '.join(BATCH_AXES)}); change one."
-        )
+    if batch_size < 1 or batch_size % batch_shards(mesh):
+        parts = f"{batch_shards(mesh)} parts that the mesh splits a batch into ({' × '.join(BATCH_AXES)})"
+        raise UserError(f"{name} is {batch_size}, which is no multiple of the {parts}; change one.")
 
 
 def share_of_batch(mesh: Mesh) -> tuple[int, int]:

@@ -54,8 +54,7 @@ def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, NamedSha
     names = {name: _rule(name) for name in shapes}
     for index, (pattern, spec) in enumerate(RULES):
         # A network without experts is no mistake, but devices that wait for some are.
-        needed = "expert" not in spec or mesh.shape["expert"] > 1
-        if needed and index not in names.values():
+        if index not in names.values() and ("expert" not in spec or mesh.shape["expert"] > 1):
             raise UserError(
                 f"no parameter of the network is called like {pattern!r}, which micro_dit/parallel/sharding.py splits "
                 f"over {_axes(spec)}; make mesh.expert 1 if the network has no experts, else correct the rule."

@@ -259,23 +259,18 @@ def _read(program: Any, topology: Topology, seconds: float) -> Compiled:
 
 
 def _fingerprint(lowered: Any, topology: Topology, optimization: str, options: Any) -> str:
-    """Of a program, what it is compiled for, by what, and of the code that reads the result."""
+    """Hashes a program, what it is compiled for, by what, and the code that reads the result."""
     reader = inspect.getsource(inspect.getmodule(collectives) or collectives)
     about = json.dumps([str(topology), optimization, options, compiler_versions(topology), reader], sort_keys=True)
     return hash_text(about + lowered.as_text())[:32]
 
 
 def compiler_versions(topology: Topology) -> dict[str, str]:
-    """The packages that compile for a topology, and their versions."""
+    """Returns the packages that compile for a topology, and their versions."""
     plugin = ["libtpu"] if topology.chip in TPUS else list(CUDA_WHEELS) if topology.chip in GPUS else []
-    return {name: _version(name) for name in ("jax", "jaxlib", *plugin)}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a library that TPU_LIBRARY_PATH names, perhaps
-        return "unknown"
+    # A library that TPU_LIBRARY_PATH names has no version.
+    found = {name: importlib.metadata.distributions(name=name) for name in ("jax", "jaxlib", *plugin)}
+    return {name: next((package.version for package in packages), "unknown") for name, packages in found.items()}
 
 
 def _bytes(number: str, unit: str) -> int:

@@ -58,15 +58,13 @@ def collectives(program: str, devices: int) -> dict[str, Traffic]:
     entry, lines = "", []
     chains: set[str] = set()
     for line in program.splitlines():
-        chain = CHAIN.search(line)
+        chain = set(CHAIN.findall(line))
         if match := COMPUTATION.match(line):
             lines = computations.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
-        elif " = " in line and not (chain and chain[1] in chains):
+        elif " = " in line and not chain & chains:
             lines.append(line)
-        if chain:
-            chains.add(chain[1])
-
+        chains |= chain
     wrapped = set(WRAPPED.findall(program))
 
     @functools.cache
@@ -109,7 +107,7 @@ def _one(kind: str, result: str, rest: str, starts: bool, devices: int) -> Traff
 
 
 def _group_size(rest: str) -> int:
-    """How many devices take part together; 0 if it is not said, which means all."""
+    """Returns how many devices take part together; 0 if that is not given, which means all."""
     if match := GROUPS.search(rest):
         return int(match[1]) if match[1] else len((match[2] or "").split(","))
     if match := MESH_GROUPS.search(rest):

@@ -58,19 +58,17 @@ class Rehearsal:
     """The requirements of a phase. Bytes, seconds and FLOPs of `step` and `sampler` are those of one chip.
 
     Attributes:
-        phase: its name.
-        parameters: of the network.
-        state_bytes: of parameters, optimizer and moving average on one chip.
-        batch_size, microbatch: images per step, and per pass; over all chips.
-        step: the training step, compiled.
-        sampler: the sampler, compiled; for `sampler_images` images at once.
-        flops: of a step on all chips: the network's, counted by hand.
-        compiler_flops: of a step on all chips: what the compiler counts, recomputed activations and all that is no
-            matrix product included; for GPUs, whose compiler counts none, of the program that it is given.
-        padding: share of a TPU's matrix units' work that is padding; it is not in `compute`.
-        compute, memory, interconnect: seconds that a step needs at least for each.
-        hours, dollars: of the whole phase at that speed; dollars are None where no price is known.
-        suggestion: what to change if the step does not fit.
+        parameters: Parameters of the network.
+        state_bytes: Bytes of parameters, optimizer state and EMA weights on one chip.
+        batch_size, microbatch: Images per step and per pass, over all chips.
+        step, sampler: The compiled training step, and the compiled sampler of `sampler_images` images.
+        flops: FLOPs of a step of the network on all chips, by formula.
+        compiler_flops: FLOPs of a step on all chips as the compiler counts them, recomputed activations and all that is
+            no matrix product included; for GPUs, whose compiler counts none, those of the program that it is given.
+        padding: Share of padding in the work of a TPU's matrix units; it is not in `compute`.
+        compute, memory, interconnect: The least seconds that a step needs for each.
+        hours, dollars: Hours and dollars of the phase at that speed; dollars are None where no price is known.
+        suggestion: What to change if the step does not fit.
     """
 
     phase: str
@@ -260,32 +258,36 @@ def _padding(
 
 def rehearsal_table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: Chip) -> str:
     """Returns the rehearsals as lines of text."""
-    rows = [["phase"], ["parameters"], ["images a step"], ["  in passes of"]]
-    rows += [[f"GB per chip, of {chip.memory / 1e9:.1f}"], ["  arguments"], ["  temporaries"], ["  peak"]]
-    rows += [["  sampler's peak"], ["fits"], ["TFLOP per step, counted by hand"], ["  by the compiler"]]
-    rows += [["padding of the products, on TPUs"], ["collectives per step, MB per chip"]]
     kinds = sorted({kind for rehearsal in rehearsals for kind in rehearsal.step.traffic})
-    rows += [[f"  {kind}"] for kind in kinds]
-    rows += [["ms per step, at least: compute"], ["  memory"], ["  interconnect"], ["images/s, at most"]]
-    rows += [["days, at least"], ["chip-hours, at least"], ["dollars, at least"], ["compiled in s"]]
-    for r in rehearsals:
-        column = [r.phase, f"{r.parameters:,}", f"{r.batch_size:,}", f"{r.microbatch:,}", ""]
-        known = r.step.memory_limit is None
-        column += [f"{b / 1e9:.3g}" if known else "–" for b in (r.step.arguments, r.step.temporaries)]
-        column += [f"{b / 1e9:.3g}" for b in (r.step.peak, r.sampler.peak)]
-        column += ["yes" if r.fits else "NO", f"{r.flops / 1e12:,.3g}"]
-        column += [f"{r.compiler_flops / 1e12:,.3g}", "–" if r.padding is None else f"{r.padding:.1%}", ""]
-        column += [_of_kind(r.step.traffic.get(kind)) for kind in kinds]
-        column += [f"{1000 * seconds:,.3g}" for seconds in (r.compute, r.memory, r.interconnect)]
-        column += [f"{r.batch_size / r.seconds:,.0f}", f"{r.hours / 24:,.3g}", f"{r.hours * topology.size:,.3g}"]
-        column += ["–" if r.dollars is None else f"{r.dollars:,.0f}", f"{r.step.seconds:,.0f}"]
-        rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
+    columns = [_column(rehearsal, kinds, topology, chip) for rehearsal in rehearsals]
+    rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
     days, dollars = sum(r.hours for r in rehearsals) / 24, [r.dollars for r in rehearsals if r.dollars is not None]
     head = f"{topology}, {topology.size} chips; predicted for the phases together: at least {days:,.3g} days"
     if dollars and days:
         an_hour = sum(dollars) / (24 * days * topology.size)
         head += f" and ${sum(dollars):,.0f}, at ${an_hour:.2f} a chip-hour"
     return "\n".join([head, "", text_table(rows)])
+
+
+def _column(r: Rehearsal, kinds: Sequence[str], topology: Topology, chip: Chip) -> dict[str, str]:
+    """Returns the cells of a phase by the labels of their rows."""
+    known = r.step.memory_limit is None
+    return {
+        "phase": r.phase, "parameters": f"{r.parameters:,}", "images a step": f"{r.batch_size:,}",
+        "  in passes of": f"{r.microbatch:,}", f"GB per chip, of {chip.memory / 1e9:.1f}": "",
+        "  arguments": f"{r.step.arguments / 1e9:.3g}" if known else "–",
+        "  temporaries": f"{r.step.temporaries / 1e9:.3g}" if known else "–", "  peak": f"{r.step.peak / 1e9:.3g}",
+        "  sampler's peak": f"{r.sampler.peak / 1e9:.3g}", "fits": "yes" if r.fits else "NO",
+        "TFLOP per step, counted by hand": f"{r.flops / 1e12:,.3g}",
+        "  by the compiler": f"{r.compiler_flops / 1e12:,.3g}",
+        "padding of the products, on TPUs": "–" if r.padding is None else f"{r.padding:.1%}",
+        "collectives per step, MB per chip": "", **{f"  {kind}": _of_kind(r.step.traffic.get(kind)) for kind in kinds},
+        "ms per step, at least: compute": f"{1000 * r.compute:,.3g}", "  memory": f"{1000 * r.memory:,.3g}",
+        "  interconnect": f"{1000 * r.interconnect:,.3g}", "images/s, at most": f"{r.batch_size / r.seconds:,.0f}",
+        "days, at least": f"{r.hours / 24:,.3g}", "chip-hours, at least": f"{r.hours * topology.size:,.3g}",
+        "dollars, at least": "–" if r.dollars is None else f"{r.dollars:,.0f}",
+        "compiled in s": f"{r.step.seconds:,.0f}",
+    }  # fmt: skip
 
 
 def _of_kind(traffic: Traffic | None) -> str:

@@ -5,6 +5,7 @@ from the newest complete checkpoint, bitwise.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -19,7 +20,6 @@ from micro_dit.errors import UserError
 from micro_dit.evaluation.during_training import TrainingEvaluation
 from micro_dit.evaluation.evaluator import Results, Weights
 from micro_dit.images import save_png
-from micro_dit.models.dit import Params
 from micro_dit.models.flops import training_flops
 from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel import sharding
@@ -52,9 +52,8 @@ def train(config: Any, workdir: str | Path) -> Path:
     report_plan(run)
 
     # 3. Restore, or start.
-    total = run.starts[-1]
-    keep_steps = tuple(run.starts[1:])
-    checkpoints = Checkpoints(run.workdir, keep_steps=keep_steps, keep_every=run.config.keep_every, clean=True)
+    total, ends = run.starts[-1], tuple(run.starts[1:])
+    checkpoints = Checkpoints(run.workdir, keep_steps=ends, keep_every=run.config.keep_every, clean=True)
     state, meta, base = restore_or_start(run, start, checkpoints)
     del start  # the copy on the host
 
@@ -123,6 +122,7 @@ class PhaseLoop:
         evaluators = self.evaluation.evaluators(
             run.networks[self.index], phase, shards, last_step, self.saves.stop_requested
         )
+        merge = functools.partial(run.recipe.trainable(run.networks[self.index]).merge, base=self.base)
         progress, start, started = self._progress(meta), meta, time.monotonic()
 
         def meta_at(step: int) -> Meta:
@@ -147,7 +147,7 @@ class PhaseLoop:
             previous = metrics
             saving, stopping = self.saves.after(step)
             ending = stopping or step == last_step
-            due = [evaluator for evaluator in evaluators if evaluator.due(step)]
+            due = [evaluator for evaluator in evaluators if evaluator.schedule.due(step)]
             if saving or ending or due:
                 # Nothing is saved or shown before this step's loss is known to be finite.
                 self._record(step, previous, progress)
@@ -156,7 +156,7 @@ class PhaseLoop:
                     if saving or ending:
                         self.checkpoints.save(state, meta_at(step).to_dict(), wait=ending)
                         self.saves.saved()
-                    weights = Weights(state.params, state.ema, self._merge)
+                    weights = Weights(state.params, state.ema, merge)
                     for evaluator in due:
                         if not self.saves.stop_requested():
                             self._write(step, evaluator.run(weights, step))
@@ -196,17 +196,10 @@ class PhaseLoop:
         """Compiles the train step, which takes the place of its state in memory."""
         run, phase = self.run, self.run.phases[self.index]
         register_lowerings()
-        step = jax.jit(
-            make_train_step(run.networks[self.index], phase, run.starts[self.index], run.recipe, run.mesh),
-            donate_argnums=0,
-            out_shardings=(sharding.shardings_of(state), meshes.replicated(run.mesh)),
-            compiler_options=compiler_options(),
-        )
+        step = make_train_step(run.networks[self.index], phase, run.starts[self.index], run.recipe, run.mesh)
+        places = sharding.shardings_of(state), meshes.replicated(run.mesh)
+        step = jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=compiler_options())
         return compile_step(phase.name, step, (state, batch, key, self.base), run.say)
-
-    def _merge(self, params: Params) -> Params:
-        """Returns the network's parameters."""
-        return self.run.recipe.trainable(self.run.networks[self.index]).merge(params, self.base)
 
     def _record(self, step: int, metrics: Metrics, progress: Progress) -> None:
         """Shows and writes a step's metrics.

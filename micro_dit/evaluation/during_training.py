@@ -48,17 +48,9 @@ class GeneratedImageMetrics:
     """Samples images for the captions of a split and measures them."""
 
     def __init__(
-        self,
-        settings: ImageMetrics,
-        schedule: Schedule,
-        sample: Sample,
-        image_encoder: Any,
-        *,
-        shards: str | Path,
-        split: str,
-        resolution: int,
-        warn: Callable[[str], object] = lambda text: None,
-    ):
+        self, settings: ImageMetrics, schedule: Schedule, sample: Sample, image_encoder: Any, *,
+        shards: str | Path, split: str, resolution: int, warn: Callable[[str], object],
+    ):  # fmt: skip
         """Loads captions, reference and the metrics' networks.
 
         Args:
@@ -76,27 +68,16 @@ class GeneratedImageMetrics:
         """
         if settings.num_images < 1:
             raise UserError(f"evaluation.num_images is {settings.num_images}: use at least 1.")
-        self._schedule, self._sample, self._main = schedule, sample, jax.process_index() == 0
-        warned: set[str] = set()
-
-        def warn_once(text: str) -> None:
-            if text not in warned:
-                warn(text)
-            warned.add(text)
-
+        self.schedule, self._sample, self._main = schedule, sample, jax.process_index() == 0
         metrics = settings.metrics if self._main else ()
         self._measure = load_metrics(metrics, MetricInputs(
             side=resolution, reference=settings.reference, clip=settings.clip, inception=settings.inception,
             real=real_images(shards, resolution) if "domain" in metrics else None, image_encoder=image_encoder,
-            warn=warn_once,
+            warn=functools.cache(warn),  # once with each text
         ))  # fmt: skip
         data, self._seeds = load_split(shards, split, resolution, settings.num_images), range(settings.num_images)
         self._captions = data["caption"][np.arange(settings.num_images) % len(data["text"])]
         self._texts = numbered(data["text"], settings.num_images)
-
-    def due(self, step: int) -> bool:
-        """Returns whether to run after a step."""
-        return self._schedule.due(step)
 
     def run(self, weights: Weights, step: int) -> Results:
         """Returns {'evaluation/fid': 12.7, …}; nothing in other processes than the first, which take part."""
@@ -107,10 +88,7 @@ class GeneratedImageMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """What is evaluated while a model trains.
-
-    Held-out loss and previews come every so many steps, and at the end of each phase; metrics of generated images too,
-    unless their number of steps is 0.
+    """Settings of all that is evaluated while a model trains. Every part that is on also runs at the end of each phase.
 
     Attributes:
         loss_every: Steps between held-out losses; 0 evaluates at the ends of phases only.
@@ -165,9 +143,8 @@ class TrainingEvaluation:
         if settings.prompts or settings.metrics_every:
             self._image_encoder = load_matching_image_encoder(settings.vae, manifest)
         if settings.prompts:
-            self._captions = embed_prompts(
-                settings.prompts, settings.text_encoder, manifest, workdir / "prompts.npz"
-            )  # fmt: skip
+            cache = workdir / "prompts.npz"
+            self._captions = embed_prompts(settings.prompts, settings.text_encoder, manifest, cache)
         self._sampler = functools.cache(self._make_sampler)  # phases with the same network share compiled programs
 
     def evaluators(

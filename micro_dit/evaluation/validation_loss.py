@@ -20,41 +20,31 @@ SIGMA_LEVELS = 11
 
 
 def make_heldout_loss(
-    config: DiTConfig,
-    data: Mapping[str, Any],
-    *,
-    P_mean: float,
-    P_std: float,
-    sigma_data: float,
-    dtype: Any,
-    seed: int = 0,
+    config: DiTConfig, data: Mapping[str, Any], *, P_mean: float, P_std: float, sigma_data: float, dtype: Any,
     sharding: Any = None,
-) -> Callable[..., dict[str, float]]:
-    """A function from parameters to the unmasked EDM loss on held-out data.
+) -> Callable[..., dict[str, float]]:  # fmt: skip
+    """Returns a function from parameters to the unmasked EDM loss on held-out data.
 
     Each image is noised once at each of 11 noise levels, the midpoints of 11 equally likely slices of the training
     distribution; levels and noise are the same at every call.
 
     Args:
-        config: the network.
+        config: The network.
         data: 'latent_mean' (n, h, w, C) and 'caption' (n, L, Y), as `load_split` returns them.
-        P_mean: mean of the logarithm of the training noise level.
-        P_std: standard deviation of the same.
-        sigma_data: as in training.
-        dtype: as in training.
-        seed: of the noise.
-        sharding: where the data and the result live, on all devices of the parameters; None with a single device.
+        P_mean: Mean of the logarithm of the training noise level.
+        P_std: Standard deviation of the logarithm of the training noise level.
+        sigma_data: Standard deviation of the latents, as in training.
+        dtype: Dtype of the matrix products, as in training.
+        sharding: Placement of data and result, on all devices of the parameters; None with a single device.
 
     Returns:
         parameters → {'heldout_loss': mean, 'heldout_loss/sigma=0.55': mean at that level, …}. A second argument, a
-        function that says whether to stop, is asked before each level; if it says so, nothing is returned, {}.
+        function that returns whether to stop, is called before each level; the result is {} once it returns True.
     """
     slices = (np.arange(SIGMA_LEVELS) + 0.5) / SIGMA_LEVELS
     sigmas = np.exp([P_mean + P_std * NormalDist().inv_cdf(q) for q in slices]).astype(np.float32)
-    latents, captions = (
-        jax.device_put(np.asarray(data[name], stored), sharding)
-        for name, stored in (("latent_mean", np.float32), ("caption", None))
-    )
+    latents = jax.device_put(np.asarray(data["latent_mean"], np.float32), sharding)
+    captions = jax.device_put(np.asarray(data["caption"]), sharding)
 
     @functools.partial(jax.jit, out_shardings=sharding)
     def loss_at(
@@ -69,7 +59,7 @@ def make_heldout_loss(
         for level, sigma in enumerate(sigmas):
             if stops():
                 return {}
-            by_level.append(float(loss_at(params, latents, captions, sigma, np.uint32(level), np.uint32(seed))))
+            by_level.append(float(loss_at(params, latents, captions, sigma, np.uint32(level), np.uint32(0))))
         named = {f"heldout_loss/sigma={s:.2f}": loss for s, loss in zip(sigmas, by_level, strict=True)}
         return {"heldout_loss": float(np.mean(by_level))} | named
 
@@ -91,10 +81,6 @@ class HeldoutLoss:
     loss: Callable[..., dict[str, float]]
     schedule: Schedule
     stop_requested: Callable[[], bool]
-
-    def due(self, step: int) -> bool:
-        """Returns whether to run after a step."""
-        return self.schedule.due(step)
 
     def run(self, weights: Weights, step: int) -> Results:
         """Returns the held-out losses."""

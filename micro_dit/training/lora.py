@@ -21,10 +21,10 @@ class LoRA:
     """Which kernels are adapted, and how.
 
     Attributes:
-        rank: r, the width between A and B.
-        alpha: the kernel in use is W + alpha / r · A·B.
-        targets: a regular expression; the kernels in whose names it is found are adapted: matrices (in, out), and those
-            of experts (E, in, out), of which each gets its own A and B.
+        rank: Width r between A and B.
+        alpha: Scale: the merged kernel is W + alpha / r · A·B.
+        targets: Regular expression, searched in the names of kernels (in, out), and (E, in, out) of experts, each of
+            which gets its own A and B.
     """
 
     rank: int
@@ -41,10 +41,10 @@ class LoRA:
             raise UserError(f"lora.targets {self.targets!r} is no regular expression ({error}); correct it.") from error
 
     def abstract(self, base: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Names and shapes of the adapter for a network's parameters (or their shapes): A (…, in, r), B (…, r, out).
+        """Returns names and shapes of the adapter for a network's parameters: A (…, in, r), B (…, r, out).
 
         Raises:
-            UserError: no kernel is called like `targets`, or an adapter would be no smaller than its kernel.
+            UserError: No kernel matches `targets`, or an adapter would not be smaller than its kernel.
         """
         adapter = {}
         for name, leaf in base.items():
@@ -59,13 +59,12 @@ class LoRA:
             adapter[name + A] = jax.ShapeDtypeStruct((*experts, wide, self.rank), jnp.float32)
             adapter[name + B] = jax.ShapeDtypeStruct((*experts, self.rank, out), jnp.float32)
         if not adapter:
-            kernels = [name for name, leaf in base.items() if len(leaf.shape) > 1]
-            some = ", ".join(kernels[:3])
+            some = ", ".join([name for name, leaf in base.items() if len(leaf.shape) > 1][:3])
             raise UserError(f"lora.targets {self.targets!r} is found in no kernel's name; they are called {some}, ….")
         return adapter
 
     def init(self, base: Mapping[str, Any], key: jax.Array) -> Params:
-        """A fresh adapter, which changes nothing yet: A normal with variance 1 / in, B zero."""
+        """Initializes an adapter that changes nothing yet: A normal with variance 1 / in, B zero."""
         adapter: Params = {}
         for number, (name, leaf) in enumerate(self.abstract(base).items()):
             normal = jax.random.normal(jax.random.fold_in(key, number), leaf.shape) / math.sqrt(leaf.shape[-2])
@@ -73,7 +72,7 @@ class LoRA:
         return adapter
 
     def merge(self, base: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters in use, float32: W + alpha / r · A·B; those that are not adapted are the base's own arrays."""
+        """Returns the merged parameters, float32: W + alpha / r · A·B. Those not adapted are the arrays of `base`."""
         merged = dict(base)
         for name in adapter:
             if name.endswith(A):
@@ -109,12 +108,7 @@ class Trainable:
         return self.lora.init(abstract_params(self.network), key) if self.lora else init_params(self.network, key)
 
     def merge(self, params: Params, base: Mapping[str, Any] | None) -> Params:
-        """Returns the parameters of the network.
-
-        Args:
-            params: The trained parameters.
-            base: The parameters under the adapter; None without LoRA.
-        """
+        """Returns the network's parameters; `base` holds those under the adapter, None without LoRA."""
         return params if self.lora is None or base is None else self.lora.merge(base, params)
 
 

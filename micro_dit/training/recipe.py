@@ -1,4 +1,4 @@
-"""What all phases of a run have in common, read from its config and checked."""
+"""Settings that all phases of a run share, read from its config and checked."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ from micro_dit.training.phases import Phase
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What all phases of a run have in common.
+    """Settings that all phases of a run share.
 
     Attributes:
-        sigma_data: standard deviation of the latents.
-        caption_drop: probability that a caption's embedding is zeroed in training.
-        dtype: of the matrix products.
-        remat: what the backward pass computes again, see `micro_dit.models.blocks.DiTBlock`.
+        sigma_data: Standard deviation of the latents.
+        caption_drop: Probability that a caption's embedding is zeroed in training.
+        dtype: Dtype of the matrix products.
+        remat: What the backward pass recomputes, see `micro_dit.models.blocks.DiTBlock`.
         adam: b1, b2, eps and weight_decay of `make_optimizer`.
-        microbatch: images per forward and backward pass over all devices; 0 takes the whole batch at once.
-        lora: the adapter that is trained in place of the network's parameters; None trains those.
+        microbatch: Images per forward and backward pass over all devices; 0 processes the whole batch at once.
+        lora: LoRA adapter to train; None trains the network's parameters.
     """
 
     sigma_data: float

@@ -63,11 +63,8 @@ def prepare_shards(
     names = [phase.shards or data.shards for phase in phases]
     mixes = [read_mix(name) for name in names]
     manifests = [mix.manifest() for mix in mixes]
-    expected = dataclasses.replace(
-        expected_encoders(data.vae, data.text_encoder),
-        sigma_data=sigma_data,
-        caption_tokens=data.caption_tokens,
-    )
+    encoders = expected_encoders(data.vae, data.text_encoder)
+    expected = dataclasses.replace(encoders, sigma_data=sigma_data, caption_tokens=data.caption_tokens)
     for phase, mix in zip(phases, mixes, strict=True):
         mix.check(dataclasses.replace(expected, resolution=phase.resolution))
     check_alike(names, manifests)

@@ -13,24 +13,19 @@ from micro_dit.training.lora import Trainable
 
 
 class TrainState(NamedTuple):
-    """The state of a run between two steps; all float32 but the step.
+    """The state of a run between two steps; float32 except for the step.
 
     Attributes:
         step: () int32, optimizer steps since the run began, over all phases.
-        params: what is trained: the network's parameters, or a LoRA adapter for them.
-        opt_state: of the optimizer.
-        ema: the moving average of the parameters, or None where the phase keeps none.
+        params: The trained parameters: the network's, or a LoRA adapter's.
+        opt_state: State of the optimizer.
+        ema: EMA weights, or None in a phase without them.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
     ema: Params | None
-
-    @property
-    def best_params(self) -> Params:
-        """What to sample from: the moving average where there is one."""
-        return self.params if self.ema is None else self.ema
 
 
 def init_state(
@@ -58,12 +53,11 @@ def init_state(
 def state_from(
     params: Params, optimizer: optax.GradientTransformation, sharding: TrainState, with_ema: bool
 ) -> TrainState:
-    """A fresh state of given parameters, which are where `sharding`, a TrainState of shardings, has them."""
+    """Returns a fresh state with given parameters, which must already be placed as in `sharding`."""
 
     def rest(params: Params) -> TrainState:
-        return TrainState(
-            jnp.int32(0), {}, optimizer.init(params), jax.tree.map(jnp.copy, params) if with_ema else None
-        )
+        ema = jax.tree.map(jnp.copy, params) if with_ema else None
+        return TrainState(jnp.int32(0), {}, optimizer.init(params), ema)
 
     return jax.jit(rest, out_shardings=sharding._replace(params={}))(params)._replace(params=params)
 
@@ -78,16 +72,14 @@ def abstract_state(trainable: Trainable, optimizer: optax.GradientTransformation
 def enter_phase(
     state: TrainState, optimizer: optax.GradientTransformation, with_ema: bool, fresh_optimizer: bool, sharding: Any
 ) -> TrainState:
-    """The hand-over to the next phase: the moving average begins or ends, and the optimizer may start afresh.
+    """Returns the state for the next phase: EMA weights start or end, and the optimizer may be reset.
 
-    `sharding` is that of everything, or a TrainState of the new state's shardings.
+    `sharding` is the sharding of every array, or a TrainState of shardings.
     """
 
     def enter(state: TrainState) -> TrainState:
         opt_state = optimizer.init(state.params) if fresh_optimizer else state.opt_state
-        ema = state.ema
-        if with_ema and ema is None:
-            ema = jax.tree.map(jnp.copy, state.params)
+        ema = jax.tree.map(jnp.copy, state.params) if with_ema and state.ema is None else state.ema
         return TrainState(state.step, state.params, opt_state, ema if with_ema else None)
 
     return jax.jit(enter, out_shardings=sharding)(state)

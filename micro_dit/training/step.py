@@ -67,13 +67,9 @@ def draw_inputs(
 
 
 def accumulate_gradients(
-    loss: Callable[[Any, Any], jax.Array],
-    params: Any,
-    batch: Any,
-    parts: int,
-    constrain: Constrain = unconstrained,
-    place: Callable[[Any], Any] = lambda gradients: gradients,
-) -> tuple[jax.Array, Any]:
+    loss: Callable[[Any, Any], jax.Array], params: Any, batch: Any, parts: int,
+    constrain: Constrain = unconstrained, place: Callable[[Any], Any] = lambda gradients: gradients,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """Computes loss and gradients as the mean over microbatches, one after another.
 
     Except for rounding, the result is that of the whole batch at once.
@@ -188,12 +184,8 @@ def network_of(
         raise UserError(f"phase {phase.name!r}: {phase.resolution} px is not a multiple of {vae.downsample}.")
     overrides = {name: value for name, value in model.items() if value is not None and name != "size"}
     network = make_config(
-        model["size"],
-        input_size=phase.resolution // vae.downsample,
-        in_channels=vae.channels,
-        caption_channels=text_encoder.channels,
-        pos_interp_scale=phase.pos_interp_scale,
-        **overrides,
-    )
+        model["size"], input_size=phase.resolution // vae.downsample, in_channels=vae.channels,
+        caption_channels=text_encoder.channels, pos_interp_scale=phase.pos_interp_scale, **overrides,
+    )  # fmt: skip
     network.check(phase.mask_ratio, phase.mask_position)
     return network

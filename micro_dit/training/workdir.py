@@ -1,4 +1,4 @@
-"""A work directory belongs to one config: the run in it can only be continued by the same one."""
+"""Ties a work directory to one config: only the same config resumes the run in it."""
 
 import glob
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from micro_dit.errors import UserError
 from micro_dit.files import flatten, write_atomically
 
-# What may change between two starts of the same run: it has no influence on the trained parameters but by rounding.
+# Fields that may change when a run resumes: they influence the trained parameters only by rounding.
 MAY_CHANGE = (
     "checkpoint_every", "checkpoint_minutes", "keep_every", "evaluate_every", "sampling", "logging", "cost", "mesh",
     "microbatch", "evaluation",
@@ -20,16 +20,10 @@ WITH_LORA = ("lora.alpha", "lora.targets")
 
 
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
-    """Writes workdir/config.json, or checks that the one there is of the same run.
-
-    Args:
-        workdir: made if missing.
-        config: nested dict of plain values.
-        shards: what the run was started with besides, to be found again by `sample`.
+    """Writes workdir/config.json with config and shards, or checks that the existing one is of the same run.
 
     Raises:
-        UserError: the work directory belongs to another config; the differing fields are named. Or its checkpoints
-            could not be read again because of its name.
+        UserError: The work directory belongs to another config, or Orbax could not find checkpoints under its name.
     """
     whole = str(Path(workdir).absolute())
     if glob.escape(whole) != whole:

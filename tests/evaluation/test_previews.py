@@ -49,7 +49,7 @@ def test_a_preview_shows_the_ema_weights_samples_of_the_prompts_in_the_users_wor
 
     captions = np.ones((2, 4, 12), np.float32)
     previews = Previews(PROMPTS, captions, sample, Schedule(4, last_step=6), "run", {"guidance": "3.0"})
-    assert [step for step in range(1, 7) if previews.due(step)] == [4, 6]
+    assert [step for step in range(1, 7) if previews.schedule.due(step)] == [4, 6]
     raw, ema, base = jnp.ones(1), jnp.zeros(1), jnp.zeros(2)
     results = previews.run(Weights({"w": raw}, {"w": ema}, merge=lambda params: params | {"base": base}), 4)
     ((params, given, seeds),) = sampled

@@ -115,12 +115,7 @@ def report_plan(run: Run) -> None:
 def restore_or_start(
     run: Run, start: Start | None, checkpoints: Checkpoints
 ) -> tuple[TrainState, Meta, dict[str, jax.Array] | None]:
-    """Restores the newest readable checkpoint, or makes the state of step 0.
-
-    Args:
-        run: The run.
-        start: Weights to start from, for a run without checkpoints.
-        checkpoints: The run's checkpoints.
+    """Restores the newest readable checkpoint, or makes the state of step 0 (with the weights of `start`).
 
     Returns:
         The state, its meta, and the parameters under a LoRA adapter (None without LoRA), all on the devices.

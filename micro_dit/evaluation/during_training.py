@@ -152,12 +152,7 @@ class TrainingEvaluation:
     ) -> list[Evaluator]:
         """Returns the evaluators of a phase, in the order in which they run.
 
-        Args:
-            network: The phase's network.
-            phase: The phase.
-            shards: Folder of its shards, or a mix.
-            last_step: Step at which it ends.
-            stop_requested: Asked now and then whether to interrupt an evaluation.
+        `last_step` is the step at which the phase ends; `stop_requested` returns whether to interrupt an evaluation.
 
         Raises:
             UserError: Something that a metric needs is missing.

@@ -18,16 +18,9 @@ from micro_dit.training.metrics import read_metrics
 
 
 def finish(workdir: pathlib.Path, phases: Sequence[tuple[str, int, int]], meta: Meta, example: str | None) -> str:
-    """Writes final.png, progress.gif and curves.png.
+    """Writes final.png, progress.gif and curves.png; returns a summary with a sampling command for `example`.
 
-    Args:
-        workdir: The work directory.
-        phases: Name, first and last step of each phase.
-        meta: Counters at the end of the run.
-        example: A prompt for the last line.
-
-    Returns:
-        A summary, with the files in the work directory.
+    `phases` holds name, first and last step of each phase.
     """
     made = []
     if frames := sorted((workdir / "samples").glob("step_*.png")):

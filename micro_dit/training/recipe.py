@@ -63,10 +63,7 @@ class Recipe:
 
 
 def make_recipe(config: Mapping[str, Any]) -> Recipe:
-    """Builds the recipe from the fields of a config.
-
-    Args:
-        config: A nested mapping with the fields of configs/mask75.py.
+    """Builds the recipe from the fields of a config, see configs/mask75.py.
 
     Raises:
         UserError: A value is unknown or out of range, a field was removed, or there are no weights for LoRA to adapt.

@@ -27,15 +27,7 @@ def parameter_table(params: Mapping[str, Any]) -> str:
 def compile_step(
     phase: str, step: Any, arguments: Sequence[Any], say: Callable[[str], None], every: float = 15.0
 ) -> Any:
-    """Compiles a jitted step; prints a heartbeat while compiling, then time, memory and FLOPs.
-
-    Args:
-        phase: Name of the phase, for the messages.
-        step: The jitted step.
-        arguments: Its arguments.
-        say: Prints a line.
-        every: Seconds between two heartbeats.
-    """
+    """Compiles a jitted step; prints a heartbeat every `every` seconds, then time, memory and FLOPs."""
     started = time.monotonic()
     with heartbeat(lambda seconds: say(f"{phase}: compiling, {seconds:.0f} s"), every):
         compiled = step.lower(*arguments).compile()

@@ -42,12 +42,6 @@ def prepare_shards(
 ) -> list[Manifest]:
     """Prepares the shards if they are missing and have a source, and checks them.
 
-    Args:
-        data: The run's data.
-        phases: The run's phases.
-        sigma_data: Standard deviation that the latents should have.
-        say: Prints a line.
-
     Returns:
         The manifest of each phase's shards.
 

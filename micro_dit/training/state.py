@@ -33,12 +33,7 @@ def init_state(
 ) -> TrainState:
     """Initializes a state on its devices, without a full copy on the host or on any device.
 
-    Args:
-        trainable: The parameters to train.
-        optimizer: The optimizer.
-        seed: Seed of the initialization.
-        sharding: The sharding of every array, or a TrainState of shardings.
-        with_ema: Whether the state holds EMA weights.
+    `sharding` is the sharding of every array, or a TrainState of shardings.
     """
 
     def init(seed: jax.Array) -> TrainState:

@@ -58,7 +58,8 @@ def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str) -> 
     programs = {(p.mask_ratio, p.mask_position): (p, n) for p, n in zip(phases, networks, strict=True)}
     for phase, network in programs.values():
         decoder_depth = min(network.decoder_depth, 2)
-        network = dataclasses.replace(network, depth=3, patch_mixer_depth=2, decoder_depth=decoder_depth)
+        widths = {name: getattr(network, name)[:3] for name in ("qkv_multipliers", "ffn_multipliers")}
+        network = dataclasses.replace(network, depth=3, patch_mixer_depth=2, decoder_depth=decoder_depth, **widths)
         base = abstract_params(network) if recipe.lora else None
         state = abstract_state(recipe.trainable(network), recipe.optimizer(phase), phase.ema_decay > 0)
         B, side, text = phase.batch_size, network.input_size, manifest.text_encoder

@@ -1,14 +1,13 @@
 """The metrics of image sets, by name.
 
-A new metric is a function here, which loads what it needs and returns the function that measures a set of images, and
-a line in METRICS.
+A new metric is a class here and a line in METRICS.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 
@@ -109,41 +108,74 @@ class MetricInputs:
         return f"smaller side to {self.side} px (Pillow, bicubic), center crop"
 
 
-def _load_fid(inputs: MetricInputs) -> MeasureImages:
-    """Loads the network of the Fréchet inception distance and the statistics of the reference."""
-    network = FidNetwork(*inception.load_params(inception.find_weights(inputs.inception)), inputs.sharding)
-    reference = inputs.features_of_reference(
-        "fid", inputs.reference, network.pipeline,
-        lambda real: network.statistics(real, set=Path(inputs.reference).name, crop=inputs.crop),
-        load_statistics, save_statistics,
-    )  # fmt: skip
-    return lambda images: [fid(images, network, reference, inputs.warn)]
+class Metric(Protocol):
+    """A metric of image sets: its constructor loads what it needs, once for all sets that are measured."""
+
+    def __init__(self, inputs: MetricInputs):
+        """Loads networks and references; raises UserError if something is missing."""
+
+    def __call__(self, images: Images) -> list[Measure]:
+        """Measures a set of images."""
 
 
-def _load_cmmd(inputs: MetricInputs) -> MeasureImages:
-    """Loads the CLIP model and the embeddings of the reference."""
-    clip, about = inputs.clip_model, inputs.clip_reference or inputs.reference
-    reference = inputs.features_of_reference(
-        "clip", about, clip.pipeline, clip.of_images, lambda path: load_embeddings(path, clip),
-        lambda path, embeddings: save_embeddings(path, embeddings, clip.pipeline | {"crop": inputs.crop}),
-    )  # fmt: skip
-    return lambda images: [cmmd(clip, clip.of_images(images), reference, about)]
+class FrechetInceptionDistance:
+    """FID to the images of a reference."""
+
+    def __init__(self, inputs: MetricInputs):
+        network = FidNetwork(*inception.load_params(inception.find_weights(inputs.inception)), inputs.sharding)
+        self._network, self._warn = network, inputs.warn
+        self._reference = inputs.features_of_reference(
+            "fid", inputs.reference, network.pipeline,
+            lambda real: network.statistics(real, set=Path(inputs.reference).name, crop=inputs.crop),
+            load_statistics, save_statistics,
+        )  # fmt: skip
+
+    def __call__(self, images: Images) -> list[Measure]:
+        """Measures a set of images."""
+        return [fid(images, self._network, self._reference, self._warn)]
 
 
-def _load_clip_score(inputs: MetricInputs) -> MeasureImages:
-    clip = inputs.clip_model
-    return lambda images: [clip_score(clip, images, clip.of_images(images))]
+class ClipMaximumMeanDiscrepancy:
+    """CMMD to the images of a reference."""
+
+    def __init__(self, inputs: MetricInputs):
+        self._clip, self._name = clip, name = inputs.clip_model, inputs.clip_reference or inputs.reference
+        self._reference = inputs.features_of_reference(
+            "clip", name, clip.pipeline, clip.of_images, lambda path: load_embeddings(path, clip),
+            lambda path, embeddings: save_embeddings(path, embeddings, clip.pipeline | {"crop": inputs.crop}),
+        )  # fmt: skip
+
+    def __call__(self, images: Images) -> list[Measure]:
+        """Measures a set of images."""
+        return [cmmd(self._clip, self._clip.of_images(images), self._reference, self._name)]
 
 
-def _load_domain(inputs: MetricInputs) -> MeasureImages:
-    real, encoder = inputs.real, inputs.image_encoder
-    if real is None or encoder is None:
-        raise UserError("the domain metric needs the run's shards; leave out 'domain' where there are none.")
-    return lambda images: domain_measures(images, real, encoder, inputs.warn)
+class ClipScore:
+    """CLIP score of images and their prompts."""
+
+    def __init__(self, inputs: MetricInputs):
+        self._clip = inputs.clip_model
+
+    def __call__(self, images: Images) -> list[Measure]:
+        """Measures a set of images."""
+        return [clip_score(self._clip, images, self._clip.of_images(images))]
 
 
-METRICS: dict[str, Callable[[MetricInputs], MeasureImages]] = {
-    "fid": _load_fid, "cmmd": _load_cmmd, "clip_score": _load_clip_score, "domain": _load_domain,
+class Domain:
+    """Caption retrieval and latent Fréchet distance among the images of the run's own shards."""
+
+    def __init__(self, inputs: MetricInputs):
+        if inputs.real is None or inputs.image_encoder is None:
+            raise UserError("the domain metric needs the run's shards; leave out 'domain' where there are none.")
+        self._real, self._encoder, self._warn = inputs.real, inputs.image_encoder, inputs.warn
+
+    def __call__(self, images: Images) -> list[Measure]:
+        """Measures a set of images."""
+        return domain_measures(images, self._real, self._encoder, self._warn)
+
+
+METRICS: dict[str, type[Metric]] = {
+    "fid": FrechetInceptionDistance, "cmmd": ClipMaximumMeanDiscrepancy, "clip_score": ClipScore, "domain": Domain,
 }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ METRICS = ("heldout_loss", "domain")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ComparedRun:
     """One training run.
 
     `flops` is what the phases of `config` cost: less than the budget by less than a step of the last phase.
@@ -138,7 +138,7 @@ def read_config(text: str) -> ConfigDict:
     return config
 
 
-def plan_runs(configs: Sequence[Any], budgets: Sequence[float], seeds: Sequence[int], out: Path) -> list[Run]:
+def plan_runs(configs: Sequence[Any], budgets: Sequence[float], seeds: Sequence[int], out: Path) -> list[ComparedRun]:
     """Returns the runs, seed after seed, so that a comparison that is cut short has all recipes.
 
     Raises:
@@ -160,7 +160,7 @@ def plan_runs(configs: Sequence[Any], budgets: Sequence[float], seeds: Sequence[
             config = copy.deepcopy(config)
             config.seed = seed
             workdir = out / f"{config.name}-{budget:g}-{seed}".replace("e+", "e")
-            runs.append(Run(config.name, budget, seed, config, workdir, **costs))
+            runs.append(ComparedRun(config.name, budget, seed, config, workdir, **costs))
     return runs
 
 
@@ -220,14 +220,14 @@ def _with_steps(phase: Mapping[str, Any], steps: int) -> dict[str, Any]:
 # ---- Running ---------------------------------------------------------------------------------------------------------
 
 
-def _is_done(run: Run, settings: Mapping[str, Any]) -> bool:
+def _is_done(run: ComparedRun, settings: Mapping[str, Any]) -> bool:
     if not (path := run.workdir / RESULT).exists():
         return False
     done = json.loads(path.read_text(encoding="utf-8"))
     return done["settings"] == settings and done["config"] == json.loads(json.dumps(run.config.to_dict()))
 
 
-def _train_and_measure(run: Run, settings: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def _train_and_measure(run: ComparedRun, settings: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """Trains and measures a run, and writes result.json into its work directory.
 
     Raises:

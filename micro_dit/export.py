@@ -22,7 +22,7 @@ from micro_dit.interop.model_folder import ABOUT, DTYPES, OPTIONAL, VAE, WEIGHTS
 if TYPE_CHECKING:
     from micro_dit.api import About, Model
     from micro_dit.diffusion.generate import Sampling
-    from micro_dit.interop.model_card import Recipe
+    from micro_dit.interop.model_card import TrainingSummary
 
 CARD, PICTURE, PROGRAMS = "README.md", "samples.png", "stablehlo"
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -168,14 +168,14 @@ def _told(about: "About") -> dict[str, Any]:
     return {name: getattr(about, name) for name in ABOUT} | told
 
 
-def _recipe(config: Mapping[str, Any], workdir: Path, step: int | None, params: str | None) -> "Recipe":
+def _recipe(config: Mapping[str, Any], workdir: Path, step: int | None, params: str | None) -> "TrainingSummary":
     """Returns how the model of a run was trained, from its config and metrics."""
-    from micro_dit.interop.model_card import Recipe
+    from micro_dit.interop.model_card import TrainingSummary
     from micro_dit.training.metrics import read_metrics
 
     assert step is not None
     data, started_from = config["data"].get("source", ""), config.get("init_from", "")
-    recipe = Recipe(config["phases"], step, averaged=False, data=data, started_from=started_from)
+    recipe = TrainingSummary(config["phases"], step, averaged=False, data=data, started_from=started_from)
     recipe = dataclasses.replace(recipe, averaged=params != "raw" and recipe.phase.get("ema_decay", 0) > 0)
     metrics = workdir / "metrics.jsonl"
     name = "heldout_loss_ema" if recipe.averaged else "heldout_loss"

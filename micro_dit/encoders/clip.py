@@ -95,7 +95,7 @@ class LayerNorm(nnx.Module):
         return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + self.epsilon) * self.weight[...] + self.bias[...]
 
 
-class SelfAttention(nnx.Module):
+class ClipAttention(nnx.Module):
     """Causal multi-head attention; the softmax is in float32."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
@@ -129,7 +129,7 @@ class Layer(nnx.Module):
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.self_attn = SelfAttention(config, rngs=rngs)
+        self.self_attn = ClipAttention(config, rngs=rngs)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = Mlp(config, rngs=rngs)
 

@@ -42,7 +42,7 @@ class TextEncoderInfo:
     channels: int
 
 
-class Encoder(Protocol):
+class EncoderIdentity(Protocol):
     """An encoder, or what a manifest says of one."""
 
     @property
@@ -54,7 +54,7 @@ class Encoder(Protocol):
         """Returns the hash of weights and settings."""
 
 
-def same_encoder(one: Encoder, other: Encoder) -> bool:
+def same_encoder(one: EncoderIdentity, other: EncoderIdentity) -> bool:
     """Whether two encoders have the same fingerprint, or, if one is not known, the same name."""
     if UNVERIFIED in (one.fingerprint, other.fingerprint):
         return one.name == other.name

@@ -18,7 +18,7 @@ from micro_dit.errors import UserError
 from micro_dit.evaluation.domain import real_images
 from micro_dit.evaluation.evaluator import Evaluator, Results, Schedule, Weights
 from micro_dit.evaluation.image_sets import InMemory, numbered
-from micro_dit.evaluation.previews import Previews, Sample, embed_prompts, load_matching_image_encoder
+from micro_dit.evaluation.previews import Previews, SampleImages, embed_prompts, load_matching_image_encoder
 from micro_dit.evaluation.registry import MetricInputs, load_metrics
 from micro_dit.evaluation.validation_loss import HeldoutLoss, make_heldout_loss
 from micro_dit.models.config import DiTConfig
@@ -48,7 +48,7 @@ class GeneratedImageMetrics:
     """Samples images for the captions of a split and measures them."""
 
     def __init__(
-        self, settings: ImageMetrics, schedule: Schedule, sample: Sample, image_encoder: Any, *,
+        self, settings: ImageMetrics, schedule: Schedule, sample: SampleImages, image_encoder: Any, *,
         shards: str | Path, split: str, resolution: int, warn: Callable[[str], object],
     ):  # fmt: skip
         """Loads captions, reference and the metrics' networks.
@@ -181,7 +181,7 @@ class TrainingEvaluation:
             ))  # fmt: skip
         return evaluators
 
-    def _make_sampler(self, network: DiTConfig) -> Sample:
+    def _make_sampler(self, network: DiTConfig) -> SampleImages:
         settings, decode = self._settings, self._image_encoder.decode
         generator = Generator(network, sigma_data=settings.sigma_data, dtype=settings.dtype, sharding=self._sharding)
         return lambda params, captions, seeds: generator.images(params, captions, seeds, settings.sampling, decode)

@@ -18,7 +18,7 @@ from micro_dit.files import replacing
 from micro_dit.images import caption_grid
 
 # (parameters, captions (n, L, Y), n seeds) → images (n, H, W, 3) uint8.
-Sample = Callable[[Any, np.ndarray, Sequence[int]], np.ndarray]
+SampleImages = Callable[[Any, np.ndarray, Sequence[int]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Previews:
 
     prompts: Sequence[str]
     captions: np.ndarray
-    sample: Sample
+    sample: SampleImages
     schedule: Schedule
     run_name: str
     metadata: Mapping[str, str]

@@ -10,7 +10,7 @@ PAPER = "https://arxiv.org/abs/2407.15811"
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class TrainingSummary:
     """A summary of how a model was trained."""
 
     phases: Sequence[Mapping[str, Any]]  # of the config
@@ -37,7 +37,7 @@ def model_card(
     license: str,
     about: Mapping[str, Any],
     vae_included: bool,
-    recipe: Recipe | None = None,
+    recipe: TrainingSummary | None = None,
     picture: str = "",
     programs: bool = False,
 ) -> str:
@@ -98,7 +98,7 @@ By default it draws with Heun's method in {steps} steps under guidance of scale 
     return text
 
 
-def _training(recipe: Recipe) -> str:
+def _training(recipe: TrainingSummary) -> str:
     rows, start, images = [], 0, 0
     for phase in recipe.phases:
         done = min(max(recipe.step - start, 0), phase["steps"])

@@ -18,7 +18,7 @@ from micro_dit.models.blocks import CaptionBlock, DiTBlock, FinalLayer, NormedPr
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table, unpatchify
 from micro_dit.models.layers import Constrain, unconstrained
-from micro_dit.models.maskdit import Decoder
+from micro_dit.models.maskdit import MaskDiTDecoder
 from micro_dit.models.masking import TokenMask, drop_tokens, restore_tokens
 
 Params = dict[str, jax.Array]  # one flat dict: "blocks.3.attn.qkv.kernel" → array
@@ -49,7 +49,7 @@ class MicroDiT(nnx.Module):
         self.mixer = nnx.List([DiTBlock(shape, config, **block_args) for shape in config.mixer_blocks()])
         self.blocks = nnx.List([DiTBlock(shape, config, **block_args) for shape in config.backbone_blocks()])
         if config.decoder_depth:
-            self.decoder = Decoder(config, **block_args)
+            self.decoder = MaskDiTDecoder(config, **block_args)
         patch = config.patch_size**2 * config.in_channels
         self.final_layer = FinalLayer(config.decoder_dim or D, patch, config, **args)
 

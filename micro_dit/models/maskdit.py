@@ -13,7 +13,7 @@ from micro_dit.models.layers import Constrain, normal_init
 from micro_dit.models.masking import TokenMask, restore_tokens
 
 
-class Decoder(nnx.Module):
+class MaskDiTDecoder(nnx.Module):
     """MaskDiT's decoder, which returns to all tokens with a learned one for each dropped: (B, K, D) → (B, N, G).
 
     See figure 1 of the paper. Shape and initialization are those of its release (Anima-Lab/MaskDiT), but the blocks are

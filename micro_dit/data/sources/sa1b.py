@@ -17,7 +17,7 @@ from micro_dit.data.sources import Part, check_split, existing_path
 from micro_dit.data.sources.caption_index import CaptionIndex
 from micro_dit.data.sources.folder import relative_files
 from micro_dit.data.sources.tables import pick_column, read_rows
-from micro_dit.data.sources.webdataset import Sample, TarPart, find_tars, index_tar
+from micro_dit.data.sources.webdataset import TarPart, TarSample, find_tars, index_tar
 from micro_dit.errors import UserError
 
 CAPTION_KEYS = ("caption_syn_pixart_llava15", "txt", "caption", "text")  # PixArt's first
@@ -84,7 +84,7 @@ class JoinedTarPart(TarPart):
         super().__init__(name, path)
         self.index = index
 
-    def captions(self, tar: BinaryIO, sample: Sample) -> object:
+    def captions(self, tar: BinaryIO, sample: TarSample) -> object:
         """The captions of the image; what else is in the tar (the masks) is not read."""
         return self.index.captions(image_key(sample.key))
 

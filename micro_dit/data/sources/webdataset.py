@@ -81,7 +81,7 @@ class TarPart:
                 yield self.read(tar, sample)
         yield from map(self._reject, rejects)
 
-    def read(self, tar: BinaryIO, sample: "Sample") -> Item:
+    def read(self, tar: BinaryIO, sample: "TarSample") -> Item:
         """Reads a sample from the open tar: of its members the image and the text only."""
         id = f"{self.name}/{sample.key}"
         image = next((member for suffix, member in sample.members.items() if suffix in IMAGE_SUFFIXES), None)
@@ -95,7 +95,7 @@ class TarPart:
             return Reject(escape(id), NO_IMAGE)
         return make_item(id, image.read(tar), captions)
 
-    def captions(self, tar: BinaryIO, sample: "Sample") -> object:
+    def captions(self, tar: BinaryIO, sample: "TarSample") -> object:
         """The captions of a sample, as `make_item` takes them; UnicodeDecodeError or ValueError if they are damaged."""
         if text := sample.members.get("txt"):
             return text.read(tar).decode("utf-8-sig").strip()
@@ -120,7 +120,7 @@ class Member(NamedTuple):
         return tar.read(self.size)
 
 
-class Sample(NamedTuple):
+class TarSample(NamedTuple):
     """The members of a tar that share a key, by what follows the key, in lower case ('jpg', 'txt', 'seg.png')."""
 
     key: str
@@ -130,7 +130,7 @@ class Sample(NamedTuple):
 class TarIndex(NamedTuple):
     """The table of contents of a tar: its samples, and what is wrong with it (the id '' stands for the tar)."""
 
-    samples: list[Sample]
+    samples: list[TarSample]
     rejects: list[Reject]
 
 
@@ -172,7 +172,7 @@ def _index_tar(path: str, size: int, modified: int) -> TarIndex:
         rejects.append(Reject("", DAMAGED))
     # Samples without image and caption (a shard's statistics, say) are no samples.
     kept = [
-        Sample(key, members)
+        TarSample(key, members)
         for key, members in samples.items()
         if any(suffix in ("txt", "json") or is_image_name(suffix) for suffix in members)
     ]

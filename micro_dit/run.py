@@ -21,11 +21,11 @@ from micro_dit.parallel import sharding
 from micro_dit.parallel.distributed import main_first
 from micro_dit.planning.chips import Chip, chip_of, measure_chip
 from micro_dit.planning.cost import estimate_cost
+from micro_dit.planning.report import parameter_table
 from micro_dit.training.checkpoint import Checkpoints, Meta
 from micro_dit.training.phases import Phase, make_phases, phase_starts, with_mask_ratio
 from micro_dit.training.pretrained import Start, has_checkpoints, load_start, load_under, place
 from micro_dit.training.recipe import Recipe, make_recipe
-from micro_dit.training.report import parameter_table
 from micro_dit.training.shards import TrainingData, prepare_shards
 from micro_dit.training.state import TrainState, init_state, state_from
 from micro_dit.training.step import abstract_train_state, network_of

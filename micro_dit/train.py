@@ -25,12 +25,12 @@ from micro_dit.parallel import mesh as meshes
 from micro_dit.parallel import sharding
 from micro_dit.parallel.cpu import compiler_options, register_lowerings
 from micro_dit.parallel.distributed import main_first
+from micro_dit.planning.report import compile_step
 from micro_dit.run import Run, check, load_evaluation, report_plan, restore_or_start
 from micro_dit.training.checkpoint import Checkpoints, Meta
 from micro_dit.training.curves import finish
 from micro_dit.training.metrics import MetricWriter
 from micro_dit.training.progress import Progress
-from micro_dit.training.report import compile_step
 from micro_dit.training.save_schedule import Interrupt, SaveSchedule
 from micro_dit.training.state import TrainState, enter_phase
 from micro_dit.training.step import Metrics, make_train_step

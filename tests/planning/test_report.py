@@ -5,10 +5,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from micro_dit.planning.report import compile_step
 from micro_dit.training.checkpoint import Meta
 from micro_dit.training.curves import finish
 from micro_dit.training.metrics import MetricWriter
-from micro_dit.training.report import compile_step
 
 META = Meta(step=6, images=24, seconds=90.0)
 

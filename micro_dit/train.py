@@ -147,7 +147,7 @@ class PhaseLoop:
             previous = metrics
             saving, stopping = self.saves.after(step)
             ending = stopping or step == last_step
-            due = [evaluator for evaluator in evaluators if evaluator.schedule.due(step)]
+            due = [evaluator for evaluator in evaluators if evaluator.due(step)]
             if saving or ending or due:
                 # Nothing is saved or shown before this step's loss is known to be finite.
                 self._record(step, previous, progress)

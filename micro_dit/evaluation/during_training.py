@@ -79,6 +79,10 @@ class GeneratedImageMetrics:
         self._captions = data["caption"][np.arange(settings.num_images) % len(data["text"])]
         self._texts = numbered(data["text"], settings.num_images)
 
+    def due(self, step: int) -> bool:
+        """Returns whether to run after a step."""
+        return self.schedule.due(step)
+
     def run(self, weights: Weights, step: int) -> Results:
         """Returns {'evaluation/fid': 12.7, …}; nothing in other processes than the first, which take part."""
         images = self._sample(weights.best, self._captions, self._seeds)

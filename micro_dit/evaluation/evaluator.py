@@ -60,9 +60,8 @@ class Results:
 class Evaluator(Protocol):
     """Evaluates the weights of a run at some of its steps. It writes nothing: the loop writes what it returns."""
 
-    @property
-    def schedule(self) -> Schedule:
-        """When to run; the same in every process."""
+    def due(self, step: int) -> bool:
+        """Returns whether to run after a step; the same in every process."""
 
     def run(self, weights: Weights, step: int) -> Results:
         """Evaluates the weights after a step; every process takes part."""

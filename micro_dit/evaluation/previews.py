@@ -41,6 +41,10 @@ class Previews:
     run_name: str
     metadata: Mapping[str, str]
 
+    def due(self, step: int) -> bool:
+        """Returns whether to run after a step."""
+        return self.schedule.due(step)
+
     def run(self, weights: Weights, step: int) -> Results:
         """Returns the grid, as image 'samples'."""
         images = self.sample(weights.best, self.captions, range(len(self.prompts)))

@@ -82,6 +82,10 @@ class HeldoutLoss:
     schedule: Schedule
     stop_requested: Callable[[], bool]
 
+    def due(self, step: int) -> bool:
+        """Returns whether to run after a step."""
+        return self.schedule.due(step)
+
     def run(self, weights: Weights, step: int) -> Results:
         """Returns the held-out losses."""
         raw = self.loss(weights.merge(weights.trained), self.stop_requested)

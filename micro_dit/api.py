@@ -72,8 +72,8 @@ class GenerationSettings:
         negative_prompt: Prompt that guidance leads away from, instead of the empty one.
         autoguidance: Weaker model that guidance leads away from: an earlier checkpoint, or a smaller network.
         image: Image to start from instead of noise, of the model's size.
-        strength: How much of the image is sampled anew, from 0 (nothing) to 1; by default 0.6, with a mask 1.
-        mask: Mask of the image's size; only where it is white (or True) the image is sampled anew.
+        strength: How much of the image is resampled, from 0 (nothing) to 1; by default 0.6, with a mask 1.
+        mask: Mask of the image's size; the image is resampled where it is white (or True).
 
     Raises:
         UserError: A setting makes no sense.
@@ -123,7 +123,7 @@ def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE
         params: 'ema' or 'raw' parameters of the checkpoint; by default the EMA weights where there are some.
 
     Raises:
-        UserError: There is no model, no such checkpoint, or no EMA weights in it.
+        UserError: The model or checkpoint does not exist, or the checkpoint has no EMA weights.
     """
     path = Path(path)
     values, config, told = read_model(path, step, params)
@@ -314,7 +314,7 @@ class Model:
                 )
 
     def _latent_mask(self, mask: Image.Image | np.ndarray) -> np.ndarray:
-        """Returns the mask of the latents, (H, W, 1) bool: True where any pixel of a latent is sampled anew."""
+        """Returns the mask of the latents, (H, W, 1) bool: True where any pixel of a latent is resampled."""
         pixels: np.ndarray
         pixels = np.asarray(mask.convert("L")) > 127 if isinstance(mask, Image.Image) else np.asarray(mask, bool)
         side, f = self.config.input_size, self.image_encoder.downsample

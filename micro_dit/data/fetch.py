@@ -23,7 +23,7 @@ class Dataset(NamedTuple):
 
     terms: str  # page with its license, where access is requested if necessary
     repository: str | None = None  # on the Hugging Face hub
-    needed: tuple[str, ...] = ()  # files needed whatever the fraction: patterns in a repository, else URLs
+    needed: tuple[str, ...] = ()  # files needed for any fraction: patterns in a repository, else URLs
     archives: tuple[str, ...] = ()  # patterns of image archives; the fraction is taken of those that match each
     linked: bool = False  # whether its files are listed in a file of links from the terms page
 

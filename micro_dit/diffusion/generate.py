@@ -156,7 +156,7 @@ class Generator:
             sampling: Sampler settings.
             negative: (L, Y) float32, embedding of a negative prompt.
             weak: Configuration and parameters of a weak network, for autoguidance by the guidance scale.
-            known: For inpainting: original latents, and a mask that is True where they are sampled anew.
+            known: For inpainting: original latents, and a mask that is True where they are resampled.
             after_call: Called after each call of the denoiser with the denoised latents (B, H, W, C). Without it, calls
                 are dispatched without waiting for the previous one.
         """

@@ -114,6 +114,6 @@ def keep_known(D: Denoiser, known: jax.Array | np.ndarray, redraw: jax.Array | n
     Args:
         D: Denoiser.
         known: Original latents, broadcastable to (B, H, W, C).
-        redraw: bool, broadcastable to (B, H, W, C), True where latents are sampled anew.
+        redraw: bool, broadcastable to (B, H, W, C), True where latents are resampled.
     """
     return lambda x, sigma: jnp.where(redraw, D(x, sigma), known)

@@ -219,7 +219,7 @@ class Level(nnx.Module):
 def make_levels(
     widths: Sequence[int], layers: int, groups: int, kinds: Sequence[str], rngs: nnx.Rngs
 ) -> "nnx.List[Level]":
-    """Returns a level of each width, the last one of which keeps its size."""
+    """Returns a level of each width; the last level keeps its size."""
     pairs = zip([widths[0], *widths[:-1]], widths, strict=True)
     last = len(widths) - 1
     return nnx.List([Level(a, b, layers, groups, kinds[i], i == last, rngs=rngs) for i, (a, b) in enumerate(pairs)])

@@ -23,7 +23,7 @@ def resolve_folder(name: str, allow: Sequence[str]) -> Path:
     to the folder ('../tokenizer/*.json' is possible) and end in one of SUFFIXES.
 
     Raises:
-        UserError: There is no such folder or repository, or it can't be downloaded.
+        UserError: The folder or repository does not exist, or cannot be downloaded.
     """
     if wrong := [pattern for pattern in allow if not pattern.endswith(SUFFIXES)]:
         raise ValueError(f"{wrong[0]} may match files other than {', '.join(SUFFIXES)}")

@@ -28,7 +28,7 @@ def compiler_options() -> dict[str, str]:
 def keep_memory() -> None:
     """Makes this process keep the memory that it frees, if the CPU is JAX's only backend.
 
-    On a CPU, XLA allocates a step's temporary memory anew, and the C library returns it to the system afterwards: a
+    On a CPU, XLA allocates a step's temporary memory again, and the C library returns it to the system afterwards: a
     quarter of Tiny/2's masked step was spent in page faults. Only the main thread's heap can keep as much, so steps run
     in the thread that dispatches them, not in one of JAX's; the host has nothing else to do that would not take their
     cores. Call it before JAX starts its backend. Without glibc it does nothing.

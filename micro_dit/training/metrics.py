@@ -108,7 +108,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
     several lines counts if they share step and a name. A torn last line is left out; null becomes NaN.
 
     Raises:
-        UserError: There is no such file, or a line before the last is not a JSON object with a step.
+        UserError: The file does not exist, or a line before the last is not a JSON object with a step.
     """
     path = pathlib.Path(path)
     if not path.is_file():

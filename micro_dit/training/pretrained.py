@@ -139,7 +139,7 @@ def read_model(
         describe the model (ABOUT and OPTIONAL in micro_dit/interop/model_folder.py).
 
     Raises:
-        UserError: There is no model, no such checkpoint, or the weights under an adapter are missing or changed.
+        UserError: The model or checkpoint does not exist, or the weights under an adapter are missing or changed.
     """
     fields = read_run(path)
     if fields is None:

@@ -55,7 +55,7 @@ def draw_inputs(
     Separate streams keep the five independent of each other; the step is folded in, so no draw repeats.
     """
     x = batch["latent_mean"].astype(jnp.float32)  # (B, H, W, C)
-    if "latent_std" in batch:  # the posterior is sampled anew at each visit
+    if "latent_std" in batch:  # the posterior is resampled at each visit
         x = x + batch["latent_std"].astype(jnp.float32) * jax.random.normal(stream(key, "posterior", step), x.shape)
     B = x.shape[0]
     dropped = jax.random.bernoulli(stream(key, "caption_drop", step), recipe.caption_drop, (B, 1, 1))

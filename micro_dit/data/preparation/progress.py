@@ -27,7 +27,7 @@ class PreparationProgress:
         self.waited = 0.0  # seconds for which the device had nothing to do
 
     def begin_part(self, length: int) -> None:
-        """Counts a part that is going to be read, of about so many items."""
+        """Counts a part about to be read, with its approximate number of items."""
         self.lengths.append(length)
 
     def finish_part(self) -> None:

@@ -87,7 +87,7 @@ def to_torch(workdir: str | Path, out: str | Path, step: int | None = None) -> N
         step: Checkpoint of the run; by default the newest.
 
     Raises:
-        UserError: There is no model, or no such checkpoint, or the file's name has another ending.
+        UserError: The model or checkpoint does not exist, or the file's name has another ending.
     """
     from micro_dit.training.pretrained import read_model
 

@@ -65,7 +65,7 @@ def export(
         report: Called with lines that describe what was written.
 
     Raises:
-        UserError: There is no model, `out` is not empty, the encoder is not the one of the training, or a setting makes
+        UserError: The model does not exist, `out` is not empty, the encoder is not the one of the training, or a setting makes
             no sense.
     """
     from micro_dit.api import load

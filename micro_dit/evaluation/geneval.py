@@ -27,7 +27,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     prompts = _read_lines(path, "prompts", ("tag", "prompt"))
     if odd := sorted({str(prompt["tag"]) for prompt in prompts} - set(TASKS)):
-        raise UserError(f"{path}: the task {odd[0]!r} is none of GenEval's ({', '.join(TASKS)}).")
+        raise UserError(f"{path}: the task {odd[0]!r} is not one of GenEval's ({', '.join(TASKS)}).")
     return prompts
 
 

@@ -68,7 +68,7 @@ def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
     """Raises UserError if a batch of this size can't be split evenly."""
     if batch_size < 1 or batch_size % batch_shards(mesh):
         parts = f"{batch_shards(mesh)} parts that the mesh splits a batch into ({' × '.join(BATCH_AXES)})"
-        raise UserError(f"{name} is {batch_size}, which is no multiple of the {parts}; change one.")
+        raise UserError(f"{name} is {batch_size}, which is not a multiple of the {parts}; change one.")
 
 
 def share_of_batch(mesh: Mesh) -> tuple[int, int]:

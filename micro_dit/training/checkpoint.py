@@ -197,7 +197,7 @@ class Checkpoints:
             params: 'ema' or 'raw'; None reads the EMA weights if there are any.
 
         Raises:
-            UserError: There is no such checkpoint, or it has no EMA weights.
+            UserError: The checkpoint does not exist, or has no EMA weights.
         """
         if params not in (None, "ema", "raw"):
             raise UserError(f"there are no parameters {params!r}; choose ema or raw.")

@@ -78,14 +78,14 @@ def test_a_fresh_state_is_made_in_parts_and_is_the_same(found: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("uneven", "batch_size is 12, which is no multiple of the 8 parts that the mesh splits a batch into"),
+        ("uneven", "batch_size is 12, which is not a multiple of the 8 parts that the mesh splits a batch into"),
         ("fewer", "the mesh is data 4, which does not take exactly the 8 devices there are"),
         ("two_rests", "the mesh is data -1 × fsdp -1: each size must be at least 1, and only one may be -1"),
         ("unknown", "mesh has no axis model; the axes are data, fsdp, expert, tensor"),
         ("experts", "blocks.0.mlp.w1 is 2×32×16, and its 2 can't be split evenly over the 8 devices of expert"),
         ("no_experts", "make mesh.expert 1 if the network has no experts"),
         ("no_rule", "no rule in micro_dit/parallel/sharding.py says how to split parameter codebook"),
-        ("microbatch", "microbatch is 4, which is no multiple of the 8 parts"),
+        ("microbatch", "microbatch is 4, which is not a multiple of the 8 parts"),
         ("microbatches", "microbatch 24 does not divide batch_size 80 of phase 'masked'"),
     ],
 )

@@ -65,8 +65,8 @@ def export(
         report: Called with lines that describe what was written.
 
     Raises:
-        UserError: The model does not exist, `out` is not empty, the encoder is not the one of the training, or a setting makes
-            no sense.
+        UserError: The model does not exist, `out` is not empty, the encoder is not that of the training, or a
+            setting makes no sense.
     """
     from micro_dit.api import load
     from micro_dit.diffusion.generate import Sampling

@@ -1,8 +1,8 @@
 """The matrix products of a traced program, and how much of them a TPU's matrix units spend on padding.
 
 A matrix unit holds a square tile of one operand and lets the rows of the other stream through it, eight at a time. What
-is smaller than a tile, or not a multiple of it, is filled up with zeros, which take as long as numbers; and a few rows do
-not hide the loading of the next tile. The compiler's own estimates of cycles bear this out: docs/speed.md.
+is smaller than a tile, or not a multiple of it, is filled up with zeros, which take as long as numbers; and a few rows
+do not hide the loading of the next tile. The compiler's own estimates of cycles bear this out: docs/speed.md.
 """
 
 import dataclasses

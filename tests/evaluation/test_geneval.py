@@ -72,5 +72,5 @@ def test_wrong_prompts(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("a photo of a bench\n")
     with pytest.raises(UserError, match=r"line 1 of GenEval's prompts .* is not JSON"):
         read_prompts(tmp_path / "prompts.jsonl")
-    with pytest.raises(UserError, match="the task 'dogs' is none of GenEval's"):
+    with pytest.raises(UserError, match="the task 'dogs' is not one of GenEval's"):
         read_prompts(write_lines(tmp_path / "prompts.jsonl", [{"tag": "dogs", "prompt": "a dog"}]))

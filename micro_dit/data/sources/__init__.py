@@ -76,7 +76,7 @@ class Source(Protocol):
         """Returns the parts of a split, always in the same order.
 
         Raises:
-            UserError: There is no such split, or a listing cannot be read.
+            UserError: The split does not exist, or a listing cannot be read.
         """
         ...
 
@@ -162,7 +162,7 @@ def parse_argument(spec: str, argument: str, options: Sequence[str]) -> tuple[st
     """Splits 'path,key=value,...' into the path and the options; the path may hold commas. Errors name `spec`.
 
     Raises:
-        UserError: There is no path, or an option is not known.
+        UserError: The path is missing, or an option is unknown.
     """
     path, *pairs = re.split(r",(?=\w+=)", argument)
     values = dict(pair.split("=", 1) for pair in pairs)

@@ -26,7 +26,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path to write to, which replaces `path` when the block ends and vanishes if it fails.
 
-    The folder is made if missing. The name is of this process alone, so that two can write the same file at once.
+    Creates the folder if it is missing. Each process has its own temporary path, so two can write the same file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -109,7 +109,7 @@ def test_what_is_rehearsed_is_what_is_compiled(params: dict[str, jax.Array], gui
     assert programs == {jax.jit(function, out_shardings=place).lower(*arguments).as_text()}
 
 
-def test_steps_scales_and_samplers_compile_nothing_anew(
+def test_steps_scales_and_samplers_recompile_nothing(
     params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = []

@@ -24,7 +24,7 @@ class ClipTokenizer:
         """Reads the tokenizer in or beside a tower's folder.
 
         Raises:
-            UserError: There is none, it is broken, or transformers is missing.
+            UserError: The tokenizer is missing or broken, or transformers is not installed.
         """
         try:
             from transformers.models.clip.tokenization_clip import CLIPTokenizer

@@ -182,7 +182,7 @@ def known_as(encoder: str) -> str:
 
 
 def vae_fingerprint(vae: str, channels: int) -> str:
-    """The fingerprint of an autoencoder's folder; 'unverified' if there is none of this name.
+    """Returns the fingerprint of an autoencoder's folder; 'unverified' if the folder does not exist.
 
     Raises:
         UserError: it is a folder without an autoencoder, or of one with another number of channels.

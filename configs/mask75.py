@@ -47,7 +47,8 @@ def base(**fields: Any) -> ConfigDict:
                 qkv_multipliers=placeholder(tuple),
                 ffn_multipliers=placeholder(tuple),
                 decoder_depth=placeholder(int),
-                decoder_dim=placeholder(int),  # MaskDiT's: configs/maskdit75.py
+                decoder_dim=placeholder(int),  # MaskDiT's, configs/maskdit75.py, or with fusion configs/frugal.py
+                fusion=placeholder(bool),
             ),
             # Where training starts: a model folder or another run's work directory; see configs/finetune.py. With
             # lora.rank 0 all parameters are trained.
@@ -56,7 +57,8 @@ def base(**fields: Any) -> ConfigDict:
             masking=dict(ratio=placeholder(float)),  # if set, the mask_ratio of all phases that mask
             dtype="float32",  # of the matrix products
             remat="dots",  # what the backward pass computes again to save memory: "none", "dots" or "full"
-            diffusion=dict(sigma_data=0.9, caption_drop=0.1),
+            diffusion=dict(sigma_data=0.9, caption_drop=0.1, path_drop=0.0),
+            optimizer="adamw",  # or "muon", for the matrices of the blocks
             adam=dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1),
             data=dict(
                 shards="",  # a folder, or a mix of folders: 'a,b' or 'a=0.7,b=0.3'
@@ -76,7 +78,7 @@ def base(**fields: Any) -> ConfigDict:
             evaluate_every=1000,
             # Metrics of images that are drawn while training, see docs/evaluation.md; every=0 draws none.
             evaluation=dict(every=0, metrics=("domain",), num_images=256, reference="", clip="", inception=""),
-            sampling=dict(every=1000, prompts=(), guidance=5.0, steps=30),
+            sampling=dict(every=1000, prompts=(), guidance=5.0, steps=30, path_drop=False),
             logging=dict(every=10, tensorboard=True, wandb_project=""),
             cost=dict(dollars_per_device_hour=0.0, mfu=0.3),  # for the plan and the bill
             microbatch=0,  # images per forward and backward pass, over all devices; 0 is the whole batch at once

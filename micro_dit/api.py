@@ -48,6 +48,7 @@ class About:
     text_fingerprint: str = ""
     guidance: float = 5.0
     steps: int = 30
+    path_drop: bool = False  # whether guidance skips the backbone by default
     vae_folder: str = ""  # of the VAE's files; empty if `vae` names them
     params: str = ""  # 'raw', or empty for the checkpoint's default: EMA weights where there are some
 
@@ -69,6 +70,8 @@ class GenerationSettings:
         guidance: Guidance scale, by default the model's; 1 turns guidance off.
         sampler: 'heun' (two calls of the network per step), 'euler' (which is DDIM) or 'dpmpp_2m' (one call per step).
         guidance_interval: (low, high) noise levels between which guidance is applied; None applies it at all levels.
+        path_drop: Whether guidance leads away from the network without its backbone (path-drop guidance), which costs
+            little; by default the model's. Needs a network with `fusion`.
         negative_prompt: Prompt that guidance leads away from, instead of the empty one.
         autoguidance: Weaker model that guidance leads away from: an earlier checkpoint, or a smaller network.
         image: Image to start from instead of noise, of the model's size.
@@ -85,6 +88,7 @@ class GenerationSettings:
     guidance: float | None = None
     sampler: str = "heun"
     guidance_interval: tuple[float, float] | None = None
+    path_drop: bool | None = None
     negative_prompt: str = ""
     autoguidance: "Model | None" = None
     image: Image.Image | None = None
@@ -100,6 +104,8 @@ class GenerationSettings:
             raise UserError("a mask or a strength needs an image to start from.")
         if self.autoguidance and self.negative_prompt.strip():
             raise UserError("autoguidance leads away from another model, not from a negative prompt: leave one out.")
+        if self.autoguidance and self.path_drop:
+            raise UserError("autoguidance leads away from another model, not from a dropped path: leave one out.")
 
     def sampling(self, about: About) -> Sampling:
         """Returns the settings of the sampler, with a model's defaults."""
@@ -110,6 +116,7 @@ class GenerationSettings:
             sampler=self.sampler,
             interval=self.guidance_interval,
             strength=strength if self.strength is None else self.strength,
+            path_drop=about.path_drop and not self.autoguidance if self.path_drop is None else self.path_drop,
         )
 
 
@@ -149,7 +156,7 @@ class Model:
 
     def share(self, other: "Model") -> None:
         """Uses the encoders and compiled programs of the other model if its network and encoders are the same."""
-        own = ("name", "step", "config_hash", "source", "guidance", "steps", "params")
+        own = ("name", "step", "config_hash", "source", "guidance", "steps", "path_drop", "params")
         about = dataclasses.replace(other.about, **{name: getattr(self.about, name) for name in own})
         if (self.config, self.about) == (other.config, about):
             self._generator, self._encoders, self._embeddings = other._generator, other._encoders, other._embeddings
@@ -189,6 +196,7 @@ class Model:
         sampling, weak = settings.sampling(self.about), settings.autoguidance
         if weak:
             self._check_weak(weak)
+        sampling.check(self.config)
         start = np.zeros((), np.float32) if settings.image is None else self.encode(settings.image)
         known = None if settings.mask is None else (start, self._latent_mask(settings.mask))
         n = len(prompts) * settings.num
@@ -224,7 +232,7 @@ class Model:
             "sampler": f"{sampling.sampler}, {sampling.steps} steps", "guidance": str(float(sampling.guidance)),
             "checkpoint": about.where, "config": about.config_hash, "attribution": about.source,
             "guidance_interval": ",".join(f"{level:g}" for level in interval) if interval else "",
-            "negative_prompt": settings.negative_prompt,
+            "path_drop": "yes" if sampling.path_drop else "", "negative_prompt": settings.negative_prompt,
             "autoguidance": settings.autoguidance.about.where if settings.autoguidance else "",
             "image": image, "mask": mask, "strength": "" if settings.strength is None else str(settings.strength),
         }  # fmt: skip

@@ -134,6 +134,17 @@ def _fields(config: Any, prefix: str = "") -> list[str]:
     return [*filter(None, [prefix]), *(field for name, value in nested for field in _fields(value, name))]
 
 
+def parse_interval(text: str) -> tuple[float, float] | None:
+    """Parses 'low,high' as two noise levels, and an empty text as None; raises UserError for another text."""
+    if not text:
+        return None
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as error:
+        raise UserError(f"--guidance_interval={text}: give two noise levels, as in 0.3,5.") from error
+    return low, high
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """Reads a text file with a prompt per line; raises UserError if it can't be read or has no prompt."""
     try:

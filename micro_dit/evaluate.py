@@ -13,7 +13,7 @@ import jax
 from absl import flags
 
 from micro_dit.api import load
-from micro_dit.cli import define_distributed_flags, distributed_options, run_command
+from micro_dit.cli import define_distributed_flags, distributed_options, parse_interval, run_command
 from micro_dit.errors import UserError
 from micro_dit.evaluation.evaluate_model import METRICS, EvaluationRequest, ModelEvaluation, Stopped
 from micro_dit.parallel import distributed
@@ -25,7 +25,8 @@ def main() -> None:
     distributed.start(**distributed_options())
     say: Callable[[str], None] = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda text: None
     given = {field.name: getattr(FLAGS, field.name) for field in dataclasses.fields(EvaluationRequest)}
-    request = EvaluationRequest(**given | {"guidance": read_scales(FLAGS.guidance)})
+    interval = parse_interval(FLAGS.guidance_interval)
+    request = EvaluationRequest(**given | {"guidance": read_scales(FLAGS.guidance), "guidance_interval": interval})
     try:
         with Interrupt() as interrupt:
             ModelEvaluation(FLAGS.workdir, request, load, stops=lambda: interrupt.requested, say=say).run()
@@ -55,6 +56,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The moving average, or what was trained.")
     flags.DEFINE_string("out", None, "Where everything goes; by default evaluation/STEP in the work directory.")
     flags.DEFINE_list("guidance", [], "Scales of guidance, a set of images for each; by default the model's.")
+    flags.DEFINE_string("guidance_interval", "", "low,high: noise levels between which there is guidance.")
+    flags.DEFINE_bool("path_drop", None, "Path-drop guidance, for models with fusion; by default the model's setting.")
     flags.DEFINE_integer("steps", None, "Sampling steps; by default the model's.")
     flags.DEFINE_integer("seed", 0, "Of image 0; image i has this plus i.")
     flags.DEFINE_integer("num_images", None, "For each scale; by default 30,000 for COCO's captions, else 256.")

@@ -13,6 +13,7 @@ import jax
 
 from micro_dit.data.shards import Manifest
 from micro_dit.diffusion.generate import Sampling
+from micro_dit.errors import UserError
 from micro_dit.evaluation.during_training import EvaluationSettings, ImageMetrics, TrainingEvaluation
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import abstract_params
@@ -84,6 +85,8 @@ def check(config: Any, workdir: Path) -> tuple[Run, Start | None]:
     manifests = main_first(lambda: prepare_shards(TrainingData(**config.data), phases, recipe.sigma_data, say))
     vae, text = manifests[0].vae, manifests[0].text_encoder
     networks = [network_of(phase, config.model, vae, text) for phase in phases]
+    if recipe.path_drop and not networks[0].fusion:
+        raise UserError("diffusion.path_drop needs model.fusion: set --config.diffusion.path_drop=0.")
     sharding.param_shardings(mesh, abstract_params(networks[0]))
     recipe.trainable(networks[0]).abstract()
     start = load_start(config.init_from) if config.init_from and not has_checkpoints(workdir) else None
@@ -146,7 +149,8 @@ def load_evaluation(run: Run) -> TrainingEvaluation:
     data, sampling, metrics = run.config.data, run.config.sampling, run.config.evaluation.to_dict()
     settings = EvaluationSettings(
         loss_every=run.config.evaluate_every, split=data.heldout, loss_images=data.heldout_images,
-        previews_every=sampling.every, prompts=sampling.prompts, sampling=Sampling(sampling.steps, sampling.guidance),
+        previews_every=sampling.every, prompts=sampling.prompts,
+        sampling=Sampling(sampling.steps, sampling.guidance, path_drop=sampling.path_drop),
         metrics_every=metrics.pop("every"), metrics=ImageMetrics(**metrics), vae=data.vae,
         text_encoder=data.text_encoder, sigma_data=run.recipe.sigma_data, dtype=run.recipe.dtype,
     )  # fmt: skip

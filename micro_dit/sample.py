@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import flags
 
-from micro_dit.cli import read_prompts, run_command
+from micro_dit.cli import parse_interval, read_prompts, run_command
 from micro_dit.diffusion.samplers import SAMPLERS
 from micro_dit.errors import UserError
 
@@ -37,8 +37,8 @@ def main() -> None:
         by_step = FLAGS.autoguidance.isdecimal()
         weak = load(FLAGS.workdir, int(FLAGS.autoguidance)) if by_step else load(FLAGS.autoguidance)
     settings = GenerationSettings(
-        FLAGS.num, FLAGS.seed, FLAGS.steps, FLAGS.guidance, FLAGS.sampler, interval, FLAGS.negative_prompt, weak,
-        read_image(FLAGS.image), FLAGS.strength, read_image(FLAGS.mask),
+        FLAGS.num, FLAGS.seed, FLAGS.steps, FLAGS.guidance, FLAGS.sampler, interval, FLAGS.path_drop,
+        FLAGS.negative_prompt, weak, read_image(FLAGS.image), FLAGS.strength, read_image(FLAGS.mask),
     )  # fmt: skip
     images = model.generate(prompts, settings, progress=True)
 
@@ -55,17 +55,6 @@ def main() -> None:
         save_png(grid, out, {"prompt": " | ".join(prompts)} | seeds | metadata)
         also = f", and each alone in {out.with_suffix('')}/"
     print(f"{len(images)} image{'s' * (len(images) > 1)} from {model.about.where}: {out}{also}")
-
-
-def parse_interval(text: str) -> tuple[float, float] | None:
-    """Parses 'low,high' as two noise levels, and an empty text as None; raises UserError for another text."""
-    if not text:
-        return None
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError as error:
-        raise UserError(f"--guidance_interval={text}: give two noise levels, as in 0.3,5.") from error
-    return low, high
 
 
 def read_image(path: str) -> "Image | None":
@@ -96,6 +85,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", None, "Sampling steps; by default the model's.")
     flags.DEFINE_float("guidance", None, "Scale of guidance, 1 for none; by default the model's.")
     flags.DEFINE_string("guidance_interval", "", "low,high: noise levels between which there is guidance.")
+    flags.DEFINE_bool("path_drop", None, "Path-drop guidance, for models with fusion; by default the model's setting.")
     flags.DEFINE_string("negative_prompt", "", "What guidance leads away from.")
     flags.DEFINE_string("autoguidance", "", "A weaker model to lead away from: a step of this run, or another folder.")
     flags.DEFINE_string("image", "", "A picture to start from.")

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from micro_dit.diffusion import edm
-from micro_dit.diffusion.guidance import autoguide, extrapolate, guide, scale_at
+from micro_dit.diffusion.guidance import autoguide, drop_path, extrapolate, guide, scale_at
 from micro_dit.diffusion.samplers import SAMPLERS, Denoiser, keep_known, noise_levels, partial_noise_levels, sample
 from micro_dit.errors import UserError
 from micro_dit.models.config import DiTConfig
@@ -35,6 +35,7 @@ class Sampling:
         sampler: One of SAMPLERS.
         interval: (low, high) noise levels between which guidance is applied; None applies it at all levels.
         strength: Fraction of the way from noise to image that is sampled; below 1, sampling starts from an image.
+        path_drop: Whether guidance leads away from the network without its backbone (path-drop guidance).
 
     Raises:
         UserError: A setting makes no sense.
@@ -45,6 +46,7 @@ class Sampling:
     sampler: str = "heun"
     interval: tuple[float, float] | None = None
     strength: float = 1.0
+    path_drop: bool = False
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -58,6 +60,11 @@ class Sampling:
             raise UserError(f"the guidance interval {low:g} to {high:g} is empty; use 0 <= low < high.")
         if not 0 <= self.strength <= 1:
             raise UserError(f"strength {self.strength:g}: use a number from 0 (the image as it is) to 1.")
+
+    def check(self, config: DiTConfig) -> None:
+        """Raises UserError if a network can't be sampled with these settings."""
+        if self.path_drop and not config.fusion:
+            raise UserError("path-drop guidance needs a network with model.fusion: leave out --path_drop.")
 
     @property
     def sigmas(self) -> np.ndarray:
@@ -82,7 +89,7 @@ class Inputs(NamedTuple):
     weak: Params | None = None  # parameters of the weak network of autoguidance
 
 
-Branches = Literal["conditional", "unconditional", "both"]
+Branches = Literal["conditional", "unconditional", "both", "path_drop"]
 
 
 class Generator:
@@ -167,7 +174,7 @@ class Generator:
         def D(x: jax.Array, sigma: float) -> jax.Array:
             level = np.full(1, sigma, np.float32)
             scale = scale_at(float(level[0]), sampling.guidance, sampling.interval)
-            branches = branches_of(scale, autoguidance=weak is not None)
+            branches = branches_of(scale, weak is not None, sampling.path_drop)
             return self._denoise(inputs, np.float32(scale), x, level, branches=branches, weak_config=weak_config)
 
         def watched(x: jax.Array, sigma: float) -> jax.Array:
@@ -188,8 +195,11 @@ class Generator:
         scale is () float32, x (B, H, W, C) float32 and sigma (1,) float32. With a weak network, the branches 'both' are
         the two networks.
         """
-        F: edm.Network = bind(self.config, inputs.params, self.dtype)
-        if branches == "both" and inputs.weak is not None:
+        network = bind(self.config, inputs.params, self.dtype)
+        F: edm.Network = network
+        if branches == "path_drop":
+            F = drop_path(network, functools.partial(network, shallow=True), scale, inputs.negative)
+        elif branches == "both" and inputs.weak is not None:
             assert weak_config is not None
             F = autoguide(F, bind(weak_config, inputs.weak, self.dtype), scale)
         elif branches == "both":
@@ -226,10 +236,12 @@ def _denoise_rows(
     return jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(inputs, *arrays)
 
 
-def branches_of(scale: float, autoguidance: bool = False) -> Branches:
+def branches_of(scale: float, autoguidance: bool = False, path_drop: bool = False) -> Branches:
     """Returns the branches that a guidance scale needs."""
     if scale == 1:
         return "conditional"
+    if path_drop:
+        return "path_drop"
     return "unconditional" if scale == 0 and not autoguidance else "both"
 
 

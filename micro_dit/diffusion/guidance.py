@@ -52,6 +52,14 @@ def autoguide(F: Network, weak: Network, scale: float | jax.Array) -> Network:
     return guided
 
 
+def drop_path(F: Network, shallow: Network, scale: float | jax.Array, negative: jax.Array | None = None) -> Network:
+    """Returns the network u + scale·(F - u): path-drop guidance (Park et al. 2025, arXiv 2510.21986).
+
+    `shallow` is F without its backbone, whose cost is that of a few blocks; u is its output for `negative` or zeros.
+    """
+    return autoguide(F, lambda x, t, y: shallow(x, t, _unconditional(y, negative)), scale)
+
+
 def scale_at(sigma: float, scale: float, interval: tuple[float, float] | None) -> float:
     """Returns the guidance scale at a noise level: 1, which is no guidance, outside of low < sigma <= high.
 

@@ -57,6 +57,8 @@ class EvaluationRequest:
         params: 'ema' or 'raw'.
         out: Output folder; by default evaluation/STEP in the work directory.
         guidance: Guidance scales, with a set of images each; by default the model's.
+        guidance_interval: (low, high) noise levels between which guidance is applied; None applies it at all levels.
+        path_drop: Whether to use path-drop guidance; by default the model's setting.
         steps: Sampler steps; by default the model's.
         seed: Seed of image 0.
         num_images: Images for each scale; by default 30,000 for COCO's captions, else 256.
@@ -74,6 +76,8 @@ class EvaluationRequest:
     params: str = "ema"
     out: str | Path | None = None
     guidance: Sequence[float] = ()
+    guidance_interval: tuple[float, float] | None = None
+    path_drop: bool | None = None
     steps: int | None = None
     seed: int = 0
     num_images: int | None = None
@@ -169,10 +173,13 @@ class ModelEvaluation:
         weights = hash_arrays(sorted(self.model.params.items()))[:12]
         prompts = hash_text(json.dumps(list(self.prompts.texts)))[:12]
         steps = about.steps if request.steps is None else request.steps
+        path_drop = about.path_drop if request.path_drop is None else request.path_drop
+        Sampling(steps, path_drop=path_drop).check(self.model.config)
         for scale in request.guidance or (about.guidance,):
             settings = ImageSetSettings(
-                weights, request.params, scale, steps, request.seed, request.dtype, self.prompts.name, prompts
-            )
+                weights, request.params, scale, steps, request.seed, request.dtype, self.prompts.name, prompts,
+                request.guidance_interval, path_drop,
+            )  # fmt: skip
             if self._image_metrics:
                 self._measure_image_set(settings)
             if self._geneval_tasks:
@@ -250,7 +257,10 @@ class ModelEvaluation:
             Stopped: Images are still missing.
         """
         n, there, processes = len(files), sum(file.exists() for file in files), jax.process_count()
-        sampling, title = Sampling(settings.steps, settings.guidance), f"guidance {settings.guidance:g}"
+        sampling = Sampling(
+            settings.steps, settings.guidance, interval=settings.interval, path_drop=settings.path_drop
+        )
+        title = f"guidance {settings.guidance:g}"
         if there:
             self._say(f"{title}: {there:,} of {n:,} images are there already")
         if there < n:

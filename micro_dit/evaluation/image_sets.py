@@ -118,6 +118,8 @@ class ImageSetSettings:
         seed: Seed of image 0.
         dtype: Dtype of the matrix products.
         prompts: What the prompts are called, such as 'held-out captions'.
+        interval: Noise levels between which guidance is applied; None for all.
+        path_drop: Whether guidance skips the backbone.
     """
 
     model: str
@@ -128,11 +130,15 @@ class ImageSetSettings:
     dtype: str
     prompts: str
     prompts_hash: str
+    interval: tuple[float, float] | None = None
+    path_drop: bool = False
 
     @property
     def folder(self) -> str:
         """Name of the folder, which no other settings have."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        default = {"interval": None, "path_drop": False}  # left out, so that older folders keep their names
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if default.get(name, ...) != value}
+        text = json.dumps(fields, sort_keys=True)
         return f"images_{self.params}_guidance_{self.guidance:g}_{hash_text(text)[:8]}"
 
 

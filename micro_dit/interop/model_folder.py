@@ -27,7 +27,7 @@ ABOUT = ("sigma_data", "vae", "text_encoder", "caption_tokens", "caption_cleanin
 # trained with, whether the image encoder is in the folder, and 'raw' if the run has an average and this is not it.
 OPTIONAL: dict[str, tuple[type, ...]] = {
     "step": (int,), "guidance": (int, float), "steps": (int,), "vae_fingerprint": (str,), "text_fingerprint": (str,),
-    "vae_included": (bool,), "params": (str,),
+    "vae_included": (bool,), "params": (str,), "path_drop": (bool,),
 }  # fmt: skip
 VAE, VAE_FILES = "vae", ("config.json", "diffusion_pytorch_model.safetensors", "README.md", "LICENSE", "LICENSE.md")
 WEIGHTS_FILE = "model.safetensors"

@@ -17,7 +17,7 @@ class DiTConfig:
     """The network's configuration, with the fields of the public release.
 
     A multiplier list shorter than the depth covers depth/len consecutive blocks with each of its values. The release
-    has no decoder: that is MaskDiT's, for comparison.
+    has no decoder: that is MaskDiT's, for comparison, or with `fusion` that of the dense residual.
 
     Raises:
         UserError: No such network can be built.
@@ -47,6 +47,7 @@ class DiTConfig:
     experts_every_n: int = 2
     decoder_depth: int = 0
     decoder_dim: int = 0
+    fusion: bool = False  # whether the decoder adds the mixer's output, of all tokens, to the backbone's
 
     def __post_init__(self) -> None:
         if self.input_size % self.patch_size:
@@ -54,6 +55,8 @@ class DiTConfig:
         if self.decoder_depth < 0 or (self.decoder_depth > 0) != (self.decoder_dim > 0):
             depth, dim = self.decoder_depth, self.decoder_dim
             raise UserError(f"model.decoder_depth {depth} with decoder_dim {dim}: give both, or neither.")
+        if self.fusion and not (self.use_patch_mixer and self.decoder_depth):
+            raise UserError("model.fusion needs a patch mixer and a decoder: set model.decoder_depth and decoder_dim.")
         for name in ("dim", "patch_mixer_dim", "decoder_dim"):
             if (dim := getattr(self, name)) % self.head_dim or dim % 4:
                 raise UserError(f"model.{name} {dim} must be a multiple of head_dim {self.head_dim} and of 4.")
@@ -80,6 +83,8 @@ class DiTConfig:
             raise UserError(
                 f"mask_ratio {mask_ratio} keeps none of the {self.tokens} tokens (or is outside [0, 1)); lower it."
             )
+        if self.fusion and mask_position != "after_mixer":
+            raise UserError("model.fusion needs mask_position 'after_mixer': its mixer sees all tokens.")
         kept = kept_tokens(self.tokens, mask_ratio)
         in_mixer = kept if mask_position == "before_mixer" else self.tokens
         parts = (("mixer", in_mixer, self.mixer_blocks()), ("backbone", kept, self.backbone_blocks()))
@@ -119,7 +124,7 @@ class DiTConfig:
         )
 
     def decoder_blocks(self) -> tuple["BlockShape", ...]:
-        """Returns the shapes of the blocks of MaskDiT's decoder: all of one width, without experts."""
+        """Returns the shapes of the decoder's blocks: all of one width, without experts."""
         return (self._block(self.decoder_dim, 1.0, 4.0, moe=False, scale=self.depth),) * self.decoder_depth
 
     def _block(self, dim: int, qkv_ratio: float, mlp_ratio: float, *, moe: bool, scale: int) -> "BlockShape":

@@ -17,6 +17,7 @@ from flax import nnx
 from micro_dit.models.blocks import CaptionBlock, DiTBlock, FinalLayer, NormedProjection
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table, unpatchify
+from micro_dit.models.fusion import FusionDecoder
 from micro_dit.models.layers import Constrain, unconstrained
 from micro_dit.models.maskdit import MaskDiTDecoder
 from micro_dit.models.masking import TokenMask, drop_tokens, restore_tokens
@@ -49,7 +50,7 @@ class MicroDiT(nnx.Module):
         self.mixer = nnx.List([DiTBlock(shape, config, **block_args) for shape in config.mixer_blocks()])
         self.blocks = nnx.List([DiTBlock(shape, config, **block_args) for shape in config.backbone_blocks()])
         if config.decoder_depth:
-            self.decoder = MaskDiTDecoder(config, **block_args)
+            self.decoder = (FusionDecoder if config.fusion else MaskDiTDecoder)(config, **block_args)
         patch = config.patch_size**2 * config.in_channels
         self.final_layer = FinalLayer(config.decoder_dim or D, patch, config, **args)
 
@@ -60,6 +61,8 @@ class MicroDiT(nnx.Module):
         y: jax.Array,
         mask: TokenMask | None = None,
         mask_position: str = "after_mixer",
+        path_drop: jax.Array | None = None,
+        shallow: bool = False,
     ) -> jax.Array:
         """Computes F(x, t, y), (B, H, W, C) float32.
 
@@ -69,6 +72,8 @@ class MicroDiT(nnx.Module):
             y: (B, L, Y) caption embedding; all zeros is the unconditional input.
             mask: Tokens to keep; None keeps all. Dropped patches are zeros in the output, unless there is a decoder.
             mask_position: "after_mixer" (deferred masking) or "before_mixer" (naive masking, for comparison).
+            path_drop: (B,) bool, images that skip the backbone; needs `fusion`.
+            shallow: Whether all images skip the backbone, which is then not computed; needs `fusion`.
         """
         config, dtype, constrain = self.config, self.dtype, self.constrain
         B, H, W, _ = x.shape
@@ -90,18 +95,24 @@ class MicroDiT(nnx.Module):
             x, mixer_y = self.mixer_in(x), self.mixer_caption_in(y)  # (B, N, M), (B, L, M)
         for block in self.mixer:
             x = constrain(block(x, mixer_y, c), "BNM")
-        # 7. Deferred masking.
-        if mask is not None and mask_position == "after_mixer":
-            x = drop_tokens(x, mask)  # (B, K, M)
-        if self.project_mixer:
-            x = self.mixer_out(x)  # 8. Back to the backbone's width, after the drop: (B, K, D).
-        # 9. Backbone, on the kept tokens.
-        for block in self.blocks:
-            x = constrain(block(x, y, c), "BKD")
-        if config.decoder_depth:
+        mixed, deep = x, None
+        if not shallow:
+            # 7. Deferred masking.
+            if mask is not None and mask_position == "after_mixer":
+                x = drop_tokens(x, mask)  # (B, K, M)
+            if self.project_mixer:
+                x = self.mixer_out(x)  # 8. Back to the backbone's width, after the drop: (B, K, D).
+            # 9. Backbone, on the kept tokens.
+            for block in self.blocks:
+                x = constrain(block(x, y, c), "BKD")
+            deep = x
+        # 10. Dense residual: all tokens again, the mixer's output added to the backbone's.
+        if config.fusion:
+            x = constrain(self.decoder(deep, mixed, y, c, mask, path_drop), "BNG")
+        elif config.decoder_depth:
             x = constrain(self.decoder(x, y, c, mask), "BNG")  # MaskDiT, for comparison, returns to all tokens here.
-        x = self.final_layer(x, c).astype(jnp.float32)  # 10. Final layer: (B, K, p·p·C).
-        # 11. Zeros where tokens were dropped, then back to an image.
+        x = self.final_layer(x, c).astype(jnp.float32)  # 11. Final layer: (B, K, p·p·C).
+        # 12. Zeros where tokens were dropped, then back to an image.
         if mask is not None and not config.decoder_depth:
             x = restore_tokens(x, mask)  # (B, N, p·p·C)
         return unpatchify(x, config.patch_size, H, W)

@@ -49,7 +49,8 @@ def forward_flops(
     stacks = [("mixer", config.mixer_blocks(), in_mixer), ("backbone", config.backbone_blocks(), K)]
     if config.decoder_depth:
         G = config.decoder_dim
-        parts["decoder_in"] = _linear(1, D, 2 * D) + _linear(K, D, G) + _linear(L, D, G)
+        parts["decoder_in"] = _linear(K, D, G) + _linear(L, D, G)
+        parts["decoder_in"] += _linear(N, M, G) if config.fusion else _linear(1, D, 2 * D)
         parts["final_layer"] = _linear(1, D, 2 * G) + _linear(N, G, patch)
         stacks.append(("decoder", config.decoder_blocks(), N))
     for name, blocks, T in stacks:

@@ -66,15 +66,15 @@ def param_shardings(mesh: Mesh, shapes: Mapping[str, Any]) -> dict[str, NamedSha
 def state_shardings(mesh: Mesh, state: State) -> State:
     """Returns where everything in a TrainState lives, in the same structure.
 
-    Every dict with the parameters' names is placed as they are: moments, moving average. All else is on every device.
+    Every array below a parameter's name is placed as that parameter is: moments, EMA weights. All else is on every
+    device.
     """
-    params: Mapping[str, Any] = state.params  # type: ignore[attr-defined]
-    placed, everywhere = param_shardings(mesh, params), replicated(mesh)
+    placed, everywhere = param_shardings(mesh, state.params), replicated(mesh)  # type: ignore[attr-defined]
 
-    def like_params(node: Any) -> bool:
-        return isinstance(node, dict) and node.keys() == params.keys()
+    def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        return placed.get(getattr(path[-1], "key", None), everywhere)
 
-    return jax.tree.map(lambda node: placed if like_params(node) else everywhere, state, is_leaf=like_params)
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def placed_as(abstract: State, shardings: State) -> State:

@@ -154,6 +154,7 @@ def read_model(
         "text_encoder": run["data"]["text_encoder"], "text_fingerprint": shards["text_encoder"],
         "caption_tokens": shards["caption_tokens"], "caption_cleaning": shards.get("caption_cleaning", "none"),
         "guidance": run["sampling"]["guidance"], "steps": run["sampling"]["steps"],
+        "path_drop": run["sampling"].get("path_drop", False),
     }  # fmt: skip
     if params == "raw":
         about["params"] = "raw"

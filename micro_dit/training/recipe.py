@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from micro_dit.errors import UserError, removed_field
 from micro_dit.models.config import REMAT, DiTConfig
 from micro_dit.parallel import mesh as meshes
 from micro_dit.training.lora import LoRA, Trainable, make_lora
-from micro_dit.training.optimizer import make_optimizer
+from micro_dit.training.optimizer import OPTIMIZERS, make_optimizer
 from micro_dit.training.phases import Phase
 
 
@@ -27,6 +28,8 @@ class Recipe:
         adam: b1, b2, eps and weight_decay of `make_optimizer`.
         microbatch: Images per forward and backward pass over all devices; 0 processes the whole batch at once.
         lora: LoRA adapter to train; None trains the network's parameters.
+        optimizer_name: One of OPTIMIZERS.
+        path_drop: Probability that an image skips the backbone in training; needs a network with `fusion`.
     """
 
     sigma_data: float
@@ -36,15 +39,26 @@ class Recipe:
     adam: Mapping[str, float]
     microbatch: int = 0
     lora: LoRA | None = None
+    optimizer_name: str = "adamw"
+    path_drop: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises UserError for an unknown `remat`."""
+        """Raises UserError for an unknown `remat` or optimizer, and for an impossible path drop."""
         if self.remat not in REMAT:
             raise UserError(f"remat {self.remat!r} is unknown; use one of {', '.join(REMAT)}.")
+        if self.optimizer_name not in OPTIMIZERS:
+            raise UserError(
+                f"optimizer {self.optimizer_name!r} is unknown; set --config.optimizer to one of "
+                f"{', '.join(OPTIMIZERS)}."
+            )
+        if not 0 <= self.path_drop < 1:
+            raise UserError(f"path_drop is {self.path_drop}; set --config.diffusion.path_drop in [0, 1).")
 
-    def optimizer(self, phase: Phase) -> optax.GradientTransformation:
-        """Returns the optimizer of a phase, without its learning rate."""
-        return make_optimizer(phase.clip, **self.adam)
+    def optimizer(self, phase: Phase, mesh: jax.sharding.Mesh | None = None) -> optax.GradientTransformation:
+        """Returns the optimizer of a phase, without its learning rate; on a mesh, Muon distributes its matrices."""
+        return make_optimizer(
+            phase.clip, **self.adam, name=self.optimizer_name, dtype=jnp.dtype(self.dtype), mesh=mesh
+        )
 
     def trainable(self, network: DiTConfig) -> Trainable:
         """Returns the parameters to train: those of the network, or a LoRA adapter for them."""
@@ -75,5 +89,5 @@ def make_recipe(config: Mapping[str, Any]) -> Recipe:
         raise UserError("LoRA adapts existing weights: name them with --config.init_from, or set lora.rank 0.")
     return Recipe(
         **config["diffusion"], dtype=config["dtype"], remat=config["remat"], adam=dict(config["adam"]),
-        microbatch=config["microbatch"], lora=lora,
+        optimizer_name=config["optimizer"], microbatch=config["microbatch"], lora=lora,
     )  # fmt: skip

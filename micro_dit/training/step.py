@@ -38,6 +38,7 @@ class Draws(NamedTuple):
         sigma: (B,) float32, noise levels.
         noise: (B, H, W, C) float32, unit normal noise.
         mask: The tokens to keep, or None without masking.
+        path_drop: (B,) bool, images that skip the backbone, or None if no image does.
     """
 
     x: jax.Array
@@ -45,14 +46,15 @@ class Draws(NamedTuple):
     sigma: jax.Array
     noise: jax.Array
     mask: TokenMask | None
+    path_drop: jax.Array | None = None
 
 
 def draw_inputs(
     batch: Mapping[str, jax.Array], key: jax.Array, step: jax.Array, network: DiTConfig, phase: Phase, recipe: Recipe
 ) -> Draws:
-    """Draws posterior sample, caption drop, noise level, noise and mask, each from its own random stream.
+    """Draws posterior sample, caption drop, noise level, noise, mask and path drop, each from its own random stream.
 
-    Separate streams keep the five independent of each other; the step is folded in, so no draw repeats.
+    Separate streams keep them independent of each other; the step is folded in, so no draw repeats.
     """
     x = batch["latent_mean"].astype(jnp.float32)  # (B, H, W, C)
     if "latent_std" in batch:  # the posterior is resampled at each visit
@@ -63,7 +65,10 @@ def draw_inputs(
     sigma = edm.draw_sigma(stream(key, "sigma", step), B, phase.P_mean, phase.P_std)
     noise = jax.random.normal(stream(key, "noise", step), x.shape)
     mask = random_mask(stream(key, "mask", step), B, network.tokens, phase.mask_ratio)
-    return Draws(x, y, sigma, noise, mask)
+    path_drop = None
+    if recipe.path_drop:
+        path_drop = jax.random.bernoulli(stream(key, "path_drop", step), recipe.path_drop, (B,))
+    return Draws(x, y, sigma, noise, mask, path_drop)
 
 
 def accumulate_gradients(
@@ -119,7 +124,7 @@ def make_train_step(
         (state, batch, key, base) → (state, metrics). `base` holds the parameters under a LoRA adapter, which is what
         the state then trains; None without LoRA.
     """
-    schedule, optimizer, trainable = phase.schedule(), recipe.optimizer(phase), recipe.trainable(network)
+    schedule, optimizer, trainable = phase.schedule(), recipe.optimizer(phase, mesh), recipe.trainable(network)
     constrain = sharding.constrain_to(mesh) if mesh is not None and mesh.size > 1 else unconstrained
     parts = phase.batch_size // recipe.microbatch if recipe.microbatch else 1
 
@@ -133,10 +138,10 @@ def make_train_step(
         if base is not None:
             params = as_params(trainable.merge(params, base))
         model = bind(network, params, jnp.dtype(recipe.dtype), recipe.remat, constrain)
-        image_losses = maskdit.loss if network.decoder_depth else edm.loss
+        image_losses = maskdit.loss if network.decoder_depth and not network.fusion else edm.loss
         return image_losses(
-            lambda x, t, y: model(x, t, y, draws.mask, phase.mask_position), *draws[:4],
-            mask=draws.mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,
+            lambda x, t, y: model(x, t, y, draws.mask, phase.mask_position, draws.path_drop), *draws[:4],
+            mask=None if network.fusion else draws.mask, patch_size=network.patch_size, sigma_data=recipe.sigma_data,
         ).mean()  # fmt: skip
 
     def train_step(

@@ -15,7 +15,10 @@ MAY_CHANGE = (
     "microbatch", "evaluation",
 )  # fmt: skip
 # The values of fields that the config of an earlier or a later version lacks.
-ADDED = {"init_from": "", "lora.rank": 0, "quantize": ""}
+ADDED = {
+    "init_from": "", "lora.rank": 0, "quantize": "", "optimizer": "adamw", "model.fusion": None,
+    "diffusion.path_drop": 0.0,
+}  # fmt: skip
 WITH_LORA = ("lora.alpha", "lora.targets")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from micro_dit.errors import UserError
+from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import abstract_params
 from micro_dit.parallel import sharding
 from micro_dit.parallel.cpu import compiler_options, register_lowerings
@@ -32,11 +33,13 @@ PHASE = Phase(**tiny.MASKED | dict(batch_size=B, warmup_steps=0, ema_decay=0.9, 
 # Two blocks, the first with experts; a mixer would only take time to compile.
 NETWORK = tiny.network(use_patch_mixer=False)
 PARAMS, DENSE = abstract_params(NETWORK), abstract_params(tiny.network(experts_every_n=9))
+# The dense residual under Muon, with images that skip the backbone.
+FRUGAL = tiny.network(depth=1, patch_mixer_depth=1, decoder_depth=1, decoder_dim=32, fusion=True)
 MESHES = {"data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "experts": (2, 2, 2, 1), "tensor": (2, 1, 2, 2)}
 
 
-def recipe(microbatch: int = 0) -> Recipe:
-    return Recipe(0.9, 0.1, "float32", "none", {"eps": 1e-3, "b2": 0.99}, microbatch)
+def recipe(microbatch: int = 0, **fields: Any) -> Recipe:
+    return Recipe(0.9, 0.1, "float32", "none", {"eps": 1e-3, "b2": 0.99}, microbatch, **fields)
 
 
 def batch(step: int) -> dict[str, np.ndarray]:
@@ -45,14 +48,15 @@ def batch(step: int) -> dict[str, np.ndarray]:
     return {name: np.abs(generator.standard_normal(shape)).astype(np.float16) for name, shape in shapes.items()}
 
 
-def train(mesh: jax.sharding.Mesh, microbatch: int = 0) -> tuple[dict[str, Any], TrainState, str]:
+def train(
+    mesh: jax.sharding.Mesh, how: Recipe, network: DiTConfig = NETWORK
+) -> tuple[dict[str, Any], TrainState, str]:
     """What was measured, the state on the host, and the program."""
-    how = recipe(microbatch)
-    function, *abstract, places = abstract_train_step(NETWORK, PHASE, how, mesh, 4)
+    function, *abstract, places = abstract_train_step(network, PHASE, how, mesh, 4)
     register_lowerings()
     step = jax.jit(function, donate_argnums=0, out_shardings=places, compiler_options=compiler_options())
     compiled = step.lower(*abstract).compile()
-    params = tiny.random_params(NETWORK)
+    params = tiny.random_params(network)
     state = TrainState(np.int32(0), params, how.optimizer(PHASE).init(params), jax.tree.map(np.copy, params))
     state = jax.device_put(state, places[0])
     key = jax.device_put(jax.random.key(0), replicated(mesh))
@@ -66,11 +70,11 @@ def train(mesh: jax.sharding.Mesh, microbatch: int = 0) -> tuple[dict[str, Any],
         "held": held, "expected": sharding.bytes_per_device(
             (abstract[0].params, abstract[0].opt_state), (places[0].params, places[0].opt_state)
         ),
-        "expert": list(state.params["blocks.0.mlp.w1"].addressable_shards[0].data.shape),
-        "moment": list(state.opt_state[1].mu["blocks.0.mlp.w1"].addressable_shards[0].data.shape),
-        "average": list(state.ema["blocks.0.mlp.w1"].addressable_shards[0].data.shape),
         "gathers": gathered_activations(compiled.as_text()),
     }  # fmt: skip
+    if how.optimizer_name == "adamw":
+        for part, arrays in (("expert", state.params), ("moment", state.opt_state[1].mu), ("average", state.ema)):
+            found[part] = list(arrays["blocks.0.mlp.w1"].addressable_shards[0].data.shape)
     return found, jax.tree.map(np.asarray, state), compiled.as_text() or ""
 
 
@@ -117,7 +121,7 @@ def difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> fl
 
 def main() -> None:
     alone = make_mesh({}, jax.devices()[:1])
-    one, end, _ = train(alone)
+    one, end, _ = train(alone, recipe())
     meshes = {name: make_mesh(dict(zip(AXES, sizes, strict=True))) for name, sizes in MESHES.items()}
     found: dict[str, Any] = {
         "one": one,
@@ -125,7 +129,7 @@ def main() -> None:
     }
     start = jax.tree.map(np.asarray, tiny.random_params(NETWORK))
     for name, mesh, microbatch in [(*item, 0) for item in meshes.items()] + [("microbatch", meshes["experts"], 40)]:
-        found[name], state, program = train(mesh, microbatch)
+        found[name], state, program = train(mesh, recipe(microbatch))
         moved, expected = ({n: params[n] - start[n] for n in start} for params in (state.params, end.params))
         found[name] |= {
             "params": difference(moved, expected),
@@ -133,6 +137,12 @@ def main() -> None:
             "ema": difference(state.ema, end.ema),
             "collectives": collectives(program),
         }
+    frugal = recipe(optimizer_name="muon", path_drop=0.3)
+    found["frugal one"], end, _ = train(alone, frugal, FRUGAL)
+    found["frugal"], state, _ = train(meshes["fsdp"], frugal, FRUGAL)
+    start = jax.tree.map(np.asarray, tiny.random_params(FRUGAL))
+    moved, expected = ({n: params[n] - start[n] for n in start} for params in (state.params, end.params))
+    found["frugal"] |= {"params": difference(moved, expected), "ema": difference(state.ema, end.ema)}
     # What would be found, were tokens dropped by hand-broadcast indices.
     over = batch_sharding(meshes["data"])
     take = jax.jit(lambda x, keep: x[jnp.arange(B)[:, None], keep], in_shardings=(over, over), out_shardings=over)

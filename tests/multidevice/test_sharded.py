@@ -34,6 +34,14 @@ def test_every_mesh_trains_as_one_device_does(found: dict[str, Any], mesh: str) 
         assert found[mesh][part] < 1e-5, part
 
 
+def test_muon_and_the_dense_residual_train_as_on_one_device(found: dict[str, Any]) -> None:
+    for values, expected in zip(found["frugal"]["metrics"], found["frugal one"]["metrics"], strict=True):
+        assert values == pytest.approx(expected, rel=1e-5)
+    assert found["frugal"]["params"] < 1e-5
+    assert found["frugal"]["ema"] < 1e-5
+    assert found["frugal"]["held"] == found["frugal"]["expected"] < 0.2 * found["frugal one"]["held"]
+
+
 @pytest.mark.parametrize("mesh", ALL)
 def test_no_batch_is_gathered(found: dict[str, Any], mesh: str) -> None:
     assert found[mesh]["gathers"] == []

@@ -1,10 +1,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from micro_dit.training.optimizer import make_optimizer, update_ema
+from micro_dit.models.dit import abstract_params
+from micro_dit.training import optimizer as optimizers
+from micro_dit.training.lora import LoRA
+from micro_dit.training.optimizer import make_optimizer, newton_schulz, orthogonalize, update_ema
 from micro_dit.training.state import TrainState, enter_phase
+from tests.helpers import tiny
 
 DECAY = 0.99975
 PARAMS = {"a": np.asarray([[1.0, -2.0], [0.5, 3.0]]), "b": np.asarray([0.1, -0.4, 2.0])}
@@ -108,3 +113,112 @@ def test_while_not_active_the_ema_is_a_copy() -> None:
     ema, params = {"w": jnp.zeros(3)}, {"w": jnp.asarray([0.1, 1e-8, 3e7])}
     np.testing.assert_array_equal(update_ema(ema, params, DECAY, active=jnp.asarray(False))["w"], params["w"])
     np.testing.assert_array_equal(update_ema(ema, ema, DECAY, active=jnp.asarray(True))["w"], ema["w"])
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+def matrices(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+
+
+def test_newton_schulz_keeps_singular_vectors_and_evens_out_singular_values() -> None:
+    X = matrices(3, 16, 40)
+    U, _, Vh = np.linalg.svd(X, full_matrices=False)
+    S = np.swapaxes(U, 1, 2) @ np.asarray(newton_schulz(X)) @ np.swapaxes(Vh, 1, 2)
+    values = np.diagonal(S, axis1=1, axis2=2)
+    assert np.all((values > 0.6) & (values < 1.25))
+    assert np.abs(S - values[:, :, None] * np.eye(16)).max() < 1e-4
+    assert not np.any(newton_schulz(jnp.zeros((1, 4, 4))))
+
+
+def test_newton_schulz_is_optaxs() -> None:
+    X = matrices(12, 20)
+    optaxs = optax.contrib.scale_by_muon()
+    first, _ = optaxs.update(X, optaxs.init(X))  # of the first step, when momentum is the gradient
+    np.testing.assert_allclose(newton_schulz(X[None])[0], first, atol=1e-5)
+
+
+def test_parts_of_fused_kernels_and_experts_are_orthogonalized_each_alone() -> None:
+    name = "blocks.0.attn.qkv.kernel"
+    updates = {
+        name: matrices(8, 36), "blocks.0.cross_attn.kv.kernel": matrices(12, 24), "blocks.1.mlp.w1": matrices(2, 8, 12),
+        "blocks.0.attn.proj.kernel": matrices(12, 8), "blocks.0.adaln.kernel": optax.MaskedNode(),
+    }  # fmt: skip
+    out = orthogonalize(updates)
+    assert out["blocks.0.adaln.kernel"] == optax.MaskedNode()
+
+    def alone(matrix: jax.Array) -> jax.Array:
+        return optimizers.UPDATE_RMS * np.sqrt(max(matrix.shape)) * newton_schulz(matrix[None])[0]
+
+    expected = {
+        name: jnp.concatenate([alone(part) for part in jnp.split(updates[name], 3, axis=1)], axis=1),
+        "blocks.0.cross_attn.kv.kernel": jnp.concatenate(
+            [alone(part) for part in jnp.split(updates["blocks.0.cross_attn.kv.kernel"], 2, axis=1)], axis=1
+        ),
+        "blocks.1.mlp.w1": jnp.stack([alone(expert) for expert in updates["blocks.1.mlp.w1"]]),
+        "blocks.0.attn.proj.kernel": alone(updates["blocks.0.attn.proj.kernel"]),
+    }
+    for kernel, value in expected.items():
+        np.testing.assert_allclose(out[kernel], value, atol=1e-5, err_msg=kernel)
+        assert 0.25 < float(jnp.sqrt(jnp.mean(out[kernel] ** 2))) < 0.45
+
+
+def test_muon_updates_the_matrices_of_the_blocks_and_adam_the_rest() -> None:
+    network = tiny.network(decoder_depth=1, decoder_dim=32, fusion=True, use_bias=True)
+    groups = optimizers._muon_groups(abstract_params(network))
+    muon = {name for name, group in groups.items() if group == "muon"}
+    kernels = {"attn.qkv.kernel", "attn.proj.kernel", "cross_attn.q.kernel", "cross_attn.kv.kernel",
+               "cross_attn.proj.kernel"}  # fmt: skip
+    dense = {f"mlp.w{i}.kernel" for i in (1, 2, 3)}
+    expected = {
+        f"{block}.{kernel}" for block in ("mixer.0", "blocks.1", "decoder.blocks.0") for kernel in kernels | dense
+    }
+    expected |= {f"{block}.{k}" for block in ("mixer.1", "blocks.0") for k in kernels | {"mlp.w1", "mlp.w2"}}
+    assert muon == expected
+
+
+def test_muon_steps_are_orthogonalized_momentum_and_adams() -> None:
+    network = tiny.network()
+    params = tiny.random_params(network)
+    muon, adam = (make_optimizer(1e6, weight_decay=0.1, name=name) for name in ("muon", "adamw"))
+    states, kernel = (muon.init(params), adam.init(params)), "blocks.1.cross_attn.q.kernel"
+    momentum = jnp.zeros_like(params[kernel])
+    for step in range(3):
+        g = tiny.random_params(network, seed=step)
+        updates, after = jax.jit(muon.update)(g, states[0], params)
+        others, adams = jax.jit(adam.update)(g, states[1], params)
+        states = after, adams
+        momentum = 0.95 * momentum + g[kernel]
+        expected = orthogonalize({kernel: g[kernel] + 0.95 * momentum})[kernel] + 0.1 * params[kernel]
+        np.testing.assert_allclose(updates[kernel], expected, atol=2e-5)
+        for name in ("blocks.0.mlp.gate.kernel", "final_layer.linear.kernel", "caption_block.attn.qkv.kernel"):
+            np.testing.assert_allclose(updates[name], others[name], rtol=1e-6)
+
+
+def test_a_matrix_under_muon_has_one_moment() -> None:
+    params = abstract_params(tiny.network())
+    muon, adam = (jax.eval_shape(make_optimizer(1.0, name=name).init, params) for name in ("muon", "adamw"))
+    held = [sum(leaf.size for leaf in jax.tree.leaves(state)) for state in (muon, adam)]
+    orthogonal = sum(params[name].size for name, group in optimizers._muon_groups(params).items() if group == "muon")
+    assert held[1] - held[0] == orthogonal > 0
+
+
+def test_muon_orthogonalizes_the_factors_of_an_adapter() -> None:
+    base = tiny.random_params(tiny.network())
+    params = LoRA(2, 4.0, r"attn\.(qkv|q|kv|proj)\.kernel$").init(base, jax.random.key(0))
+    optimizer = make_optimizer(1e6, weight_decay=0.0, name="muon")
+    g = {name: matrices(*p.shape) for name, p in params.items()}
+    updates, _ = jax.jit(optimizer.update)(g, optimizer.init(params), params)
+    a, b = (updates[f"blocks.0.attn.qkv.kernel{factor}"] for factor in (".lora_a", ".lora_b"))
+    for factor in (a, *jnp.split(b, 3, axis=1)):
+        values = np.linalg.svd(factor, compute_uv=False) / (optimizers.UPDATE_RMS * np.sqrt(max(factor.shape)))
+        assert np.all((values > 0.6) & (values < 1.25))
+
+
+def test_flops_of_newton_schulz_are_those_of_its_products() -> None:
+    from tests.models.test_decoder import product_flops
+
+    params = {name: abstract_params(tiny.network())[name] for name in ("blocks.0.mlp.w1", "blocks.1.attn.qkv.kernel")}
+    jaxpr = jax.make_jaxpr(lambda updates: orthogonalize(updates))(params)
+    assert optimizers.newton_schulz_flops(params) == sum(product_flops(jaxpr.jaxpr))

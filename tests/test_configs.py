@@ -27,7 +27,8 @@ OPENMOJI = json.loads((Path(tiny.CONFIGS).parent / "micro_dit/assets/openmoji_va
 CHANNELS = {"openmoji_vae": OPENMOJI["latent_channels"]}
 MASK75_VARIANTS = ("demo", "small", "openmoji", "tiny", "xl")
 COMPARISONS = ("mask75", "mask0", "naive75", "maskdit75", "downscale")
-VARIANTS = [(tiny.CONFIGS / f"{name}.py", variant) for name in COMPARISONS for variant in MASK75_VARIANTS]
+RECIPES = (*COMPARISONS, "frugal")
+VARIANTS = [(tiny.CONFIGS / f"{name}.py", variant) for name in RECIPES for variant in MASK75_VARIANTS]
 VARIANTS += [(tiny.CONFIGS / "finetune.py", variant) for variant in ("lora", "full", "xl", "xl-full")]
 
 

@@ -196,6 +196,25 @@ def test_after_damage_the_checkpoint_before_leads_to_the_same_end(
     assert (workdir / "unreadable_checkpoints" / "84").is_dir()
 
 
+def test_muon_the_dense_residual_and_path_drop_resume_bitwise(
+    config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    config.optimizer, config.diffusion.path_drop, config.checkpoint_every = "muon", 0.3, 5
+    config.model.update(depth=1, patch_mixer_depth=1, decoder_depth=1, decoder_dim=32, fusion=True)
+    config.phases = tuple(dict(phase, steps=steps) for phase, steps in zip(config.phases, (8, 6), strict=True))
+    whole = train(config, tmp_path / "whole")
+    parts = Path(shutil.copytree(whole, tmp_path / "parts"))
+    for step in (10, 14):  # what remains is of the phase before
+        shutil.rmtree(parts / "checkpoints" / str(step))
+    capfd.readouterr()
+    train(config, parts)
+    assert "continuing from step 8 of 14" in capfd.readouterr().out
+    tiny.assert_same_end(parts, whole)
+    config.optimizer = "adamw"
+    with pytest.raises(UserError, match=r"optimizer \('muon' there, 'adamw' here\)"):
+        train(config, whole)
+
+
 def test_a_phase_takes_the_weights_alone_to_another_resolution(
     config: ConfigDict, tmp_path: Path, finished_run: Path
 ) -> None:

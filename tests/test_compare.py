@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 
 from micro_dit import compare as command
-from micro_dit.compare import compare, fit_steps, plan_runs, read_config
+from micro_dit.compare import MeasurementSettings, compare, fit_steps, plan_runs, read_config, read_curve
 from micro_dit.encoders.image import load_image_encoder
 from micro_dit.encoders.info import ImageEncoderInfo
 from micro_dit.errors import UserError
 from micro_dit.evaluation.evaluate_model import Stopped
-from micro_dit.evaluation.isoflop import grouped, results_table
 from tests.helpers import tiny
 
 BUDGET = 2e8
+LOSS = MeasurementSettings(("heldout_loss",))
 CONFIG_FILE = """
 from tests.helpers import tiny
 
@@ -105,8 +105,11 @@ def test_runs_are_ordered_by_seed_and_each_has_its_folder(file: str) -> None:
         (dict(budgets=[1e9, 1e9]), "give each budget and each seed once"),
         (dict(seeds=(-1,)), "seeds of at least 0"),
         (dict(seeds=()), "nothing to compare"),
-        (dict(metrics=("fid",)), "there is no metric 'fid'"),
-        (dict(num_images=0), "--num_images must be at least 1"),
+        (dict(settings=dict(metrics=("fid",))), "there is no metric 'fid'"),
+        (dict(settings=dict(num_images=0)), "--num_images must be at least 1"),
+        (dict(settings=dict(guidance=math.inf)), "--guidance=inf: give a finite number"),
+        (dict(settings=dict(prompts="test")), "--prompts=test is not one of heldout, train"),
+        (dict(reuse=["no/such/folder"]), "--reuse=no/such/folder: there is no such folder"),
     ],
 )
 def test_bad_input_is_one_clear_error_before_anything_is_trained(
@@ -115,7 +118,7 @@ def test_bad_input_is_one_clear_error_before_anything_is_trained(
     arguments: dict[str, Any] = dict(configs=["FILE:deferred"], budgets=[1e9], out=tmp_path) | wrong
     arguments["configs"] = [text.replace("FILE", file) for text in arguments["configs"]]
     with pytest.raises(UserError, match=message) as error:
-        compare(**arguments)
+        compare(**arguments | {"settings": MeasurementSettings(**arguments.get("settings", {}))})
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -130,7 +133,7 @@ def test_a_comparison_is_told_of_and_not_repeated(file: str, tmp_path: Path, mon
 
     def again(seeds: tuple[int, ...], train: Callable[..., Any] = command.train) -> list[dict[str, Any]]:
         monkeypatch.setattr(command, "train", train)
-        return compare(configs, [BUDGET], tmp_path, seeds=seeds, metrics=("heldout_loss",), say=lines.append)
+        return compare(configs, [BUDGET], tmp_path, seeds=seeds, settings=LOSS, say=lines.append)
 
     first = again((0,))
     assert [result["name"] for result in first] == ["other", "short"]
@@ -142,8 +145,17 @@ def test_a_comparison_is_told_of_and_not_repeated(file: str, tmp_path: Path, mon
     assert losses == others
     assert {"heldout_loss", "heldout_loss (raw)", "heldout_loss/sigma=0.55"} <= losses.keys()
     assert losses["heldout_loss"] != losses["heldout_loss (raw)"]
+    curve, other = (result["curve"] for result in first)
+    assert curve == other
+    assert [flops for flops, _ in curve] == sorted({flops for flops, _ in curve})
+    assert 8 <= len(curve) <= 10
+    assert curve[-1] == [first[0]["flops"], pytest.approx(losses["heldout_loss"], rel=1e-5)]
     assert json.loads((tmp_path / "results.json").read_text()) == first
-    assert "| 2e+08 | short |" in (tmp_path / "results.md").read_text()
+    table = (tmp_path / "results.md").read_text().splitlines()
+    assert "seconds | fraction of FLOPs to reach short |" in table[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[2:]]
+    assert sorted(row[:2] for row in rows) == [["2e+08", "other"], ["2e+08", "short"]]
+    assert 0 < float(rows[0][-1]) == float(rows[1][-1]) <= 1
     with Image.open(tmp_path / "isoflop.png") as picture:
         assert picture.size[0] > picture.size[1]
 
@@ -162,21 +174,147 @@ def test_a_comparison_is_told_of_and_not_repeated(file: str, tmp_path: Path, mon
     monkeypatch.undo()
     changed = [f"{file}:short+adam.b1=0.5"]
     with pytest.raises(UserError, match=r"belongs to a run with another config: adam\.b1"):
-        compare(changed, [BUDGET], tmp_path, metrics=("heldout_loss",), say=lines.append)
+        compare(changed, [BUDGET], tmp_path, settings=LOSS, say=lines.append)
 
 
-def test_the_table_has_means_spreads_and_the_best_first() -> None:
-    def result(name: str, budget: float, loss: float) -> dict[str, Any]:
-        return dict(name=name, budget=budget, parameters=1_230_000, images=4567, measures={"heldout_loss": loss})
-
-    results = [result("a", 1e12, 0.5), result("b", 1e12, 0.3), result("a", 1e12, 0.7), result("a", 2e12, 0.25)]
-    assert [(name, budget, len(group)) for name, budget, group in grouped(results)] == [
-        ("b", 1e12, 1), ("a", 1e12, 2), ("a", 2e12, 1),
+def test_a_curve_has_the_flops_of_each_phase_and_the_last_of_repeated_steps(file: str, tmp_path: Path) -> None:
+    run = plan_runs([read_config(f"{file}:deferred")], [1e10], (0,), tmp_path)[0]
+    (masked, cost), (unmasked, unmasked_cost) = run.phases
+    assert cost < unmasked_cost
+    assert run.config.evaluate_every == run.steps // 8
+    assert read_curve(run) == []
+    records = [
+        {"step": 5, "heldout_loss": 0.9}, {"step": 5, "loss": 0.1}, {"step": 8, "heldout_loss": 0.7},
+        {"step": 5, "heldout_loss": 0.8}, {"step": 8, "heldout_loss": 0.6},
+        {"step": masked + 1, "heldout_loss": 0.5, "heldout_loss_ema": 0.4},
+        {"step": masked + 2, "heldout_loss": None, "heldout_loss_ema": None},
+        {"step": run.steps, "heldout_loss": 0.3, "heldout_loss_ema": 0.2},
     ]  # fmt: skip
-    assert results_table(results).splitlines() == [
-        "| FLOPs | recipe | parameters | images | seeds | held-out loss |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| 1e+12 | b | 1.23 M | 4,567 | 1 | 0.3 |",
-        "| 1e+12 | a | 1.23 M | 4,567 | 2 | 0.6 ± 0.14 |",
-        "| 2e+12 | a | 1.23 M | 4,567 | 1 | 0.25 |",
-    ]
+    run.workdir.mkdir()
+    (run.workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    assert read_curve(run) == [
+        (5 * cost, 0.8), (8 * cost, 0.6), (masked * cost + unmasked_cost, 0.4), (run.flops, 0.2),
+    ]  # fmt: skip
+    assert run.flops == masked * cost + unmasked * unmasked_cost
+
+
+# ---- Reuse -----------------------------------------------------------------------------------------------------------
+
+
+class Trained(Exception):
+    """Training was started."""
+
+
+def finish(run: Any, folder: Path, settings: MeasurementSettings, **changed: Any) -> Path:
+    """Writes the result of a run into a folder of runs, with some fields of its config changed."""
+    path = folder / run.workdir.name / "result.json"
+    fields = ("name", "budget", "seed", "flops", "images", "parameters")
+    result = {name: getattr(run, name) for name in fields} | {"measures": {"heldout_loss": 0.5}}
+    config = run.config.to_dict() | changed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result | {"settings": settings.record(), "config": config}))
+    return path
+
+
+@pytest.fixture
+def reuse(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Compares 'short' in the folder 'out', reuses the folder 'done', and returns the lines; raises Trained."""
+
+    def refuse(config: Any, workdir: Path) -> None:
+        raise Trained
+
+    def run(settings: MeasurementSettings = LOSS) -> list[str]:
+        lines: list[str] = []
+        compare(
+            [f"{file}:short"], [BUDGET], tmp_path / "out", settings=settings, reuse=[tmp_path / "done"],
+            say=lines.append,
+        )  # fmt: skip
+        return lines
+
+    monkeypatch.setattr(command, "train", refuse)
+    (tmp_path / "done").mkdir()
+    return run
+
+
+@pytest.fixture
+def short(file: str, tmp_path: Path) -> Any:
+    return plan_runs([read_config(f"{file}:short")], [BUDGET], (0,), tmp_path / "out")[0]
+
+
+def test_a_finished_run_is_copied_and_not_trained(reuse: Callable[..., list[str]], short: Any, tmp_path: Path) -> None:
+    """Also one of an earlier version, without curve, LoRA and evaluations during training."""
+    with pytest.raises(Trained):
+        reuse()
+    there = finish(short, tmp_path / "done", LOSS, evaluate_every=0)
+    result = json.loads(there.read_text())
+    del result["config"]["lora"], result["config"]["init_from"]
+    there.write_text(json.dumps(result))
+    assert f"1 of 1 runs reused from {tmp_path / 'done'}" in reuse()
+    assert (short.workdir / "result.json").read_text() == there.read_text()
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == [result]
+    assert (tmp_path / "out" / "isoflop.png").exists()
+    there.unlink()
+    lines = reuse()
+    assert "1 of 1 runs are done already" in lines
+    assert f"0 of 1 runs reused from {tmp_path / 'done'}" in lines
+
+
+@pytest.mark.parametrize(
+    ("changed", "settings", "wanted", "reused"),
+    [
+        (dict(seed=1), LOSS, LOSS, False),
+        (dict(adam=dict(b1=0.5)), LOSS, LOSS, False),
+        (dict(sampling=dict(guidance=9.0, steps=3)), LOSS, LOSS, True),
+        ({}, LOSS, MeasurementSettings(), False),
+        ({}, MeasurementSettings(), MeasurementSettings(prompts="heldout"), True),
+        ({}, MeasurementSettings(), MeasurementSettings(num_images=65), False),
+        ({}, MeasurementSettings(), MeasurementSettings(prompts="train"), False),
+        ({}, MeasurementSettings(), MeasurementSettings(guidance=5.0), False),
+        ({}, MeasurementSettings(guidance=5.0), MeasurementSettings(guidance=5.0), True),
+        # The metrics of images depend on how these are sampled.
+        (dict(sampling=dict(guidance=9.0, steps=30)), MeasurementSettings(), MeasurementSettings(), False),
+        (dict(sampling=dict(guidance=5.0, steps=30)), MeasurementSettings(), MeasurementSettings(), True),
+        (
+            dict(sampling=dict(guidance=9.0, steps=30)), MeasurementSettings(guidance=1.0),
+            MeasurementSettings(guidance=1.0), True,
+        ),
+    ],
+)  # fmt: skip
+def test_only_the_same_config_and_settings_are_reused(
+    reuse: Callable[..., list[str]], short: Any, tmp_path: Path, changed: dict[str, Any],
+    settings: MeasurementSettings, wanted: MeasurementSettings, reused: bool,
+) -> None:  # fmt: skip
+    finish(short, tmp_path / "done", settings, **changed)
+    if reused:
+        reuse(wanted)
+    else:
+        with pytest.raises(Trained):
+            reuse(wanted)
+        assert not (short.workdir / "result.json").exists()
+
+
+def test_a_result_is_not_copied_into_the_work_directory_of_another_run(
+    reuse: Callable[..., list[str]], short: Any, tmp_path: Path
+) -> None:
+    finish(short, tmp_path / "done", LOSS)
+    config = short.config.to_dict()
+    short.workdir.mkdir(parents=True)
+    (short.workdir / "config.json").write_text(json.dumps({"config": config | {"seed": 3}, "shards": {}}))
+    with pytest.raises(Trained):
+        reuse()
+    (short.workdir / "config.json").write_text(json.dumps({"config": config, "shards": {}}))
+    reuse()
+
+
+def test_a_damaged_result_is_named(reuse: Callable[..., list[str]], short: Any, tmp_path: Path) -> None:
+    finish(short, tmp_path / "done", LOSS).write_text("{}")
+    with pytest.raises(UserError, match=r"short-2e08-0/result\.json can't be read as a result .* remove it"):
+        reuse()
+
+
+def test_guidance_and_prompts_reach_the_evaluation() -> None:
+    request = MeasurementSettings(guidance=1.5, prompts="train", num_images=7).request("raw")
+    assert (request.guidance, request.prompts, request.num_images, request.params) == ((1.5,), "train", 7, "raw")
+    assert MeasurementSettings().request("ema").guidance == ()
+    assert MeasurementSettings().record() == {"metrics": ["domain", "heldout_loss"], "num_images": 64}
+    assert LOSS.record() == {"metrics": ["heldout_loss"], "num_images": 0}

@@ -1,6 +1,7 @@
 """Quality against training FLOPs: the table and the plot of a comparison, from the results of its runs.
 
-A result has "name" (of the recipe), "budget", "seed", "parameters", "images" and "measures", numbers by name.
+A result has "name" (of the recipe), "budget", "seed", "flops", "parameters", "images" and "measures", numbers by name.
+It may also have "training_seconds" and "curve", pairs of training FLOPs and held-out loss in ascending order.
 """
 
 import itertools
@@ -22,7 +23,7 @@ COLUMNS = {
     "latent_frechet": "latent Fréchet distance",
     "caption_retrieval_top5": "caption retrieval, top 5",
 }
-PANELS = ("heldout_loss", "latent_frechet", "caption_retrieval_top5")
+PANELS = ("latent_frechet", "caption_retrieval_top5")
 LEVEL = "heldout_loss/sigma="
 COLORS = ("#3b6ea8", "#d07a2d", "#3f8f5f", "#a8486e", "#7a6bb0", "#8a857a")
 
@@ -44,16 +45,67 @@ def values(group: Sequence[Result], measure: str) -> list[float]:
     return [result["measures"][measure] for result in group if measure in result["measures"]]
 
 
-def results_table(results: Sequence[Result]) -> str:
-    """Markdown: a row for each recipe and budget, with mean ± standard deviation over its seeds."""
-    measured = [name for name in COLUMNS if values(results, name)]
+def mean_curve(group: Sequence[Result]) -> list[tuple[float, float]]:
+    """Returns the mean over runs of the held-out loss, as (training FLOPs, loss) in ascending order.
+
+    The mean is over the runs that have a curve, at the FLOPs at which all of these were evaluated.
+    """
+    curves = [dict(result["curve"]) for result in group if result.get("curve")]
+    shared = set.intersection(*map(set, curves)) if curves else set()
+    return [(flops, statistics.fmean(curve[flops] for curve in curves)) for flops in sorted(shared)]
+
+
+def flops_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """Returns the training FLOPs at which a curve first reaches a loss, or None if it never does.
+
+    Args:
+        curve: (training FLOPs, loss) in ascending order. Between two points the loss is linear in the logarithm of the
+            FLOPs. If the first point is at or below the loss, its FLOPs are returned.
+        loss: The loss to reach.
+    """
+    for index, (flops, reached) in enumerate(curve):
+        if reached > loss:
+            continue
+        if index == 0:
+            return flops
+        before, above = curve[index - 1]
+        return before * (flops / before) ** ((above - loss) / (above - reached))
+    return None
+
+
+def results_table(results: Sequence[Result], baseline: str | None = None) -> str:
+    """Returns a Markdown table with a row for each recipe and budget: mean ± standard deviation over its seeds.
+
+    Args:
+        results: Results of runs.
+        baseline: A recipe. If it has a curve, a last column holds the fraction of the budget at which each recipe
+            reaches the final held-out loss of this recipe, trained with the same budget.
+    """
+    measured, groups = [name for name in COLUMNS if values(results, name)], grouped(results)
+    curves = {(name, budget): mean_curve(group) for name, budget, group in groups}
+    targets = {budget: curve[-1][1] for (name, budget), curve in curves.items() if name == baseline and curve}
+    timed = any("training_seconds" in result for result in results)
     head = ["FLOPs", "recipe", "parameters", "images", "seeds", *(COLUMNS[name] for name in measured)]
+    head += ["seconds"] * timed + [f"fraction of FLOPs to reach {baseline}"] * bool(targets)
     rows = [head, ["---"] * len(head)]
-    for name, budget, group in grouped(results):
+    for name, budget, group in groups:
         parameters, images = f"{group[0]['parameters'] / 1e6:.2f} M", f"{group[0]['images']:,}"
-        spreads = [_spread(values(group, measure)) for measure in measured]
-        rows.append([f"{budget:.3g}", name, parameters, images, str(len(group)), *spreads])
+        row = [f"{budget:.3g}", name, parameters, images, str(len(group))]
+        row += [_spread(values(group, measure)) for measure in measured]
+        if timed:
+            seconds = [result["training_seconds"] for result in group if "training_seconds" in result]
+            row.append(f"{statistics.fmean(seconds):,.0f}" if seconds else "–")
+        if targets:
+            row.append(_fraction_to_reach(targets.get(budget), curves[name, budget], budget))
+        rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _fraction_to_reach(loss: float | None, curve: Sequence[tuple[float, float]], budget: float) -> str:
+    if loss is None or not curve:
+        return "–"
+    flops = flops_to_reach(curve, loss)
+    return "not reached" if flops is None else f"{flops / budget:.2f}"
 
 
 def _spread(numbers: Sequence[float]) -> str:
@@ -62,12 +114,15 @@ def _spread(numbers: Sequence[float]) -> str:
 
 
 def plot_isoflop(results: Sequence[Result], path: str | Path) -> None:
-    """Plots IsoFLOP curves of at least one run to a .png file: a line through each recipe's means, a dot for each run.
+    """Plots a comparison of at least one run to a .png file.
 
-    The last panel has the held-out loss by noise level at the largest budget, compared with that of the best recipe.
+    The first panel has the held-out loss over training. The next ones have a measure at the end of training against the
+    budget: a line through each recipe's means, a dot for each run. The last has the held-out loss by noise level at the
+    largest budget, relative to that of the best recipe.
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     path, groups = Path(path), grouped(results)
     budgets = sorted({budget for _, budget, _ in groups})
@@ -76,23 +131,55 @@ def plot_isoflop(results: Sequence[Result], path: str | Path) -> None:
     colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
     measured = [name for name in PANELS if values(results, name)]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4 * (len(measured) + 1), 4), dpi=160, facecolor=PAPER, layout="constrained")
-        *panels, by_level = figure.subplots(1, len(measured) + 1, squeeze=False)[0]
+        figure = Figure(figsize=(4 * (len(measured) + 2), 4), dpi=160, facecolor=PAPER, layout="constrained")
+        over_training, *panels, by_level = figure.subplots(1, len(measured) + 2, squeeze=False)[0]
+        _plot_curves(over_training, groups, colors)
         for panel, measure in zip(panels, measured, strict=True):
             for i, name in enumerate(names):
                 beside = 1.015 ** (i - (len(names) - 1) / 2)  # so that recipes don't hide each other
                 runs = {budget * beside: values(group, measure) for n, budget, group in groups if n == name}
                 means = {x: statistics.fmean(numbers) for x, numbers in runs.items() if numbers}
-                panel.plot(*zip(*means.items(), strict=True), "o-", color=colors[name], linewidth=1.6, label=name)
+                panel.plot(list(means), list(means.values()), "o-", color=colors[name], linewidth=1.6)
                 for x in means:
                     panel.plot([x] * len(runs[x]), runs[x], ".", color=colors[name], alpha=0.6, markersize=4)
             panel.set_xscale("log", subs=[])
-            panel.set_xticks(budgets, [f"{budget:.3g}".replace("e+", "e") for budget in budgets])
+            panel.set_xticks(budgets, [_flops_label(budget) for budget in budgets])
             panel.set(xlim=(budgets[0] / 1.2, budgets[-1] * 1.2), xlabel="training FLOPs", ylabel=COLUMNS[measure])
         _plot_by_level(by_level, largest, colors)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(names))
+        handles = [Line2D([], [], color=colors[name], marker="o", linewidth=1.6, label=name) for name in names]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(names))
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", facecolor=PAPER)
+
+
+def _plot_curves(panel: Any, groups: Sequence[tuple[str, float, list[Result]]], colors: Mapping[str, str]) -> None:
+    """Plots the mean held-out loss over training, with lighter and thinner lines for smaller budgets.
+
+    A large dot marks the end of the mean, a small one the end of each run. Runs without a curve have only dots.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    budgets = sorted({budget for _, budget, _ in groups})
+    for name, budget, group in groups:
+        weight = (budgets.index(budget) + 1) / len(budgets)
+        style = dict(color=colors[name], alpha=0.3 + 0.7 * weight)
+        ends = [(r["flops"], r["measures"]["heldout_loss"]) for r in group if "heldout_loss" in r["measures"]]
+        points = mean_curve(group)
+        if ends and not points:
+            points = [(statistics.fmean(flops for flops, _ in ends), statistics.fmean(loss for _, loss in ends))]
+        if points:
+            panel.plot(*zip(*points, strict=True), "o-", markevery=[-1], linewidth=0.6 + weight, **style)
+        for flops, loss in ends:
+            panel.plot(flops, loss, ".", markersize=4, **style)
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter(lambda value, _: _flops_label(value))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.set(xlabel="training FLOPs", ylabel=COLUMNS["heldout_loss"])
+
+
+def _flops_label(flops: float) -> str:
+    return f"{flops:.3g}".replace("e+0", "e").replace("e+", "e")
 
 
 def _plot_by_level(panel: Any, groups: Sequence[tuple[str, float, list[Result]]], colors: Mapping[str, str]) -> None:

@@ -38,19 +38,16 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mappin
     ours = json.loads(json.dumps({"config": dict(config), "shards": dict(shards)}))  # tuples become lists
     if path.exists():
         theirs = json.loads(path.read_text())
-        before, now = ADDED | flatten(theirs["config"]), ADDED | flatten(ours["config"])
+        before, now = _comparable(theirs["config"]), _comparable(ours["config"])
         if before["quantize"]:
             raise UserError(
                 f"{workdir} holds a run with quantize={before['quantize']!r}, and 8-bit products were removed; "
                 "give a new --workdir."
             )
-        for config in (before, now):
-            if not config["lora.rank"]:
-                config |= dict.fromkeys(WITH_LORA)
         differing = [
             f"{name} ({before.get(name)!r} there, {now.get(name)!r} here)"
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and name.split(".")[0] not in MAY_CHANGE
+            if before.get(name) != now.get(name)
         ]
         if not differing and theirs["shards"] != ours["shards"]:
             differing = ["the shards, which were made again with other encoders or data"]
@@ -61,3 +58,20 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mappin
                 "give a new --workdir, or the config that it was started with."
             )
     write_atomically(path, json.dumps(ours, indent=2) + "\n")
+
+
+def same_config(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Returns whether two configs train the same parameters.
+
+    As when a run resumes, fields in MAY_CHANGE are ignored, and fields that a config lacks have the values in ADDED.
+    """
+    one, two = _comparable(config), _comparable(other)
+    return all(one.get(name) == two.get(name) for name in one.keys() | two.keys())
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that must be equal to resume a run, by dotted name, with those that the config lacks."""
+    fields = ADDED | flatten(json.loads(json.dumps(dict(config))))  # tuples become lists
+    if not fields["lora.rank"]:
+        fields |= dict.fromkeys(WITH_LORA)
+    return {name: value for name, value in fields.items() if name.split(".")[0] not in MAY_CHANGE}

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from micro_dit.errors import UserError
-from micro_dit.training.workdir import claim_workdir
+from micro_dit.training.workdir import claim_workdir, same_config
 
 CONFIG = {
     "seed": 0, "name": "x", "phases": ({"name": "a", "steps": 3}, {"name": "b", "steps": 4}), "checkpoint_every": 10,
@@ -39,6 +39,16 @@ def test_only_runs_without_8_bit_products_resume(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a run with quantize='int8', and 8-bit products were removed") as error:
         claim_workdir(tmp_path / "int8", CONFIG, SHARDS)
     assert "\n" not in str(error.value)
+
+
+def test_configs_are_the_same_if_one_would_resume_the_other() -> None:
+    read = json.loads(json.dumps(CONFIG))
+    assert same_config(CONFIG, read)
+    assert same_config(read, CONFIG | {"checkpoint_every": 7, "sampling": {"every": 1}, "mesh": {"fsdp": 2}})
+    assert same_config(CONFIG | {"init_from": "", "lora": {"rank": 0, "alpha": 8.0}, "quantize": ""}, read)
+    for change in ({"seed": 1}, {"lora": {"rank": 4}}, {"quantize": "int8"}, {"model": {"size": "Nano", "dim": 8}}):
+        assert not same_config(CONFIG, CONFIG | change)
+        assert not same_config(CONFIG | change, CONFIG)
 
 
 @pytest.mark.parametrize(

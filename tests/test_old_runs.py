@@ -28,9 +28,11 @@ SIZE = dict(depth=1, dim=16, head_dim=8, patch_mixer_depth=1, patch_mixer_dim=16
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the old runs and their shards; paths in the runs are relative to it."""
+    """A folder with the old runs and their shards; relative paths in the runs start there."""
     with tarfile.open(FIXTURE / "runs.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
+    for strings in tmp_path.glob("lora/checkpoints/*/meta/_strings.json"):  # absolute: where the fine-tune started
+        strings.write_text(strings.read_text().replace("/tmp/fix/w/model", str(tmp_path / "model")))
     tiny.write_shards(tmp_path / "shards")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(text, "load_text_encoder", lambda name, tokens: tiny.Words())

@@ -1,17 +1,19 @@
 # make demo · make test · make bench · make bench-gpu · make clean
 #
 # The first call makes .venv and installs the requirements; later calls find them there.
-# Another interpreter: make demo PYTHON=python3.12. Another place: make demo VENV=~/micro_dit_env.
+# Another recipe: make demo CONFIG=configs/frugal.py. Another interpreter: make demo PYTHON=python3.12.
+# Another place for the environment: make demo VENV=~/micro_dit_env.
 # Figures to a file: make bench ARGS=--json=figures.json.
 
 PYTHON ?= python3
 VENV ?= .venv
+CONFIG ?= configs/mask75.py
 RUN = $(VENV)/bin/python
 
 .PHONY: demo test bench bench-gpu clean
 
 demo: $(VENV)/.installed
-	$(RUN) -m micro_dit.main --config=configs/mask75.py
+	$(RUN) -m micro_dit.main --config=$(CONFIG)
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

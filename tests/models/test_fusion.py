@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from micro_dit.diffusion import edm
+from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.diffusion.guidance import drop_path
+from micro_dit.diffusion.samplers import sample
 from micro_dit.errors import UserError
 from micro_dit.models.dit import abstract_params, bind
 from micro_dit.models.flops import forward_flops
@@ -74,6 +76,24 @@ def test_path_drop_guidance_leads_away_from_the_shallow_network_without_a_captio
     guided = jax.jit(lambda scale: drop_path(network, weak, scale)(X, T, Y))
     full, guess = forward(params, X), shallow(params, X, jnp.zeros_like(Y))
     np.testing.assert_allclose(guided(3.0), guess + 3 * (full - guess), atol=1e-4)
+
+
+def test_the_generator_samples_by_path_drop_guidance(params: dict[str, jax.Array]) -> None:
+    sampling, noise = Sampling(2, 3.0, "euler", path_drop=True), np.asarray(X)
+    with jax.default_matmul_precision("highest"):
+        ours = Generator(CONFIG, sigma_data=0.9).latents(params, np.asarray(Y), noise, sampling)
+
+    @jax.jit
+    def D(x: jax.Array, sigma: jax.Array) -> jax.Array:
+        network = bind(CONFIG, params)
+        weak: edm.Network = lambda x, t, y: network(x, t, jnp.zeros_like(y), shallow=True)  # noqa: E731
+        F: edm.Network = lambda x, t, y: weak(x, t, y) + 3 * (network(x, t, y) - weak(x, t, y))  # noqa: E731
+        return edm.denoise(F, x, sigma, Y, 0.9)
+
+    expected = sample(lambda x, sigma: D(x, jnp.full(1, sigma)), X, sampling.sigmas, "euler")
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(UserError, match=r"needs a network with model\.fusion"):
+        sampling.check(tiny.network())
 
 
 def test_every_parameter_is_trained(params: dict[str, jax.Array]) -> None:

@@ -48,9 +48,7 @@ def batch(step: int) -> dict[str, np.ndarray]:
     return {name: np.abs(generator.standard_normal(shape)).astype(np.float16) for name, shape in shapes.items()}
 
 
-def train(
-    mesh: jax.sharding.Mesh, how: Recipe, network: DiTConfig = NETWORK
-) -> tuple[dict[str, Any], TrainState, str]:
+def train(mesh: jax.sharding.Mesh, how: Recipe, network: DiTConfig = NETWORK) -> tuple[dict[str, Any], TrainState, str]:
     """What was measured, the state on the host, and the program."""
     function, *abstract, places = abstract_train_step(network, PHASE, how, mesh, 4)
     register_lowerings()

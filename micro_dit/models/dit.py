@@ -49,8 +49,10 @@ class MicroDiT(nnx.Module):
             self.mixer_out = NormedProjection(M, D, config, **args)
         self.mixer = nnx.List([DiTBlock(shape, config, **block_args) for shape in config.mixer_blocks()])
         self.blocks = nnx.List([DiTBlock(shape, config, **block_args) for shape in config.backbone_blocks()])
-        if config.decoder_depth:
-            self.decoder = (FusionDecoder if config.fusion else MaskDiTDecoder)(config, **block_args)
+        if config.fusion:
+            self.fusion = FusionDecoder(config, **block_args)
+        elif config.decoder_depth:
+            self.decoder = MaskDiTDecoder(config, **block_args)
         patch = config.patch_size**2 * config.in_channels
         self.final_layer = FinalLayer(config.decoder_dim or D, patch, config, **args)
 
@@ -108,7 +110,7 @@ class MicroDiT(nnx.Module):
             deep = x
         # 10. Dense residual: all tokens again, the mixer's output added to the backbone's.
         if config.fusion:
-            x = constrain(self.decoder(deep, mixed, y, c, mask, path_drop), "BNG")
+            x = constrain(self.fusion(deep, mixed, y, c, mask, path_drop), "BNG")
         elif config.decoder_depth:
             x = constrain(self.decoder(x, y, c, mask), "BNG")  # MaskDiT, for comparison, returns to all tokens here.
         x = self.final_layer(x, c).astype(jnp.float32)  # 11. Final layer: (B, K, p·p·C).

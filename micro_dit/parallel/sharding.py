@@ -72,7 +72,7 @@ def state_shardings(mesh: Mesh, state: State) -> State:
     placed, everywhere = param_shardings(mesh, state.params), replicated(mesh)  # type: ignore[attr-defined]
 
     def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
-        return placed.get(getattr(path[-1], "key", None), everywhere)
+        return placed.get(getattr(path[-1], "key", ""), everywhere)
 
     return jax.tree_util.tree_map_with_path(place, state)
 

@@ -16,8 +16,8 @@ OPTIMIZERS = ("adamw", "muon")
 
 # With "muon", the first rule whose pattern is found in a parameter's name decides how it is updated.
 MUON_RULES: tuple[tuple[str, str], ...] = (
-    (r"^(mixer|blocks|decoder\.blocks)\.\d+\.(attn|cross_attn)\.(qkv|q|kv|proj)\.kernel(\.lora_[ab])?$", "muon"),
-    (r"^(mixer|blocks|decoder\.blocks)\.\d+\.mlp\.w[123](\.kernel)?(\.lora_[ab])?$", "muon"),  # dense or of experts
+    (r"^(mixer|((fusion|decoder)\.)?blocks)\.\d+\.(attn|cross_attn)\.(qkv|q|kv|proj)\.kernel(\.lora_[ab])?$", "muon"),
+    (r"^(mixer|((fusion|decoder)\.)?blocks)\.\d+\.mlp\.w[123](\.kernel)?(\.lora_[ab])?$", "muon"),  # dense or of experts
     (r"", "adam"),  # embeddings, captions, norms, adaLN, routers, biases, projections between widths, final layer
 )
 # Matrices that a fused kernel holds side by side.

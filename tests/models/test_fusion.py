@@ -52,7 +52,7 @@ def test_dropped_tokens_are_denoised_from_the_mixers_output(params: dict[str, ja
     dropped = jnp.repeat(jnp.repeat(MASK.dropped.reshape(3, 4, 4), 2, 1), 2, 2)[..., None]
     changed = jnp.abs(forward(params, X + 3 * dropped, MASK) - out) * dropped
     assert float(jnp.min(changed.max(axis=-1) + 1 - dropped[..., 0])) > 1e-3
-    other = params | {"decoder.mask_token": -2 * params["decoder.mask_token"]}
+    other = params | {"fusion.mask_token": -2 * params["fusion.mask_token"]}
     assert not np.allclose(forward(other, X, MASK), out, atol=1e-3)
     np.testing.assert_array_equal(forward(other, X), forward(params, X))
 

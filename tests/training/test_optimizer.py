@@ -172,7 +172,7 @@ def test_muon_updates_the_matrices_of_the_blocks_and_adam_the_rest() -> None:
                "cross_attn.proj.kernel"}  # fmt: skip
     dense = {f"mlp.w{i}.kernel" for i in (1, 2, 3)}
     expected = {
-        f"{block}.{kernel}" for block in ("mixer.0", "blocks.1", "decoder.blocks.0") for kernel in kernels | dense
+        f"{block}.{kernel}" for block in ("mixer.0", "blocks.1", "fusion.blocks.0") for kernel in kernels | dense
     }
     expected |= {f"{block}.{k}" for block in ("mixer.1", "blocks.0") for k in kernels | {"mlp.w1", "mlp.w2"}}
     assert muon == expected

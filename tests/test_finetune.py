@@ -51,9 +51,7 @@ def lora_run(finished_run: Path, tiny_shards: Path, tmp_path_factory: pytest.Tem
 def loss_of(params: Any, shards: Path) -> float:
     """On the images that were trained on."""
     data = load_split(shards, "train", 64)
-    return make_heldout_loss(NETWORK, data, P_mean=-0.6, P_std=1.2, sigma_data=0.9, dtype=jnp.float32)(params)[
-        "heldout_loss"
-    ]
+    return make_heldout_loss(NETWORK, data, sigma_data=0.9, dtype=jnp.float32)(params)["heldout_loss"]
 
 
 def test_lora_lowers_the_loss_and_its_checkpoint_holds_the_adapter_alone(

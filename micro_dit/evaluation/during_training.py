@@ -165,8 +165,7 @@ class TrainingEvaluation:
         if settings.split and read_mix(shards).manifest().records(settings.split):
             loss = make_heldout_loss(
                 network, load_split(shards, settings.split, phase.resolution, settings.loss_images),
-                P_mean=phase.P_mean, P_std=phase.P_std, sigma_data=settings.sigma_data,
-                dtype=jnp.dtype(settings.dtype), sharding=self._sharding,
+                sigma_data=settings.sigma_data, dtype=jnp.dtype(settings.dtype), sharding=self._sharding,
             )  # fmt: skip
             evaluators.append(HeldoutLoss(loss, Schedule(settings.loss_every, last_step), stop_requested))
         if settings.prompts:

@@ -30,7 +30,7 @@ from micro_dit.evaluation.measures import Measure, Measures
 from micro_dit.evaluation.registry import METRICS as IMAGE_METRICS
 from micro_dit.evaluation.registry import MeasureImages, MetricInputs, check_names, load_metrics
 from micro_dit.evaluation.report_page import write_report
-from micro_dit.evaluation.validation_loss import make_heldout_loss
+from micro_dit.evaluation.validation_loss import P_MEAN, P_STD, make_heldout_loss
 from micro_dit.files import hash_arrays, hash_text
 from micro_dit.interop.model_folder import is_model_folder
 from micro_dit.parallel.distributed import main_first
@@ -212,12 +212,12 @@ class ModelEvaluation:
         """Returns EDM's loss by noise level, of the EMA and of the raw weights."""
         heldout = load_split(data.shards, data.heldout, data.resolution, data.images)
         loss = make_heldout_loss(
-            self.model.config, heldout, P_mean=data.phase.P_mean, P_std=data.phase.P_std,
-            sigma_data=self.model.about.sigma_data, dtype="float32", sharding=replicated(self.mesh),
+            self.model.config, heldout, sigma_data=self.model.about.sigma_data, dtype="float32",
+            sharding=replicated(self.mesh),
         )  # fmt: skip
         pipeline = {
             "loss": "EDM, weighted, unmasked; fixed noise; midpoints of 11 equally likely slices of the noise levels "
-            f"that training draws (P_mean {data.phase.P_mean:g}, P_std {data.phase.P_std:g})",
+            f"with P_mean {P_MEAN}, P_std {P_STD}",
             "held-out images": len(heldout["text"]), "shards": data.shards,
         }  # fmt: skip
         params, other = ("ema", "raw") if self.request.params == "ema" else ("raw", "ema")
@@ -257,9 +257,7 @@ class ModelEvaluation:
             Stopped: Images are still missing.
         """
         n, there, processes = len(files), sum(file.exists() for file in files), jax.process_count()
-        sampling = Sampling(
-            settings.steps, settings.guidance, interval=settings.interval, path_drop=settings.path_drop
-        )
+        sampling = Sampling(settings.steps, settings.guidance, interval=settings.interval, path_drop=settings.path_drop)
         title = f"guidance {settings.guidance:g}"
         if there:
             self._say(f"{title}: {there:,} of {n:,} images are there already")

@@ -12,7 +12,7 @@ from micro_dit.data.mixture import read_mix
 from micro_dit.data.pipeline import load_split
 from micro_dit.errors import UserError
 from micro_dit.evaluation.coco import read_coco_prompts
-from micro_dit.training.phases import Phase, make_phases
+from micro_dit.training.phases import make_phases
 from micro_dit.training.pretrained import read_run
 
 if TYPE_CHECKING:
@@ -30,14 +30,12 @@ class EvaluationData:
         heldout: Name of the held-out split; empty if there is none.
         resolution: Side of the images in pixels.
         images: Number of held-out images for the loss.
-        phase: Phase of the checkpoint.
     """
 
     shards: str
     heldout: str
     resolution: int
     images: int
-    phase: Phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +52,14 @@ def read_evaluation_data(workdir: Path, model: "Model", shards: str) -> Evaluati
     side = model.config.input_size * model.image_encoder.downsample
     fields = read_run(workdir)
     if fields is None:
-        phase = Phase("", side, 1, 1, 1.0, 0.0)
-        return EvaluationData(shards, "validation", side, 64, phase) if shards else None
+        return EvaluationData(shards, "validation", side, 64) if shards else None
     run = fields["config"]
     phases = make_phases(run["phases"])
     ends = np.cumsum([phase.steps for phase in phases])
     assert model.about.step is not None
     phase = phases[min(int(np.searchsorted(ends, model.about.step)), len(phases) - 1)]
     place = shards or phase.shards or run["data"]["shards"]
-    return EvaluationData(place, run["data"]["heldout"], phase.resolution, run["data"]["heldout_images"], phase)
+    return EvaluationData(place, run["data"]["heldout"], phase.resolution, run["data"]["heldout_images"])
 
 
 def choose_prompts(name: str, data: EvaluationData | None) -> Prompts:

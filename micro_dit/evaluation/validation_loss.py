@@ -16,23 +16,21 @@ from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import Params, bind
 from micro_dit.rng import stream
 
-SIGMA_LEVELS = 11
+# Fixed, so that losses of recipes that train on other noise levels can be compared: the paper's levels at 256 px.
+SIGMA_LEVELS, P_MEAN, P_STD = 11, -0.6, 1.2
 
 
 def make_heldout_loss(
-    config: DiTConfig, data: Mapping[str, Any], *, P_mean: float, P_std: float, sigma_data: float, dtype: Any,
-    sharding: Any = None,
+    config: DiTConfig, data: Mapping[str, Any], *, sigma_data: float, dtype: Any, sharding: Any = None
 ) -> Callable[..., dict[str, float]]:  # fmt: skip
     """Returns a function from parameters to the unmasked EDM loss on held-out data.
 
-    Each image is noised once at each of 11 noise levels, the midpoints of 11 equally likely slices of the training
-    distribution; levels and noise are the same at every call.
+    Each image is noised once at each of 11 noise levels, the midpoints of 11 equally likely slices of
+    ln sigma ~ Normal(P_MEAN, P_STD²); levels and noise are the same at every call.
 
     Args:
         config: The network.
         data: 'latent_mean' (n, h, w, C) and 'caption' (n, L, Y), as `load_split` returns them.
-        P_mean: Mean of the logarithm of the training noise level.
-        P_std: Standard deviation of the logarithm of the training noise level.
         sigma_data: Standard deviation of the latents, as in training.
         dtype: Dtype of the matrix products, as in training.
         sharding: Placement of data and result, on all devices of the parameters; None with a single device.
@@ -42,7 +40,7 @@ def make_heldout_loss(
         function that returns whether to stop, is called before each level; the result is {} once it returns True.
     """
     slices = (np.arange(SIGMA_LEVELS) + 0.5) / SIGMA_LEVELS
-    sigmas = np.exp([P_mean + P_std * NormalDist().inv_cdf(q) for q in slices]).astype(np.float32)
+    sigmas = np.exp([P_MEAN + P_STD * NormalDist().inv_cdf(q) for q in slices]).astype(np.float32)
     latents = jax.device_put(np.asarray(data["latent_mean"], np.float32), sharding)
     captions = jax.device_put(np.asarray(data["caption"]), sharding)
 

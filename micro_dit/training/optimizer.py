@@ -16,9 +16,10 @@ OPTIMIZERS = ("adamw", "muon")
 
 # With "muon", the first rule whose pattern is found in a parameter's name decides how it is updated.
 MUON_RULES: tuple[tuple[str, str], ...] = (
-    (r"^(mixer|((fusion|decoder)\.)?blocks)\.\d+\.(attn|cross_attn)\.(qkv|q|kv|proj)\.kernel(\.lora_[ab])?$", "muon"),
-    (r"^(mixer|((fusion|decoder)\.)?blocks)\.\d+\.mlp\.w[123](\.kernel)?(\.lora_[ab])?$", "muon"),  # dense or of experts
-    (r"", "adam"),  # embeddings, captions, norms, adaLN, routers, biases, projections between widths, final layer
+    (r"^caption_block\.|\.bias$", "adam"),
+    (r"\.(attn|cross_attn)\.(qkv|q|kv|proj)\.kernel", "muon"),  # and the factors of their LoRA adapters
+    (r"\.mlp\.w[123]", "muon"),  # a dense feed-forward's, or one matrix for each expert
+    (r"", "adam"),  # embeddings, norms, adaLN, routers, projections between widths, final layer
 )
 # Matrices that a fused kernel holds side by side.
 FUSED: tuple[tuple[str, int], ...] = ((r"\.qkv\.kernel(\.lora_b)?$", 3), (r"\.kv\.kernel(\.lora_b)?$", 2))

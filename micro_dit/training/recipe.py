@@ -56,9 +56,7 @@ class Recipe:
 
     def optimizer(self, phase: Phase, mesh: jax.sharding.Mesh | None = None) -> optax.GradientTransformation:
         """Returns the optimizer of a phase, without its learning rate; on a mesh, Muon distributes its matrices."""
-        return make_optimizer(
-            phase.clip, **self.adam, name=self.optimizer_name, dtype=jnp.dtype(self.dtype), mesh=mesh
-        )
+        return make_optimizer(phase.clip, **self.adam, name=self.optimizer_name, dtype=jnp.dtype(self.dtype), mesh=mesh)
 
     def trainable(self, network: DiTConfig) -> Trainable:
         """Returns the parameters to train: those of the network, or a LoRA adapter for them."""

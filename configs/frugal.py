@@ -18,11 +18,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 NETWORKS = {
-    "demo": dict(depth=4, decoder_depth=2, decoder_dim=128),
-    "small": dict(depth=4, decoder_depth=2, decoder_dim=128),
-    "openmoji": dict(depth=6, decoder_depth=2, decoder_dim=256),
-    "tiny": dict(depth=13, patch_mixer_depth=3, decoder_depth=2, decoder_dim=512),
-    "xl": dict(depth=26, patch_mixer_depth=4, decoder_depth=2, decoder_dim=768),
+    "demo": dict(depth=4, patch_mixer_depth=1, decoder_depth=2, decoder_dim=128),
+    "small": dict(depth=4, patch_mixer_depth=1, decoder_depth=2, decoder_dim=128),
+    "openmoji": dict(depth=6, patch_mixer_depth=1, decoder_depth=2, decoder_dim=256),
+    "tiny": dict(depth=16, patch_mixer_depth=2, decoder_depth=2, decoder_dim=512),
+    "xl": dict(depth=28, patch_mixer_depth=3, decoder_depth=2, decoder_dim=768),
 }
 
 
@@ -31,4 +31,9 @@ def get_config(variant: str = "demo") -> ConfigDict:
     config.name = config.name.replace("mask75", "frugal")
     config.model.update(fusion=True, **NETWORKS[variant])
     config.optimizer, config.diffusion.path_drop = "muon", 0.05
+    if variant in ("demo", "small"):
+        masked, unmasked = (dict(phase, P_mean=0.2, ema_decay=0.98) for phase in config.phases)
+        masked.update(steps=1040, final_lr_ratio=0.1)
+        unmasked.update(steps=190, learning_rate=3e-4)
+        config.phases = masked, unmasked
     return config

@@ -21,6 +21,7 @@ COLUMNS = {
     "heldout_loss": "held-out loss",
     "heldout_loss (raw)": "held-out loss, raw weights",
     "latent_frechet": "latent Fréchet distance",
+    "caption_retrieval_top1": "caption retrieval, top 1",
     "caption_retrieval_top5": "caption retrieval, top 5",
 }
 PANELS = ("latent_frechet", "caption_retrieval_top5")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_the_papers_recipe_is_the_papers() -> None:
     assert [(p.fresh_optimizer, p.pos_interp_scale) for p in phases] == [(False, 1), (False, 1), (True, 2), (False, 2)]
     assert {p.batch_size for p in phases} == {2048}
     assert config.adam.to_dict() == dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1)
-    assert config.diffusion.to_dict() == dict(sigma_data=0.9, caption_drop=0.1)
+    assert config.diffusion.to_dict() == dict(sigma_data=0.9, caption_drop=0.1, path_drop=0.0)
+    assert config.optimizer == "adamw"
     assert config.dtype == "bfloat16"
     manifest = manifest_of(config)
     network = network_of(phases[0], config.model, manifest.vae, manifest.text_encoder)
@@ -133,7 +135,9 @@ def test_the_comparisons_cost_what_they_say(variant: str) -> None:
         assert masked == [0.0 if name in ("mask0", "downscale") else 0.75] * len(masked)
         assert [phase.mask_ratio for phase in phases[1::2]] == [0.0] * len(masked)
     relative = {name: value / flops["mask75"] for name, value in flops.items()}
-    assert variant == "small" or 0.9 < relative["frugal"] <= 1  # `compare` gives `small` the steps of a budget
+    # mask75's demo, with Muon, has four fifths of the steps that AdamW had; `compare` sets the steps of `small`.
+    limit = {"demo": 1 / 0.8, "small": math.inf}.get(variant, 1.0)
+    assert 0.9 < relative["frugal"] <= limit
     assert relative["downscale"] == pytest.approx(1, abs=0.03)
     assert 1.6 < relative["mask0"] < 2.3
     assert 0.47 < relative["naive75"] < 0.66

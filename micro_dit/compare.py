@@ -168,7 +168,7 @@ def compare(
     settings, out = settings or MeasurementSettings(), Path(out)
     runs = plan_runs([read_config(text) for text in configs], budgets, seeds, out)
     if missing := [folder for folder in reuse if not Path(folder).is_dir()]:
-        raise UserError(f"--reuse={missing[0]}: there is no such folder; give one that holds RUN/{RESULT}.")
+        raise UserError(f"--reuse={missing[0]}: the folder does not exist; give one that holds RUN/{RESULT}.")
     todo = [run for run in runs if not _is_done(run, settings)]
     if len(todo) < len(runs):
         say(f"{len(runs) - len(todo)} of {len(runs)} runs are done already")

@@ -109,7 +109,7 @@ def test_runs_are_ordered_by_seed_and_each_has_its_folder(file: str) -> None:
         (dict(settings=dict(num_images=0)), "--num_images must be at least 1"),
         (dict(settings=dict(guidance=math.inf)), "--guidance=inf: give a finite number"),
         (dict(settings=dict(prompts="test")), "--prompts=test is not one of heldout, train"),
-        (dict(reuse=["no/such/folder"]), "--reuse=no/such/folder: there is no such folder"),
+        (dict(reuse=["no/such/folder"]), "--reuse=no/such/folder: the folder does not exist"),
     ],
 )
 def test_bad_input_is_one_clear_error_before_anything_is_trained(

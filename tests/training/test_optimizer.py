@@ -139,7 +139,7 @@ def test_newton_schulz_is_optaxs() -> None:
     np.testing.assert_allclose(newton_schulz(X[None])[0], first, atol=1e-5)
 
 
-def test_parts_of_fused_kernels_and_experts_are_orthogonalized_each_alone() -> None:
+def test_parts_of_fused_kernels_and_experts_are_orthogonalized_separately() -> None:
     name = "blocks.0.attn.qkv.kernel"
     updates = {
         name: matrices(8, 36), "blocks.0.cross_attn.kv.kernel": matrices(12, 24), "blocks.1.mlp.w1": matrices(2, 8, 12),
@@ -148,16 +148,16 @@ def test_parts_of_fused_kernels_and_experts_are_orthogonalized_each_alone() -> N
     out = orthogonalize(updates)
     assert out["blocks.0.adaln.kernel"] == optax.MaskedNode()
 
-    def alone(matrix: jax.Array) -> jax.Array:
+    def expected_of(matrix: jax.Array) -> jax.Array:
         return optimizers.UPDATE_RMS * np.sqrt(max(matrix.shape)) * newton_schulz(matrix[None])[0]
 
     expected = {
-        name: jnp.concatenate([alone(part) for part in jnp.split(updates[name], 3, axis=1)], axis=1),
+        name: jnp.concatenate([expected_of(part) for part in jnp.split(updates[name], 3, axis=1)], axis=1),
         "blocks.0.cross_attn.kv.kernel": jnp.concatenate(
-            [alone(part) for part in jnp.split(updates["blocks.0.cross_attn.kv.kernel"], 2, axis=1)], axis=1
+            [expected_of(part) for part in jnp.split(updates["blocks.0.cross_attn.kv.kernel"], 2, axis=1)], axis=1
         ),
-        "blocks.1.mlp.w1": jnp.stack([alone(expert) for expert in updates["blocks.1.mlp.w1"]]),
-        "blocks.0.attn.proj.kernel": alone(updates["blocks.0.attn.proj.kernel"]),
+        "blocks.1.mlp.w1": jnp.stack([expected_of(expert) for expert in updates["blocks.1.mlp.w1"]]),
+        "blocks.0.attn.proj.kernel": expected_of(updates["blocks.0.attn.proj.kernel"]),
     }
     for kernel, value in expected.items():
         np.testing.assert_allclose(out[kernel], value, atol=1e-5, err_msg=kernel)

@@ -307,8 +307,8 @@ def command(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     """The command's flags."""
     flags = SimpleNamespace(
         workdir=str(finished_run), prompt=["one", "two"], prompts_file="", out=str(tmp_path / "out.png"), num=2,
-        guidance=2.0, steps=2, seed=3, step=None, sampler="heun", guidance_interval="", negative_prompt="",
-        autoguidance="", image="", mask="", strength=None, batch_size=4, params=None,
+        guidance=2.0, steps=2, seed=3, step=None, sampler="heun", guidance_interval="", path_drop=None,
+        negative_prompt="", autoguidance="", image="", mask="", strength=None, batch_size=4, params=None,
     )  # fmt: skip
     monkeypatch.setattr(sample, "FLAGS", flags)
     return flags

@@ -33,7 +33,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
     config.optimizer, config.diffusion.path_drop = "muon", 0.05
     if variant in ("demo", "small"):
         masked, unmasked = (dict(phase, P_mean=0.2, ema_decay=0.98) for phase in config.phases)
-        masked.update(steps=880, final_lr_ratio=0.1)
-        unmasked.update(steps=160, learning_rate=3e-4)
+        masked.update(steps=1040, final_lr_ratio=0.1)
+        unmasked.update(steps=190, learning_rate=3e-4)
         config.phases = masked, unmasked
     return config

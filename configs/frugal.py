@@ -5,11 +5,11 @@
     python -m micro_dit.main --config=configs/frugal.py:tiny         256 px, at most the FLOPs of mask75.py:tiny
     python -m micro_dit.main --config=configs/frugal.py:xl           256 and 512 px, at most the paper's FLOPs
 
-Variants, data and phases are those of mask75.py. The backbone is shorter, and a decoder of two blocks sees all tokens:
-what the mixer has computed of each, plus the backbone's output where a token was kept (SPRINT, arXiv 2510.21986). The
-loss is over all tokens, also in the masked phases. 5% of the images skip the backbone, so that guidance may skip it too
-(path-drop guidance, see docs/sampling.md). Muon (arXiv 2502.16982) updates the matrices of the blocks. docs/recipe.md
-shows what each of these brings. `tiny` and `xl` have not been run.
+Variants and data are those of mask75.py, and so are the phases, except for `demo` and `small`. The mixer is shorter,
+and a decoder of two blocks sees all tokens: the mixer's output of each, plus the backbone's output where a token was
+kept (SPRINT, arXiv 2510.21986). The loss is over all tokens, also in the masked phases. 5% of the images skip the
+backbone, so that guidance may skip it too (path-drop guidance, see docs/sampling.md). Muon (arXiv 2502.16982) updates
+the matrices of the blocks. docs/recipe.md has the measurements. `openmoji`, `tiny` and `xl` have not been run.
 """
 
 import runpy

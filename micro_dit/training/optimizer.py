@@ -72,7 +72,7 @@ def _muon_groups(params: Mapping[str, Any]) -> dict[str, str]:
 
 
 def scale_by_muon(dtype: Any = jnp.float32, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """Nesterov momentum, then `orthogonalize` (Muon: Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982)."""
+    """Applies Nesterov momentum, then `orthogonalize` (Muon: Jordan et al. 2024; Liu et al. 2025, arXiv 2502.16982)."""
     return optax.chain(
         optax.trace(MOMENTUM, nesterov=True),
         optax.stateless(lambda updates, _: orthogonalize(updates, dtype, mesh)),

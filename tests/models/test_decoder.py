@@ -12,6 +12,7 @@ import pytest
 from micro_dit.diffusion import edm, maskdit
 from micro_dit.errors import UserError
 from micro_dit.interop.model_folder import config_from
+from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import abstract_params, bind, init_params
 from micro_dit.models.flops import forward_flops
 from micro_dit.models.masking import TokenMask, mask_from_noise, restore_tokens
@@ -109,10 +110,15 @@ def test_a_fresh_network_starts_at_zero_as_maskdits_does() -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_flops_are_those_of_all_products(masked: bool) -> None:
-    one_image = TokenMask(MASK.keep[:1], MASK.restore[:1])
-    jaxpr = jax.make_jaxpr(lambda params: bind(CONFIG, params)(X[:1], T[:1], Y[:1], one_image if masked else None))
-    counted = sum(product_flops(jaxpr(abstract_params(CONFIG)).jaxpr))
-    assert counted == sum(forward_flops(CONFIG, 0.75 if masked else 0.0, tiny.TEXT.tokens).values())
+    assert_flops_are_those_of_all_products(CONFIG, masked)
+
+
+def assert_flops_are_those_of_all_products(config: DiTConfig, masked: bool) -> None:
+    mask = TokenMask(MASK.keep[:1], MASK.restore[:1]) if masked else None
+    x, t, y = tiny.inputs(config, images=1)
+    jaxpr = jax.make_jaxpr(lambda params: bind(config, params)(x, t, y, mask))
+    counted = sum(product_flops(jaxpr(abstract_params(config)).jaxpr))
+    assert counted == sum(forward_flops(config, 0.75 if masked else 0.0, tiny.TEXT.tokens).values())
 
 
 def product_flops(jaxpr: Any) -> list[int]:

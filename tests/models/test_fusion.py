@@ -12,11 +12,10 @@ from micro_dit.diffusion.generate import Generator, Sampling
 from micro_dit.diffusion.guidance import drop_path
 from micro_dit.diffusion.samplers import sample
 from micro_dit.errors import UserError
-from micro_dit.models.dit import abstract_params, bind
-from micro_dit.models.flops import forward_flops
+from micro_dit.models.dit import bind
 from micro_dit.models.masking import TokenMask, mask_from_noise
 from tests.helpers import tiny
-from tests.models.test_decoder import product_flops
+from tests.models.test_decoder import assert_flops_are_those_of_all_products
 
 CONFIG = tiny.network(decoder_depth=1, decoder_dim=16, fusion=True)
 X, T, Y = tiny.inputs(CONFIG)
@@ -107,10 +106,7 @@ def test_every_parameter_is_trained(params: dict[str, jax.Array]) -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_flops_are_those_of_all_products(masked: bool) -> None:
-    one_image = TokenMask(MASK.keep[:1], MASK.restore[:1])
-    jaxpr = jax.make_jaxpr(lambda params: bind(CONFIG, params)(X[:1], T[:1], Y[:1], one_image if masked else None))
-    counted = sum(product_flops(jaxpr(abstract_params(CONFIG)).jaxpr))
-    assert counted == sum(forward_flops(CONFIG, 0.75 if masked else 0.0, tiny.TEXT.tokens).values())
+    assert_flops_are_those_of_all_products(CONFIG, masked)
 
 
 def test_impossible_fusions_are_refused() -> None:

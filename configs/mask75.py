@@ -49,6 +49,7 @@ def base(**fields: Any) -> ConfigDict:
                 decoder_depth=placeholder(int),
                 decoder_dim=placeholder(int),  # MaskDiT's, configs/maskdit75.py, or with fusion configs/frugal.py
                 fusion=placeholder(bool),
+                rope=placeholder(bool),
             ),
             # Where training starts: a model folder or another run's work directory; see configs/finetune.py. With
             # lora.rank 0 all parameters are trained.

@@ -200,7 +200,7 @@ def test_muon_the_dense_residual_and_path_drop_resume_bitwise(
     config: ConfigDict, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     config.optimizer, config.diffusion.path_drop, config.checkpoint_every = "muon", 0.3, 5
-    config.model.update(depth=1, patch_mixer_depth=1, decoder_depth=1, decoder_dim=32, fusion=True)
+    config.model.update(depth=1, patch_mixer_depth=1, decoder_depth=1, decoder_dim=32, fusion=True, rope=True)
     config.phases = tuple(dict(phase, steps=steps) for phase, steps in zip(config.phases, (8, 6), strict=True))
     whole = train(config, tmp_path / "whole")
     parts = Path(shutil.copytree(whole, tmp_path / "parts"))

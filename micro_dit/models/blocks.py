@@ -63,16 +63,16 @@ class DiTBlock(nnx.Module):
         )
         self.adaln = linear(config.dim, 6 * d, kernel_init=nnx.initializers.zeros_init(), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, y: jax.Array, c: jax.Array, rotary: jax.Array | None = None) -> jax.Array:
         if self.remat == "none":
-            return self._forward(x, y, c)
+            return self._forward(x, y, c, rotary)
         policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if self.remat == "dots" else None
-        return jax.checkpoint(lambda x, y, c: self._forward(x, y, c), policy=policy)(x, y, c)
+        return jax.checkpoint(lambda *args: self._forward(*args), policy=policy)(x, y, c, rotary)
 
-    def _forward(self, x: jax.Array, y: jax.Array, c: jax.Array) -> jax.Array:
+    def _forward(self, x: jax.Array, y: jax.Array, c: jax.Array, rotary: jax.Array | None) -> jax.Array:
         modulation = self.adaln(jax.nn.gelu(c, approximate=True))
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
-        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), rotary)
         x = x + self.cross_attn(self.norm2(x), y)
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm3(x), shift_mlp, scale_mlp))
 

@@ -47,6 +47,7 @@ class DiTConfig:
     experts_every_n: int = 2
     decoder_depth: int = 0
     decoder_dim: int = 0
+    rope: bool = False  # whether self-attention of image tokens has 2-D rotary position embeddings
     fusion: bool = False  # whether the decoder adds the mixer's output, of all tokens, to the backbone's
 
     def __post_init__(self) -> None:

@@ -16,7 +16,14 @@ from flax import nnx
 
 from micro_dit.models.blocks import CaptionBlock, DiTBlock, FinalLayer, NormedProjection
 from micro_dit.models.config import DiTConfig
-from micro_dit.models.embeddings import CaptionMLP, NoiseEmbedding, PatchEmbedding, position_table, unpatchify
+from micro_dit.models.embeddings import (
+    CaptionMLP,
+    NoiseEmbedding,
+    PatchEmbedding,
+    position_table,
+    rotary_table,
+    unpatchify,
+)
 from micro_dit.models.fusion import FusionDecoder
 from micro_dit.models.layers import Constrain, unconstrained
 from micro_dit.models.maskdit import MaskDiTDecoder
@@ -82,6 +89,12 @@ class MicroDiT(nnx.Module):
         # 1. Patch embedding, and where each patch is.
         x = self.patch_embedding(x.astype(dtype))  # (B, N, D)
         x = constrain(x + jnp.asarray(position_table(config.dim, config.grid, config.pos_interp_scale), dtype), "BND")
+        rotary = kept_rotary = None
+        if config.rope:
+            table = rotary_table(config.head_dim, config.grid, config.pos_interp_scale)
+            rotary = kept_rotary = jnp.broadcast_to(table, (B, *table.shape))  # (B, N, h)
+            if mask is not None:
+                kept_rotary = drop_tokens(rotary, mask)  # (B, K, h)
         # 2. Noise embedding.
         noise = self.noise_embedding(jnp.broadcast_to(t, (B,)))  # (B, D)
         # 3, 4. Caption projection and caption block.
@@ -96,7 +109,7 @@ class MicroDiT(nnx.Module):
         if self.project_mixer:
             x, mixer_y = self.mixer_in(x), self.mixer_caption_in(y)  # (B, N, M), (B, L, M)
         for block in self.mixer:
-            x = constrain(block(x, mixer_y, c), "BNM")
+            x = constrain(block(x, mixer_y, c, kept_rotary if mask_position == "before_mixer" else rotary), "BNM")
         mixed, deep = x, None
         if not shallow:
             # 7. Deferred masking.
@@ -106,13 +119,13 @@ class MicroDiT(nnx.Module):
                 x = self.mixer_out(x)  # 8. Back to the backbone's width, after the drop: (B, K, D).
             # 9. Backbone, on the kept tokens.
             for block in self.blocks:
-                x = constrain(block(x, y, c), "BKD")
+                x = constrain(block(x, y, c, kept_rotary), "BKD")
             deep = x
         # 10. Dense residual: all tokens again, the mixer's output added to the backbone's.
         if config.fusion:
-            x = constrain(self.fusion(deep, mixed, y, c, mask, path_drop), "BNG")
+            x = constrain(self.fusion(deep, mixed, y, c, mask, path_drop, rotary), "BNG")
         elif config.decoder_depth:
-            x = constrain(self.decoder(x, y, c, mask), "BNG")  # MaskDiT, for comparison, returns to all tokens here.
+            x = constrain(self.decoder(x, y, c, mask, rotary), "BNG")  # MaskDiT, for comparison.
         x = self.final_layer(x, c).astype(jnp.float32)  # 11. Final layer: (B, K, p·p·C).
         # 12. Zeros where tokens were dropped, then back to an image.
         if mask is not None and not config.decoder_depth:

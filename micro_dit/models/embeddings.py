@@ -49,6 +49,20 @@ def position_table(dim: int, grid: int, pos_interp_scale: float) -> np.ndarray:
     return np.concatenate([np.tile(axis, (grid, 1)), np.repeat(axis, grid, axis=0)], axis=1).astype(np.float32)
 
 
+@lru_cache(maxsize=8)
+def rotary_table(head_dim: int, grid: int, pos_interp_scale: float) -> np.ndarray:
+    """Computes the cosines, then the sines, of 2-D rotary position embeddings: (grid², head_dim) float32, on the host.
+
+    Of the head_dim/2 angles of a token, the first half encodes the column, the second half the row, each as pos·w with
+    w_i = 100^(-i/(head_dim/4)): RoPE-Axial of Heo et al. 2024, arXiv 2403.13298. Positions are divided by
+    `pos_interp_scale`, as those of `position_table`.
+    """
+    w = 100.0 ** (-np.arange(head_dim // 4) / (head_dim / 4))
+    axis = np.arange(grid)[:, None] / pos_interp_scale * w  # (grid, head_dim/4) float64
+    angles = np.concatenate([np.tile(axis, (grid, 1)), np.repeat(axis, grid, axis=0)], axis=1)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
 class PatchEmbedding(nnx.Module):
     """A p×p convolution of stride p, written as a product over flattened patches: (B, H, W, C) → (B, N, D)."""
 

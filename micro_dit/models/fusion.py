@@ -29,7 +29,7 @@ class FusionDecoder(nnx.Module):
 
     def __call__(
         self, x: jax.Array | None, mixed: jax.Array, y: jax.Array, c: jax.Array, mask: TokenMask | None,
-        path_drop: jax.Array | None = None,
+        path_drop: jax.Array | None = None, rotary: jax.Array | None = None,
     ) -> jax.Array:  # fmt: skip
         """Decodes all tokens.
 
@@ -40,6 +40,7 @@ class FusionDecoder(nnx.Module):
             c: (B, D), noise level and pooled caption.
             mask: The tokens that the backbone has seen; None for all.
             path_drop: (B,) bool, images whose x is replaced by mask tokens; None for no image.
+            rotary: (B, N, h), rotary position embeddings; None for a network without them.
         """
         fused, y = self.mixer_in(mixed), self.caption_in(y)  # (B, N, G), (B, L, G)
         token = self.mask_token[...].astype(fused.dtype)
@@ -53,5 +54,5 @@ class FusionDecoder(nnx.Module):
                 x = jnp.where(path_drop[:, None, None], token, x)
         x = x + fused
         for block in self.blocks:
-            x = block(x, y, c)
+            x = block(x, y, c, rotary)
         return x

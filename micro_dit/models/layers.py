@@ -71,9 +71,12 @@ class SelfAttention(nnx.Module):
         self.qk_norm = layer_norm(width, eps=eps, affine=False, dtype=dtype, rngs=rngs)
         self.proj = linear(width, dim, use_bias=use_bias, kernel_init=normal_init(out_std), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rotary: jax.Array | None = None) -> jax.Array:
         q, k, v = jnp.split(self.qkv(x), 3, axis=-1)  # each (B, T, w)
-        return self.proj(attend(self.qk_norm(q), self.qk_norm(k), v, self.heads))
+        q, k = self.qk_norm(q), self.qk_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary, self.heads), rotate(k, rotary, self.heads)
+        return self.proj(attend(q, k, v, self.heads))
 
 
 class CrossAttention(nnx.Module):
@@ -99,6 +102,21 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
     h = w // heads
     q, k, v = (a.reshape(B, a.shape[1], heads, h) for a in (q * h**-0.5, k, v))
     return attention(q, k, v).reshape(B, T, w)
+
+
+def rotate(x: jax.Array, rotary: jax.Array, heads: int) -> jax.Array:
+    """Applies rotary position embeddings to queries or keys (Su et al. 2021, arXiv 2104.09864): (B, T, w) → (B, T, w).
+
+    Args:
+        x: (B, T, w) queries or keys of all heads.
+        rotary: (B, T, h) or (1, T, h) float32, cosines and sines of each token's h/2 angles.
+        heads: Number of heads, w/h.
+    """
+    B, T, w = x.shape
+    cos, sin = jnp.split(rotary[:, :, None], 2, axis=-1)  # each (B, T, 1, h/2)
+    a, b = jnp.split(x.reshape(B, T, heads, w // heads), 2, axis=-1)
+    rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return rotated.reshape(B, T, w).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

@@ -30,12 +30,17 @@ class MaskDiTDecoder(nnx.Module):
         block = functools.partial(DiTBlock, config=config, remat=remat, constrain=constrain, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([block(shape) for shape in config.decoder_blocks()])
 
-    def __call__(self, x: jax.Array, y: jax.Array, c: jax.Array, mask: TokenMask | None) -> jax.Array:
-        """Decodes the kept tokens x (B, K, D), all N if `mask` is None, given caption y (B, L, D) and c (B, D)."""
+    def __call__(
+        self, x: jax.Array, y: jax.Array, c: jax.Array, mask: TokenMask | None, rotary: jax.Array | None = None
+    ) -> jax.Array:
+        """Decodes the kept tokens x (B, K, D), all N if `mask` is None, given caption y (B, L, D) and c (B, D).
+
+        `rotary` is (B, N, h), rotary position embeddings, or None for a network without them.
+        """
         x, y = self.proj_in(x, c), self.caption_in(y)  # (B, K, G), (B, L, G)
         if mask is not None:
             x = restore_tokens(x, mask, fill=self.mask_token[...])  # (B, N, G)
         x = x + jnp.asarray(position_table(*self.positions), self.dtype)
         for block in self.blocks:
-            x = block(x, y, c)
+            x = block(x, y, c, rotary)
         return x

@@ -17,7 +17,7 @@ MAY_CHANGE = (
 # The values of fields that the config of an earlier or a later version lacks.
 ADDED = {
     "init_from": "", "lora.rank": 0, "quantize": "", "optimizer": "adamw", "model.fusion": None,
-    "diffusion.path_drop": 0.0,
+    "model.rope": None, "diffusion.path_drop": 0.0,
 }  # fmt: skip
 WITH_LORA = ("lora.alpha", "lora.targets")
 

@@ -104,6 +104,16 @@ def test_naive_masking_is_the_network_on_the_kept_tokens_alone(
         np.testing.assert_array_equal(out[DROPPED[image]], 0)
 
 
+@pytest.mark.parametrize("position", MASK_POSITIONS)
+def test_rotary_positions_travel_with_the_kept_tokens(params: dict[str, jax.Array], position: str) -> None:
+    """The order in which tokens are kept does not matter; with the angles of other tokens it would."""
+    config = dataclasses.replace(CONFIG, rope=True)
+    reversed_mask = TokenMask(MASK.keep[:, ::-1], jnp.where(MASK.restore < 4, 3 - MASK.restore, MASK.restore))
+    first, second = (bind(config, params)(X, T, Y, mask, position) for mask in (MASK, reversed_mask))
+    np.testing.assert_allclose(first, second, atol=5e-5)
+    assert not np.allclose(first, forward(params, X, T, Y, MASK, position), atol=1e-2)
+
+
 def test_dropped_patches_influence_the_rest_through_the_mixer_only(params: dict[str, jax.Array]) -> None:
     """What dropped patches hold reaches every kept token under deferred masking, and none under naive masking."""
     changed = X + 3 * unpatchify(jnp.repeat(MASK.dropped[:, :, None], 16, axis=2), 2, 8, 8)

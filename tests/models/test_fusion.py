@@ -17,7 +17,7 @@ from micro_dit.models.masking import TokenMask, mask_from_noise
 from tests.helpers import tiny
 from tests.models.test_decoder import assert_flops_are_those_of_all_products
 
-CONFIG = tiny.network(decoder_depth=1, decoder_dim=16, fusion=True)
+CONFIG = tiny.network(decoder_depth=1, decoder_dim=16, fusion=True, rope=True)
 X, T, Y = tiny.inputs(CONFIG)
 NOISE = jax.random.uniform(jax.random.key(0), (3, CONFIG.tokens))
 MASK = mask_from_noise(NOISE, 4)

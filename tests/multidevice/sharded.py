@@ -34,7 +34,7 @@ PHASE = Phase(**tiny.MASKED | dict(batch_size=B, warmup_steps=0, ema_decay=0.9, 
 NETWORK = tiny.network(use_patch_mixer=False)
 PARAMS, DENSE = abstract_params(NETWORK), abstract_params(tiny.network(experts_every_n=9))
 # The dense residual under Muon, with images that skip the backbone.
-FRUGAL = tiny.network(depth=1, patch_mixer_depth=1, decoder_depth=1, decoder_dim=32, fusion=True)
+FRUGAL = tiny.network(depth=1, patch_mixer_depth=1, decoder_depth=1, decoder_dim=32, fusion=True, rope=True)
 MESHES = {"data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "experts": (2, 2, 2, 1), "tensor": (2, 1, 2, 2)}
 
 

@@ -360,7 +360,7 @@ def set_field(name: str, value: Any) -> Callable[[ConfigDict], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_field("model.size", "Giant"), "model size 'Giant' is unknown; use one of Nano"),
+        (set_field("model.size", "Giant"), "model.size 'Giant' is unknown. Use one of Nano"),
         (set_field("model.dmi", 3), "model has no field dmi; the fields are"),
         (set_field("mesh.data", 3), r"the mesh is data 3, which does not take exactly the 1 devices there are"),
         (set_field("model.expert_capacity", 0.4), r"int\(0.4·4/2\) = 0 of 4 tokens: change model.expert_capacity"),

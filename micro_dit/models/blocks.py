@@ -36,8 +36,9 @@ class CaptionBlock(nnx.Module):
 class DiTBlock(nnx.Module):
     """Self-attention, cross-attention to y (B, L, d), feed-forward; modulated by c (B, D): (B, T, d) → (B, T, d).
 
-    The backward pass keeps the activations that `remat` names and computes the others again: "none" keeps all, "dots"
-    the products with weights (so it repeats attention's softmax and everything elementwise), "full" only the inputs.
+    `rotary` is (B, T, h), rotary position embeddings, or None. The backward pass recomputes activations that `remat`
+    does not keep: "none" keeps all of them, "dots" the products with weights (attention and elementwise operations are
+    recomputed), "full" only the inputs.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from micro_dit.errors import UserError
 from micro_dit.models.masking import kept_tokens
 
 MASK_POSITIONS = ("after_mixer", "before_mixer")  # deferred masking; naive masking
-REMAT = ("none", "dots", "full")  # what the backward pass computes again; see `micro_dit.models.blocks.DiTBlock`
+REMAT = ("none", "dots", "full")  # what the backward pass recomputes; see `micro_dit.models.blocks.DiTBlock`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +55,16 @@ class DiTConfig:
             raise UserError(f"model.input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
         if self.decoder_depth < 0 or (self.decoder_depth > 0) != (self.decoder_dim > 0):
             depth, dim = self.decoder_depth, self.decoder_dim
-            raise UserError(f"model.decoder_depth {depth} with decoder_dim {dim}: give both, or neither.")
+            raise UserError(f"model.decoder_depth is {depth} and model.decoder_dim is {dim}. Set both, or neither.")
         if self.fusion and not (self.use_patch_mixer and self.decoder_depth):
-            raise UserError("model.fusion needs a patch mixer and a decoder: set model.decoder_depth and decoder_dim.")
+            raise UserError("model.fusion needs a patch mixer and a decoder. Set model.decoder_depth and decoder_dim.")
         for name in ("dim", "patch_mixer_dim", "decoder_dim"):
             if (dim := getattr(self, name)) % self.head_dim or dim % 4:
                 raise UserError(f"model.{name} {dim} must be a multiple of head_dim {self.head_dim} and of 4.")
         for name in ("qkv_multipliers", "ffn_multipliers"):
             values = getattr(self, name)
             if not values or self.depth % len(values):
-                raise UserError(f"model.{name} has {len(values)} values, which do not divide the depth {self.depth}.")
+                raise UserError(f"model.{name} has {len(values)} values, but the depth {self.depth} is not a multiple.")
 
     @property
     def grid(self) -> int:
@@ -77,12 +77,12 @@ class DiTConfig:
         return self.grid**2
 
     def check(self, mask_ratio: float = 0.0, mask_position: str = "after_mixer") -> None:
-        """Raises UserError if masking would leave no tokens, or if an expert would take none or too many."""
+        """Raises UserError if masking would drop all tokens, or if experts would process no tokens or too many."""
         if mask_position not in MASK_POSITIONS:
-            raise UserError(f"mask_position {mask_position!r} is unknown; use one of {', '.join(MASK_POSITIONS)}.")
+            raise UserError(f"mask_position {mask_position!r} is unknown. Use one of {', '.join(MASK_POSITIONS)}.")
         if not 0.0 <= mask_ratio < 1.0 or int(self.tokens * (1 - mask_ratio)) < 1:
             raise UserError(
-                f"mask_ratio {mask_ratio} keeps none of the {self.tokens} tokens (or is outside [0, 1)); lower it."
+                f"mask_ratio {mask_ratio} keeps none of the {self.tokens} tokens, or is outside [0, 1). Decrease it."
             )
         if self.fusion and mask_position != "after_mixer":
             raise UserError("model.fusion needs mask_position 'after_mixer': its mixer sees all tokens.")
@@ -93,9 +93,9 @@ class DiTConfig:
             T = tokens_per_expert(tokens, self.num_experts, self.expert_capacity)
             if any(block.moe for block in blocks) and not 1 <= T <= tokens:
                 raise UserError(
-                    f"each expert of the {part} would take int({self.expert_capacity}·{tokens}/{self.num_experts}) = "
-                    f"{T} of {tokens} tokens: change model.expert_capacity, model.num_experts or mask_ratio so that it "
-                    f"takes 1 to {tokens}."
+                    f"Each expert of the {part} would process int({self.expert_capacity}·{tokens}/{self.num_experts}) "
+                    f"= {T} of {tokens} tokens. Change model.expert_capacity, model.num_experts or mask_ratio so that "
+                    f"it processes 1 to {tokens}."
                 )
 
     def mixer_blocks(self) -> tuple["BlockShape", ...]:
@@ -161,7 +161,7 @@ def expert_width(dim: int, ratio: float, multiple_of: int) -> int:
 
 
 def tokens_per_expert(tokens: int, experts: int, capacity: float) -> int:
-    """Returns T = int(capacity·N/E). With T = 0 a layer would output zeros; `DiTConfig.check` refuses that."""
+    """Returns T = int(capacity·N/E). With T = 0 a layer would output zeros, which `DiTConfig.check` rejects."""
     return int(capacity * tokens / experts)
 
 
@@ -180,15 +180,15 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def make_config(size: str, **overrides: Any) -> DiTConfig:
-    """Returns a row of SIZES with some fields set or replaced.
+    """Returns the config of a published size, with overrides.
 
     Raises:
         UserError: The size or a field is unknown, or no such network can be built.
     """
     if size not in SIZES:
-        raise UserError(f"model size {size!r} is unknown; use one of {', '.join(SIZES)}.")
+        raise UserError(f"model.size {size!r} is unknown. Use one of {', '.join(SIZES)}.")
     known = {field.name for field in dataclasses.fields(DiTConfig)}
     if unknown := sorted(set(overrides) - known):
-        raise UserError(f"model has no field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}.")
+        raise UserError(f"model has no field {', '.join(unknown)}. The fields are {', '.join(sorted(known))}.")
     scaling = _layer_wise(overrides["depth"]) if overrides.get("depth") else {}
     return DiTConfig(**SIZES[size] | scaling | overrides)

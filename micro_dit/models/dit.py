@@ -80,13 +80,13 @@ class MicroDiT(nnx.Module):
             t: (B,) or (1,) c_noise.
             y: (B, L, Y) caption embedding; all zeros is the unconditional input.
             mask: Tokens to keep; None keeps all. Dropped patches are zeros in the output, unless there is a decoder.
-            mask_position: "after_mixer" (deferred masking) or "before_mixer" (naive masking, for comparison).
+            mask_position: "after_mixer" (deferred masking) or "before_mixer" (naive masking).
             path_drop: (B,) bool, images that skip the backbone; needs `fusion`.
             shallow: Whether all images skip the backbone, which is then not computed; needs `fusion`.
         """
         config, dtype, constrain = self.config, self.dtype, self.constrain
         B, H, W, _ = x.shape
-        # 1. Patch embedding, and where each patch is.
+        # 1. Patch embedding and positions.
         x = self.patch_embedding(x.astype(dtype))  # (B, N, D)
         x = constrain(x + jnp.asarray(position_table(config.dim, config.grid, config.pos_interp_scale), dtype), "BND")
         rotary = kept_rotary = None
@@ -141,7 +141,10 @@ def _name(path: tuple[Any, ...]) -> str:
 def _skeleton(
     config: DiTConfig, dtype: Any = jnp.float32, remat: str = "none", constrain: Constrain = unconstrained
 ) -> tuple[nnx.GraphDef, dict[str, tuple[tuple[Any, ...], Any]]]:
-    """Returns the network's structure and, by name, path and abstract value of parameters; it costs seconds for XL."""
+    """Returns the structure of the network, and the path and abstract value of each parameter by name.
+
+    Building XL takes seconds, hence the cache.
+    """
     model = nnx.eval_shape(lambda: MicroDiT(config, remat=remat, constrain=constrain, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, abstract = nnx.split(model)
     return graphdef, {_name(path): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}

@@ -1,4 +1,4 @@
-"""What the network's inputs become: patches, positions, noise level, caption.
+"""Embeddings of the network's inputs: patches, positions, noise level, caption.
 
 B images · H W latent rows, columns · C latent channels · N tokens · D width · L caption tokens · Y caption channels.
 """
@@ -26,7 +26,7 @@ def patchify(x: jax.Array, patch_size: int) -> jax.Array:
 
 
 def unpatchify(x: jax.Array, patch_size: int, height: int, width: int) -> jax.Array:
-    """Puts patches back into images, (B, N, p·p·C) → (B, H, W, C): the inverse of `patchify`."""
+    """Assembles patches into images, (B, N, p·p·C) → (B, H, W, C): the inverse of `patchify`."""
     p = patch_size
     B, _, channels = x.shape
     x = x.reshape(B, height // p, width // p, p, p, channels // (p * p)).transpose(0, 1, 3, 2, 4, 5)
@@ -38,8 +38,8 @@ def position_table(dim: int, grid: int, pos_interp_scale: float) -> np.ndarray:
     """Computes the fixed 2-D sin-cos position table, (grid², dim) float32, on the host.
 
     The first dim/2 channels encode the column, the last dim/2 the row; each half is [sin(pos·w), cos(pos·w)] with
-    w_i = 10000^(-i/(dim/4)). Positions are divided by `pos_interp_scale`, so that a model trained on a small grid meets
-    the same range of positions on a larger one. As in the public release, positions are float32 and the rest is
+    w_i = 10000^(-i/(dim/4)). Positions are divided by `pos_interp_scale`, so that a larger grid has the range of
+    positions that the model was trained on. As in the public release, positions are float32 and the rest is
     computed in float64.
     """
     w = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
@@ -80,7 +80,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class NoiseEmbedding(nnx.Module):
-    """The noise level c_noise, (B,) float32 → (B, D): a 512-wide sinusoid (cosines first), then two Linears."""
+    """Embeds the noise level c_noise: (B,) float32 → (B, D), by a 512-wide sinusoid (cosines first) and two Linears."""
 
     def __init__(self, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         init = normal_init(0.02)

@@ -1,4 +1,4 @@
-"""FLOPs of the network: 2 × MACs of its matrix products; the rest is left out, as is usual for model FLOPs.
+"""Model FLOPs of the network: 2 × MACs of its matrix products. Other operations are not counted, as is usual.
 
 N tokens · K kept tokens · T tokens a block sees · D backbone width · M mixer width · G decoder width · d block width ·
 F hidden width · L caption tokens · E experts.
@@ -20,8 +20,8 @@ def forward_flops(
     Each stack of blocks has three entries: "mixer" (Linear layers), "mixer/attention" (the two products of scaled
     dot-product attention) and "mixer/dispatch" (one-hot products of the experts, 0 unless asked for).
 
-    With `one_hot_dispatch`, experts take and return their tokens by products with one-hot matrices, as in the public
-    release. This implementation gathers, which costs no products.
+    With `one_hot_dispatch`, dispatch and combine are products with one-hot matrices, as in the public release. This
+    implementation uses gathers and scatter-adds, which have no products.
 
     Raises:
         UserError: No such network can be built.
@@ -96,6 +96,6 @@ def _block(block: BlockShape, config: DiTConfig, T: int, L: int) -> int:
 
 
 def _dispatch(block: BlockShape, config: DiTConfig, T: int) -> int:
-    """Tokens to experts and back as two products with an (E·tokens per expert, T) one-hot matrix."""
+    """Dispatch and combine as two products with an (E·tokens per expert, T) one-hot matrix."""
     taken = config.num_experts * tokens_per_expert(T, config.num_experts, config.expert_capacity)
     return 2 * _linear(taken, T, block.dim)

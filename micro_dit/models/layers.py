@@ -1,7 +1,7 @@
 """The layers of every block: norms, attention, the dense feed-forward, modulation.
 
 Parameters are float32. Matrix products run in `dtype` (bfloat16 on accelerators); the statistics of norms and the
-softmax of attention are computed in float32 whatever `dtype` is.
+softmax of attention are always computed in float32.
 B images · T tokens · d block width · w attention width · h head width · L caption tokens.
 """
 
@@ -19,7 +19,7 @@ Constrain = Callable[[jax.Array, str], jax.Array]  # (x, letters of its dimensio
 
 
 def unconstrained(x: jax.Array, dimensions: str) -> jax.Array:
-    """Returns x as it is: the Constrain of a network whose activations may live on any device."""
+    """Returns x unchanged: the `Constrain` of a network without sharding constraints."""
     return x
 
 

@@ -49,13 +49,13 @@ class ExpertChoiceFFN(nnx.Module):
         E, T = chosen.shape[1:]
         rows = chosen.reshape(B, E * T)
         taken = jnp.take_along_axis(x, rows[:, :, None], axis=1)  # (B, E·T, d)
-        # One matrix an expert, over all images: the layout in which XLA needs no transposes around the products.
+        # One matrix for each expert, over all images: in this layout XLA needs no transposes around the products.
         taken = taken.reshape(B, E, T, d).transpose(1, 0, 2, 3).astype(self.dtype)
-        taken = self.constrain(taken, "EBTd").reshape(E, B * T, d)  # the tokens travel to their experts
+        taken = self.constrain(taken, "EBTd").reshape(E, B * T, d)  # sends tokens to their experts
         hidden = product(taken, self.w1[...].astype(self.dtype))  # (E, B·T, F)
         out = product(gelu(hidden), self.w2[...].astype(self.dtype))
         out = self.constrain(out.reshape(E, B, T, d), "EBTd").transpose(1, 0, 2, 3)
-        out = self.constrain(out, "BETd")  # and back to their images
+        out = self.constrain(out, "BETd")  # sends them back to their images
         out = out * probabilities[..., None].astype(self.dtype)
         add = jax.vmap(lambda rows, updates: jnp.zeros((N, d), updates.dtype).at[rows].add(updates))
         return add(rows, out.reshape(B, E * T, d))

@@ -1,6 +1,6 @@
-"""Operations with gradients written out, and those that depend on the device or the compiler.
+"""Operations with custom gradients, or whose implementation depends on the device or the compiler.
 
-Everything else in `micro_dit.models` is plain JAX; a faster backend for an operation belongs here.
+The rest of `micro_dit.models` is plain JAX. Faster backends for an operation belong here.
 
 B images · T query tokens · L key tokens · n heads · h head width.
 """
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-PRODUCT = "product"  # the checkpoint name of products with weights, which rematerialization refers to
+PRODUCT = "product"  # checkpoint name of products with weights, for rematerialization policies
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -69,7 +69,7 @@ def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Computes `attention` with heads before tokens: q (B, n, T, h), k and v (B, n, L, h) → (B, n, T, h).
 
     The derived gradient would pass over (T, L) matrices many times between the products. This one does so as rarely as
-    possible: rows are divided by the softmax's denominator once they are only h wide, and the sum over L in the
+    possible: rows are divided by the softmax's denominator after the product with v, and the sum over L in the
     softmax's gradient is taken over h instead (Dao et al. 2022, arXiv 2205.14135, appendix B.2).
     """
     return _attention_forward(q, k, v)[0]

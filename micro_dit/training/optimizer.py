@@ -1,4 +1,4 @@
-"""AdamW and Muon, without the learning rate, which each phase schedules by its own steps."""
+"""AdamW and Muon. The learning rate is applied by the train step, because each phase has its own schedule."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from micro_dit.models.dit import Params
 
 OPTIMIZERS = ("adamw", "muon")
 
-# With "muon", the first rule whose pattern is found in a parameter's name decides how it is updated.
+# With "muon", the first rule whose pattern matches a parameter's name selects the optimizer.
 MUON_RULES: tuple[tuple[str, str], ...] = (
     (r"^caption_block\.|\.bias$", "adam"),
     (r"\.(attn|cross_attn)\.(qkv|q|kv|proj)\.kernel", "muon"),  # and the factors of their LoRA adapters
@@ -31,7 +31,10 @@ ITERATIONS = 5
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """optax's, but by one factor, so that the compiled step need not write clipped gradients down."""
+    """Clips by the global norm with a single factor.
+
+    Unlike in optax's version, XLA can fuse the factor into the update instead of storing the clipped gradients.
+    """
 
     def clip(gradients: Any, _: Any) -> Any:
         factor = limit / jnp.maximum(optax.tree.norm(gradients), limit)
@@ -159,9 +162,9 @@ def _spread(stack: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def update_ema(ema: Params, params: Params, decay: float, active: jax.Array | bool = True) -> Params:
-    """decay·ema + (1 - decay)·params; a copy of the parameters while not `active`.
+    """Returns decay·ema + (1 - decay)·params, or a copy of the parameters if not `active`.
 
-    It starts as a copy, so it needs no correction of its bias. Written as ema + (1 - decay)·(params - ema), whose small
-    second term float32 keeps where decay is close to 1.
+    The EMA starts as a copy, so it needs no bias correction. It is computed as ema + (1 - decay)·(params - ema): if
+    decay is close to 1, float32 represents the small second term accurately.
     """
     return jax.tree.map(lambda e, p: jnp.where(active, e + jnp.float32(1 - decay) * (p - e), p), ema, params)

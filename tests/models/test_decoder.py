@@ -148,7 +148,7 @@ def test_networks_saved_before_there_were_decoders_can_be_read() -> None:
 
 def test_half_a_decoder_is_refused() -> None:
     for fields in (dict(decoder_depth=2), dict(decoder_dim=16), dict(decoder_depth=-1, decoder_dim=16)):
-        with pytest.raises(UserError, match="give both, or neither"):
+        with pytest.raises(UserError, match="Set both, or neither"):
             tiny.network(**fields)
     with pytest.raises(UserError, match="decoder_dim 24 must be a multiple of head_dim 16"):
         tiny.network(decoder_depth=1, decoder_dim=24)

@@ -200,11 +200,11 @@ def test_layer_wise_scaling_follows_an_overridden_depth() -> None:
         ({}, (0.99,), "mask_ratio 0.99 keeps none of the 16 tokens"),
         ({}, (1.0,), "mask_ratio 1.0"),
         ({}, (-0.5,), "mask_ratio -0.5"),
-        ({}, (0.5, "somewhere"), "mask_position 'somewhere' is unknown; use one of after_mixer, before_mixer"),
-        (dict(num_experts=16, expert_capacity=1.0), (0.75,), r"backbone would take int\(1.0·4/16\) = 0 of 4 tokens"),
-        (dict(num_experts=32, expert_capacity=1.0), (), "expert of the mixer would take"),
+        ({}, (0.5, "somewhere"), "mask_position 'somewhere' is unknown. Use one of after_mixer, before_mixer"),
+        (dict(num_experts=16, expert_capacity=1.0), (0.75,), r"backbone would process int\(1.0·4/16\) = 0 of 4 tokens"),
+        (dict(num_experts=32, expert_capacity=1.0), (), "expert of the mixer would process"),
         (dict(expert_capacity=3.0), (), "= 24 of 16 tokens: change model.expert_capacity"),
-        (dict(num_experts=16, expert_capacity=1.0), (0.75, "before_mixer"), r"mixer would take int\(1.0·4/16\) = 0"),
+        (dict(num_experts=16, expert_capacity=1.0), (0.75, "before_mixer"), r"mixer would process int\(1.0·4/16\) = 0"),
     ],
 )
 def test_impossible_networks_are_refused(overrides: dict[str, Any], mask: tuple, message: str) -> None:

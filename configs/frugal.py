@@ -29,7 +29,7 @@ NETWORKS = {
 def get_config(variant: str = "demo") -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).with_name("mask75.py")))["get_config"](variant)
     config.name = config.name.replace("mask75", "frugal")
-    config.model.update(fusion=True, **NETWORKS[variant])
+    config.model.update(fusion=True, rope=True, **NETWORKS[variant])
     config.optimizer, config.diffusion.path_drop = "muon", 0.05
     if variant in ("demo", "small"):
         masked, unmasked = (dict(phase, P_mean=0.2, ema_decay=0.98) for phase in config.phases)

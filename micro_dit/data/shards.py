@@ -243,7 +243,7 @@ def shards_folder(shards: str | Path) -> Path:
     if "://" in str(shards):
         raise UserError(
             f"{shards} is in an object store, but shards must be in a folder. Mount the bucket (for example with "
-            "gcsfuse) or copy the shards to a disk, and set --config.data.shards to that folder."
+            "gcsfuse) or copy the shards to a disk, and pass the path of that folder instead."
         )
     return Path(shards).expanduser()
 

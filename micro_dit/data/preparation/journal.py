@@ -165,7 +165,7 @@ class Journal:
                 os.fsync(lines.fileno())
             rejects.replace(self.folder / REJECTS)
         if not any(file.records for file in itertools.chain.from_iterable(files.values())):
-            reasons = ", ".join(f"{reason} ({tally.count})" for reason, tally in dropped.items()) or "it is empty"
+            reasons = ", ".join(f"{reason} ({tally.count})" for reason, tally in dropped.items()) or "no items found"
             raise UserError(
                 f"The source {manifest.source} has no usable examples: {reasons}. Correct --source or the data."
             )

@@ -36,10 +36,10 @@ def caption_grid(
         ValueError: The images have a wrong shape or dtype, or the number of captions differs from that of images.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
-        raise ValueError(f"images must be uint8 (n, H, W, 3) with n > 0, not {images.dtype} {images.shape}")
+        raise ValueError(f"images must be uint8 (n, H, W, 3) with n > 0, not {images.dtype} {images.shape}.")
     n, H, W, _ = images.shape
     if len(captions) != n:
-        raise ValueError(f"{n} images but {len(captions)} captions")
+        raise ValueError(f"The number of captions must equal that of images, got {len(captions)} and {n}.")
     columns = min(n, columns or _columns_that_fill(n))
     scale *= math.ceil(SMALLEST_TILE / (W * scale)) if W * scale < SMALLEST_TILE else 1
     tile_width, tile_height = W * scale, H * scale
@@ -141,13 +141,13 @@ def save_gif(
     """Writes a looping GIF animation atomically. All frames are resized to the size of the last one.
 
     Args:
-        frames: Images, of which arrays are (H, W, 3) uint8.
+        frames: PIL images or (H, W, 3) uint8 arrays; at least one.
         path: Path of the GIF file.
         seconds_per_frame: Duration of each frame but the last.
         hold_last: Duration of the last frame in seconds.
     """
     if not frames:
-        raise ValueError("an animation needs at least one frame")
+        raise ValueError("An animation requires at least one frame.")
     images = [_as_image(frame).convert("RGB") for frame in frames]
     size = images[-1].size
     images = [image if image.size == size else image.resize(size, Image.Resampling.BICUBIC) for image in images]

@@ -100,7 +100,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_count", None, "Number of hosts that share the work and the folder --out.")
     flags.DEFINE_float("dollars_per_hour", 0.0, "Price of this host, to report the cost.", lower_bound=0)
     flags.register_validator(
-        "resolutions", lambda sides: all(side.isdigit() for side in sides), message="must be numbers, e.g. 256,512"
+        "resolutions", lambda sides: all(side.isdigit() for side in sides), message="must be integers, e.g. 256,512"
     )
     flags.mark_flags_as_required(["source", "out", "vae"])
 

@@ -66,7 +66,7 @@ def deal(weights: Sequence[int], position: int) -> tuple[int, int]:
             return folder, before
         position -= before
         left -= weight
-    raise ValueError(f"at least one weight must be positive, got {weights}")
+    raise ValueError(f"At least one weight must be positive, got {weights}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,8 +60,8 @@ def make_train_iterator(
         raise UserError(f"batch_size must be at least 1 and seed at least 0, not {batch_size} and {seed}.")
     if batch_size % process_count:
         raise UserError(
-            f"A batch of {batch_size} images cannot be split over {process_count} processes. Set batch_size to a "
-            f"multiple of {process_count}."
+            f"A batch of {batch_size} images cannot be split over {process_count} processes. Set "
+            f"--config.phases[i].batch_size to a multiple of {process_count}."
         )
     size = batch_size // process_count
     rows = range(process_index * size, (process_index + 1) * size)

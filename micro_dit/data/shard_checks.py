@@ -65,8 +65,9 @@ def _check_contents(manifest: Manifest, shards: str | Path, expected: ShardExpec
     if resolution is not None and resolution not in manifest.resolutions:
         sides = ", ".join(map(str, manifest.resolutions))
         raise UserError(
-            f"Shards in {shards} have latents for {sides} px, but {resolution} px is requested. Set the resolution to "
-            f"one of {sides}, or rebuild the shards with precompute --resolutions={resolution}."
+            f"Shards in {shards} have latents for {sides} px, but {resolution} px is requested. Set the resolution (in "
+            f"training, --config.phases[i].resolution) to one of {sides}, or rebuild the shards with precompute "
+            f"--resolutions={resolution}."
         )
     vae, text = manifest.vae, manifest.text_encoder
     image: tuple[str, str | None, str] = (f"image encoder {vae.name}", expected.vae, vae.name)

@@ -191,14 +191,14 @@ def pack_record(record: Record, fields: Sequence[Field]) -> bytes:
         ValueError: There is no caption, or an array does not have the shape of its field.
     """
     if not record.captions:
-        raise ValueError(f"{record.id} has no caption")
+        raise ValueError(f"Record {record.id} has no caption.")
     id, captions = record.id.encode(), [caption.encode() for caption in record.captions]
     lengths = np.array([len(caption) for caption in captions], CAPTION_BYTES)
     parts = [HEADER.pack(MAGIC, FORMAT_VERSION, len(id), len(captions)), lengths.tobytes(), id, *captions]
     for field in fields:
         array = np.ascontiguousarray(record.arrays[field.name], field.stored)
         if array.shape != (shape := field.shape_in(len(captions))):
-            raise ValueError(f"{field.name} of {record.id} has shape {array.shape}, not {shape}")
+            raise ValueError(f"{field.name} of record {record.id} has shape {array.shape}, not {shape}.")
         parts.append(array.tobytes())
     return b"".join(parts)
 

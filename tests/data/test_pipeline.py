@@ -273,7 +273,7 @@ def test_invalid_mix_raises_a_user_error(mix: str, message: str) -> None:
 )
 def test_incompatible_folders_are_named_in_the_error(shards: Path, tmp_path: Path, others: dict, what: str) -> None:
     other = write_numbers(tmp_path / "other", **others)
-    with pytest.raises(UserError, match=f"^{shards} and {other} cannot be used together because their {what}\. "):
+    with pytest.raises(UserError, match=rf"^{shards} and {other} cannot be used together because their {what}\. "):
         make_train_iterator(f"{shards},{other}", "train", 16, 4, 0)
 
 

@@ -222,7 +222,7 @@ def write_part(
             if encoded.batch.last:
                 break
         else:
-            raise RuntimeError("the last batch of the part is missing")
+            raise RuntimeError("The last batch of the part is missing.")
     report.files = {split: writer.info for split, writer in writers.items()}
     report.latent_sums = [writer.latent_sums for writer in writers.values()]
     return report

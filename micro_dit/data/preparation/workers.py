@@ -25,7 +25,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 THREADS = 4  # decoding threads if there are no worker processes
-EMPTY_CAPTION = "caption is empty (trains the unconditional model)"
+EMPTY_CAPTION = "caption is empty (used for unconditional training)"
 LONGEST_CAPTION = 5_000  # characters; no encoder uses more, and the time for cleaning is quadratic in the length
 
 

@@ -124,7 +124,7 @@ def test_every_caption_is_embedded(run: Run, tmp_path: Path) -> None:
         expected = stub_encoders.Letters().encode(list(records[row].captions))
         np.testing.assert_array_equal(records[row].arrays["caption_embedding"], expected)
     assert {reason: tally.ids for reason, tally in manifest.altered.items()} == {
-        "caption is empty (trains the unconditional model)": ["b"]
+        "caption is empty (used for unconditional training)": ["b"]
     }
 
 
@@ -479,7 +479,7 @@ def test_folder_of_500_unusual_images(run: Run, tmp_path: Path) -> None:
     assert set(loaded["id"]) | set(dropped) == set(expected)
     assert manifest.records("train") == len(loaded["id"])
     assert {reason: tally.count for reason, tally in manifest.dropped.items()} == Counter(dropped.values())
-    assert manifest.altered["caption is empty (trains the unconditional model)"].count == 4
+    assert manifest.altered["caption is empty (used for unconditional training)"].count == 4
     for id, reason in dropped.items():
         assert isinstance(expected[id], str), id
         assert expected[id] in reason, id

@@ -115,7 +115,7 @@ def fetch(
 
 
 def list_files(dataset: Dataset, fraction: float, links: str | None, endpoint: str | None) -> list[RemoteFile]:
-    """Lists the files of a data set, with those needed for any fraction first; raises UserError if it cannot."""
+    """Lists the files of a data set, required files first; raises UserError if they cannot be listed."""
     if dataset.repository:
         files = list_repository(dataset.repository, dataset.terms, endpoint)
     elif dataset.linked:
@@ -131,7 +131,7 @@ def list_files(dataset: Dataset, fraction: float, links: str | None, endpoint: s
 
 
 def subset(files: Sequence[RemoteFile], fraction: float) -> list[RemoteFile]:
-    """Returns a fraction of the files, at least one. The choice is deterministic and nested for larger fractions."""
+    """Returns a deterministic fraction of the files, at least one; larger fractions include smaller ones."""
     shuffled = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
     names = {file.name for file in shuffled[: max(1, round(fraction * len(files)))]}
     return [file for file in files if file.name in names]

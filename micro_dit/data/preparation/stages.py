@@ -87,7 +87,7 @@ class Label(NamedTuple):
 
 
 def read(jobs: Iterable[Job], progress: PreparationProgress) -> Iterator[tuple[Label, tuple[Any, ...] | None]]:
-    """Yields each item's label with its image file and captions, or None if rejected; and a label per end of a part."""
+    """Yields (label, (image file, captions)) for each item, (label, None) for rejects, and Label(None) after a part."""
     for job in jobs:
         progress.begin_part(len(job.part))
         seen: set[str] = set()

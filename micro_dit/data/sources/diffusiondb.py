@@ -93,7 +93,7 @@ class DiffusionDBPart:
 
 
 def read_prompts(path: Path, file: str) -> dict[str, Any]:
-    """Reads prompts by image from a JSON file in an archive or folder; raises ValueError if it is bad or missing."""
+    """Reads prompts by image from JSON in an archive or folder; raises ValueError if the file is damaged or missing."""
     content = read_file(path, file)
     if isinstance(content, str):
         raise ValueError(content)

@@ -1,4 +1,4 @@
-"""Grids of captioned images, their animations, image files, and the style of plots."""
+"""Draws grids of captioned images, writes image and animation files, and defines the style of plots."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from micro_dit.files import replacing
 
 PAPER, INK, FAINT = "#fbfaf7", "#26241f", "#8a857a"
 ImageLike = Image.Image | np.ndarray  # an array is (H, W, 3) uint8
-SMALLEST_TILE = 96  # pixels; smaller images leave no room for their captions
+SMALLEST_TILE = 96  # pixels; smaller images are enlarged to leave room for their captions
 CAPTION_LINES = 6
 
 # ---- Grids -----------------------------------------------------------------------------------------------------------
@@ -26,20 +26,20 @@ def caption_grid(
     """Returns a grid of images, each with its caption below.
 
     Args:
-        images: (n, H, W, 3) uint8; images narrower than about 96 pixels are enlarged by a whole number.
-        captions: n texts, wrapped to the width of an image and cut off after six lines.
-        columns: Number of images in a row; by default chosen to fill the grid.
-        title: Line above the images.
-        scale: Whole number that all images are enlarged by, before the enlargement of small ones.
+        images: (n, H, W, 3) uint8; images narrower than 96 pixels are enlarged by an integer factor.
+        captions: n strings, wrapped to the width of an image and truncated after six lines.
+        columns: Number of images per row; by default chosen to fill the grid.
+        title: Title above the images.
+        scale: Integer factor by which all images are enlarged, applied before the minimum width.
 
     Raises:
-        ValueError: The images have another shape or dtype, or captions and images differ in number.
+        ValueError: The images have a wrong shape or dtype, or the number of captions differs from that of images.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) == 0:
-        raise ValueError(f"images must be uint8 (n, H, W, 3) with n > 0, not {images.dtype} {images.shape}")
+        raise ValueError(f"images must be uint8 (n, H, W, 3) with n > 0, not {images.dtype} {images.shape}.")
     n, H, W, _ = images.shape
     if len(captions) != n:
-        raise ValueError(f"{n} images but {len(captions)} captions")
+        raise ValueError(f"The number of captions must equal that of images, got {len(captions)} and {n}.")
     columns = min(n, columns or _columns_that_fill(n))
     scale *= math.ceil(SMALLEST_TILE / (W * scale)) if W * scale < SMALLEST_TILE else 1
     tile_width, tile_height = W * scale, H * scale
@@ -71,12 +71,12 @@ def caption_grid(
 
 
 def _columns_that_fill(n: int) -> int:
-    """Returns about as many columns as rows, or a few more if that leaves fewer empty places."""
+    """Returns the number of columns for an almost square grid with few empty cells."""
     square = math.ceil(math.sqrt(n))
     return min(range(square, square + 3), key=lambda columns: -n % columns)
 
 
-# At the size of captions hinting spaces letters unevenly: text is drawn large and made smaller.
+# Font hinting spaces small letters unevenly, so text is drawn enlarged and then downscaled.
 _OVERSAMPLE = 4
 
 
@@ -99,7 +99,7 @@ def _draw_text(image: Image.Image, x: float, y: int, text: str, font: ImageFont.
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> list[str]:
-    """Breaks a text into lines up to `width`, and too long words; an ellipsis ends a text of over `most` lines."""
+    """Wraps text to `width` pixels, breaking words that are too long; truncates to `most` lines with an ellipsis."""
     lines = [""]
     for word in text.split():
         candidate = f"{lines[-1]} {word}".strip()
@@ -124,9 +124,9 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float, most: int) -> l
 
 
 def save_png(image: ImageLike, path: str | os.PathLike, metadata: Mapping[str, str] = {}) -> None:
-    """Writes an image as a PNG, whole or not at all; its folder is created if missing.
+    """Writes an image as a PNG file atomically, and creates its folder if it does not exist.
 
-    `PIL.Image.open(path).text` reads the metadata (prompt, seed, checkpoint …). Text outside ASCII is UTF-8 in iTXt.
+    `PIL.Image.open(path).text` returns the metadata (prompt, seed, checkpoint …). Non-ASCII text is stored as iTXt.
     """
     info = PngInfo()
     for key, value in metadata.items():
@@ -138,22 +138,26 @@ def save_png(image: ImageLike, path: str | os.PathLike, metadata: Mapping[str, s
 def save_gif(
     frames: Sequence[ImageLike], path: str | os.PathLike, seconds_per_frame: float = 0.25, hold_last: float = 2.0
 ) -> None:
-    """Writes an endless animation whose last frame stays `hold_last` seconds; whole or not at all.
+    """Writes a looping GIF animation atomically. All frames are resized to the size of the last one.
 
-    All frames share one palette, so that colors do not flicker, and are resized to the size of the last one.
+    Args:
+        frames: PIL images or (H, W, 3) uint8 arrays; at least one.
+        path: Path of the GIF file.
+        seconds_per_frame: Duration of each frame but the last.
+        hold_last: Duration of the last frame in seconds.
     """
     if not frames:
-        raise ValueError("an animation needs at least one frame")
+        raise ValueError("An animation requires at least one frame.")
     images = [_as_image(frame).convert("RGB") for frame in frames]
     size = images[-1].size
     images = [image if image.size == size else image.resize(size, Image.Resampling.BICUBIC) for image in images]
-    # Colors are chosen from frames throughout, because the first are noise.
+    # One palette avoids flicker. Its colors come from frames of the whole animation, because the first are noise.
     chosen = [images[i] for i in np.linspace(0, len(images) - 1, min(8, len(images))).round().astype(int)]
     palette = Image.fromarray(np.concatenate(chosen, axis=1)).quantize(255, Image.Quantize.MEDIANCUT)
     palette.putpalette((palette.getpalette() or [])[: 3 * 255] + list(ImageColor.getrgb(PAPER)))
     quantized = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     for image, frame in zip(images, quantized, strict=True):
-        # Pillow looks up colors coarsely: the largest plain area would get a tint.
+        # Pillow's approximate color lookup would tint the background.
         frame.paste(255, mask=Image.fromarray((np.asarray(image) == ImageColor.getrgb(PAPER)).all(-1)))
     milliseconds = [round(1000 * seconds_per_frame)] * (len(quantized) - 1) + [round(1000 * hold_last)]
     options: Any = dict(format="GIF", save_all=True, append_images=quantized[1:], duration=milliseconds, loop=0)
@@ -166,7 +170,7 @@ def _as_image(image: ImageLike) -> Image.Image:
 
 
 def file_name(number: int, prompt: str, seed: int) -> str:
-    """Returns a file name for one of several images."""
+    """Returns the PNG file name of a sample, from its number, prompt and seed."""
     words = re.sub(r"\W+", "_", prompt).strip("_")[:40]
     return f"{number:03}_{words or 'unconditional'}_seed_{seed}.png"
 
@@ -174,7 +178,7 @@ def file_name(number: int, prompt: str, seed: int) -> str:
 # ---- Curves ----------------------------------------------------------------------------------------------------------
 
 TRAIN, HELDOUT, HELDOUT_EMA = "#3b6ea8", "#d07a2d", "#3f8f5f"
-STYLE: Any = {  # of matplotlib
+STYLE: Any = {  # matplotlib rcParams
     "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": FAINT,
     "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": PAPER,
     "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.18, "grid.linewidth": 0.6, "legend.frameon": False,

@@ -1,4 +1,4 @@
-"""Pictures can be opened again, hold what was put in, and are never half written."""
+"""Tests of caption grids and of image and animation files."""
 
 from pathlib import Path
 from typing import Any, Never
@@ -13,12 +13,12 @@ from micro_dit.images import PAPER, caption_grid, save_gif, save_png
 RED = (200, 10, 10)
 
 
-def red_pictures(n: int, side: int) -> np.ndarray:
+def red_images(n: int, side: int) -> np.ndarray:
     return np.broadcast_to(np.uint8(RED), (n, side, side, 3)).copy()
 
 
 def red_tiles(sheet: Any) -> list[tuple[int, int, int, int]]:
-    """Bounding boxes (left, top, width, height) of the pictures on a sheet."""
+    """Returns the bounding boxes (left, top, width, height) of the images on a sheet."""
     red = (np.asarray(sheet) == RED).all(-1)
     rows, columns = red.any(1), red.any(0)
 
@@ -30,32 +30,32 @@ def red_tiles(sheet: Any) -> list[tuple[int, int, int, int]]:
 
 
 @pytest.mark.parametrize(("side", "scale", "shown"), [(32, 1, 96), (64, 1, 128), (128, 1, 128), (128, 2, 256)])
-def test_small_pictures_grow_by_whole_numbers(side: int, scale: int, shown: int) -> None:
-    tiles = red_tiles(caption_grid(red_pictures(5, side), ["a cat"] * 5, columns=3, scale=scale))
+def test_small_images_are_enlarged_by_integer_factors(side: int, scale: int, shown: int) -> None:
+    tiles = red_tiles(caption_grid(red_images(5, side), ["a cat"] * 5, columns=3, scale=scale))
     assert len(tiles) == 5
     assert {tile[2:] for tile in tiles} == {(shown, shown)}
     assert len({tile[0] for tile in tiles}) == 3
 
 
-def test_pixels_are_untouched_where_nothing_is_enlarged() -> None:
+def test_pixels_are_unchanged_without_enlargement() -> None:
     images = np.random.default_rng(0).integers(0, 256, (1, 128, 128, 3), np.uint8)
     sheet = np.asarray(caption_grid(images, [""]))
     windows = [sheet[y : y + 128, x : x + 128] for y in range(30) for x in range(30)]
     assert any(window.shape == images[0].shape and (window == images[0]).all() for window in windows)
 
 
-def test_long_captions_make_room_and_stay_inside() -> None:
-    short = caption_grid(red_pictures(2, 96), ["cat", "dog"])
-    long = caption_grid(red_pictures(2, 96), ["cat", "a very long caption " * 40])
+def test_long_captions_enlarge_the_grid_and_stay_inside() -> None:
+    short = caption_grid(red_images(2, 96), ["cat", "dog"])
+    long = caption_grid(red_images(2, 96), ["cat", "a very long caption " * 40])
     assert long.height > short.height
     endless = "x" * 500
-    assert caption_grid(red_pictures(2, 96), ["cat", endless]).height <= long.height
+    assert caption_grid(red_images(2, 96), ["cat", endless]).height <= long.height
     margin = np.asarray(long)[:, -8:]
-    assert (margin == ImageColor.getrgb(PAPER)).all(), "text runs over the edge"
+    assert (margin == ImageColor.getrgb(PAPER)).all(), "text extends over the edge"
 
 
 @pytest.mark.parametrize("text", ["two words", "incomprehensibilities " * 3, "one " * 100, "", "猫 と 犬"])
-def test_wrapped_lines_fit_and_lose_no_words(text: str) -> None:
+def test_wrapped_lines_fit_and_keep_all_words(text: str) -> None:
     font = grids._font(12)
     lines = grids._wrap(text, font, 90, most=1000)
     assert all(grids._length(line, font) <= 90 for line in lines)
@@ -63,7 +63,7 @@ def test_wrapped_lines_fit_and_lose_no_words(text: str) -> None:
     assert all(lines)
 
 
-def test_cut_off_text_ends_in_an_ellipsis() -> None:
+def test_truncated_text_ends_with_an_ellipsis() -> None:
     font = grids._font(12)
     lines = grids._wrap("one two three " * 30, font, 90, most=3)
     assert len(lines) == 3
@@ -71,15 +71,15 @@ def test_cut_off_text_ends_in_an_ellipsis() -> None:
     assert grids._length(lines[-1], font) <= 90
 
 
-def test_title_goes_above() -> None:
-    plain = caption_grid(red_pictures(4, 96), ["x"] * 4)
-    titled = caption_grid(red_pictures(4, 96), ["x"] * 4, title="step 1,000")
+def test_title_is_above_the_images() -> None:
+    plain = caption_grid(red_images(4, 96), ["x"] * 4)
+    titled = caption_grid(red_images(4, 96), ["x"] * 4, title="step 1,000")
     assert titled.width == plain.width
     assert red_tiles(titled)[0][1] > red_tiles(plain)[0][1]
 
 
 @pytest.mark.parametrize(("n", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (6, 3), (7, 4), (8, 4), (12, 4), (16, 4)])
-def test_sheet_is_filled(n: int, columns: int) -> None:
+def test_number_of_columns_fills_the_grid(n: int, columns: int) -> None:
     assert grids._columns_that_fill(n) == columns
 
 
@@ -92,7 +92,7 @@ def test_sheet_is_filled(n: int, columns: int) -> None:
         (np.zeros((2, 8, 8, 3), np.uint8), ["a"]),
     ],
 )
-def test_wrong_input_is_refused(images: Any, captions: Any) -> None:
+def test_invalid_input_raises_an_error(images: Any, captions: Any) -> None:
     with pytest.raises(ValueError, match="images"):
         caption_grid(images, captions)
 
@@ -108,23 +108,23 @@ def test_png_keeps_its_metadata(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["grid.png"]
 
 
-def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "grid.png"
-    save_png(red_pictures(1, 4)[0], path)
+    save_png(red_images(1, 4)[0], path)
     before = path.read_bytes()
 
     def half(self: Any, file: Any, **options: Any) -> Never:
-        file.write_bytes(b"half a pic")
+        file.write_bytes(b"incomplete")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(OSError, match="disk full"):
-        save_png(red_pictures(1, 8)[0], path)
+        save_png(red_images(1, 8)[0], path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_gif_holds_frames_and_their_times(tmp_path: Path) -> None:
+def test_gif_has_all_frames_and_durations(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sheets = [caption_grid(rng.integers(0, 256, (2, 96, 96, 3), np.uint8), ["a", "b"], title=f"{i}") for i in range(4)]
     frames = [Image.fromarray(rng.integers(0, 256, (50, 60, 3), np.uint8)), *sheets]
@@ -141,5 +141,5 @@ def test_gif_holds_frames_and_their_times(tmp_path: Path) -> None:
             if i:
                 assert gif.convert("RGB").getpixel((2, 2)) == ImageColor.getrgb(PAPER)
         assert durations == [200, 200, 200, 200, 1500]
-        shown, meant = np.asarray(gif.convert("RGB"), int), np.asarray(sheets[-1], int)
-    assert np.abs(shown - meant).mean() < 8  # 256 colors for pure noise
+        actual, expected = np.asarray(gif.convert("RGB"), int), np.asarray(sheets[-1], int)
+    assert np.abs(actual - expected).mean() < 8  # a palette of 256 colors for random noise

@@ -1,4 +1,4 @@
-"""The command, killed at any moment and started again, makes byte for byte what it makes undisturbed."""
+"""Tests that a killed and resumed precompute command writes the same bytes as an uninterrupted one."""
 
 import io
 import random
@@ -17,12 +17,12 @@ from tests.helpers.pictures import encoded
 
 ROOT = Path(__file__).parents[1]
 PARTS, IMAGES = 24, 6
-SECONDS_PER_BATCH = 0.04  # so that there is time to kill
+SECONDS_PER_BATCH = 0.04  # leaves time to kill the process
 
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Webdataset tars, with a bad image in each."""
+    """Writes WebDataset tars with one damaged image each."""
     folder = tmp_path_factory.mktemp("archives")
     generator = np.random.default_rng(0)
     for part in range(PARTS):
@@ -38,12 +38,12 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Reads every file of a folder."""
+    """Returns the contents of every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def start(archives: Path, out: Path, *more: str) -> subprocess.Popen:
-    """The command, with stub encoders."""
+    """Starts the command with stub encoders."""
     flags = [
         f"--source=webdataset:{archives}", f"--out={out}", f"--vae={SECONDS_PER_BATCH}", "--resolutions=16",
         "--batch_size=4", "--workers=1", "--posterior=sample",
@@ -59,7 +59,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def descendants(pid: int) -> list[int]:
-    """Ids of all processes that a process has started; none where there is no /proc."""
+    """Returns the ids of all descendants of a process, or nothing on systems without /proc."""
     found = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in map(int, children.read_text().split()):
@@ -68,7 +68,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there, and is more than an entry that nobody has cleared away."""
+    """Returns whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -81,7 +81,7 @@ def parts_done(out: Path) -> int:
 
 @pytest.fixture(scope="module")
 def undisturbed(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one run makes."""
+    """Returns the output of an uninterrupted run."""
     out = tmp_path_factory.mktemp("undisturbed") / "shards"
     output = finish(start(archives, out))
     good = PARTS * (IMAGES - 1)
@@ -89,7 +89,7 @@ def undisturbed(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return contents(out)
 
 
-def test_killed_three_times(archives: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_resumes_bitwise_after_three_kills(archives: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     out, chance, done = tmp_path / "shards", random.Random(), 0
     for _ in range(3):
         process = start(archives, out)
@@ -105,14 +105,16 @@ def test_killed_three_times(archives: Path, undisturbed: dict[str, bytes], tmp_p
         assert before < done < PARTS
         deadline = time.monotonic() + 120
         while any(map(runs, workers)):
-            assert time.monotonic() < deadline, "a worker outlives the killed process"
+            assert time.monotonic() < deadline, "a worker process outlives its killed parent"
             time.sleep(0.05)
     output = finish(start(archives, out))
-    assert f"{done} of {PARTS} parts are done already" in output
+    assert f"resuming: {done} of {PARTS} parts are done" in output
     assert contents(out) == undisturbed
 
 
-def test_two_hosts_at_once(archives: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_two_concurrent_hosts_write_the_same_bytes(
+    archives: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
     out = tmp_path / "shards"
     hosts = [start(archives, out, f"--process_index={index}", "--process_count=2") for index in range(2)]
     outputs = [finish(host) for host in hosts]

@@ -365,11 +365,14 @@ def set_field(name: str, value: Any) -> Callable[[ConfigDict], None]:
         (set_field("mesh.data", 3), r"the mesh is data 3, which does not take exactly the 1 devices there are"),
         (set_field("model.expert_capacity", 0.4), r"int\(0.4·4/2\) = 0 of 4 tokens: change model.expert_capacity"),
         (set_field("quantize", "fp8"), "config field `quantize` was removed .* drop --config.quantize"),
-        (set_field("data.shards", "nowhere"), "No shards at nowhere .* make them with python -m micro_dit.precompute"),
-        (set_field("data.caption_tokens", 77), "was made with caption tokens 4, not 77: use 4, or make the shards"),
+        (
+            set_field("data.shards", "nowhere"),
+            "No shards at nowhere .* Create them with python -m micro_dit.precompute",
+        ),
+        (set_field("data.caption_tokens", 77), r"4 caption tokens, but .* 77\. Set --config\.data\.caption_tokens=4"),
         (set_field("phases", ()), "the config lists no phases"),
-        (set_phase(resolution=256), "holds latents for 64, 128 px, not 256 px"),
-        (set_phase(resolution=60), "holds latents for 64, 128 px, not 60 px"),
+        (set_phase(resolution=256), "have latents for 64, 128 px, but 256 px is requested"),
+        (set_phase(resolution=60), "have latents for 64, 128 px, but 60 px is requested"),
         (set_phase(mask_ratio=0.99), "mask_ratio 0.99 keeps none of the 16 tokens .* lower it"),
         (set_phase(mask_position="before"), "mask_position must be one of after_mixer, before_mixer"),
         (set_phase(warmup=3), r"phases\[0\] has no field warmup"),
@@ -397,7 +400,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(
 def test_the_phases_shards_must_be_of_one_kind(config: ConfigDict, tmp_path: Path, other: dict, what: str) -> None:
     shards = tiny.write_shards(tmp_path / "other", **other)
     config.phases = (config.phases[0], config.phases[1] | dict(shards=str(shards)))
-    message = f"{config.data.shards} and {shards} cannot be used together, because their {what}"
+    message = f"{config.data.shards} and {shards} cannot be used together because their {what}"
     with pytest.raises(UserError, match=message) as error:
         train(config, tmp_path / "run")
     assert "\n" not in str(error.value)
@@ -406,11 +409,11 @@ def test_the_phases_shards_must_be_of_one_kind(config: ConfigDict, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "written", "message"),
     [
-        (set_field("data.vae", "sdxl"), {}, "was made with image encoder noise, not sdxl: use noise"),
-        (set_field("data.vae", "openmoji_vae"), {}, "was made with image encoder fingerprint 0123, not [0-9a-f]{12}"),
-        (set_field("data.text_encoder", "t5"), {}, "was made with text encoder noise, not t5"),
-        (lambda config: None, dict(scale=3.0), "holds latents of standard deviation 3 at 64 px, but sigma_data is 0.9"),
-        (lambda config: None, dict(scale=0.3), "holds latents of standard deviation 0.3 at 64 px, but sigma_data is"),
+        (set_field("data.vae", "sdxl"), {}, "have image encoder noise, but the config asks for sdxl"),
+        (set_field("data.vae", "openmoji_vae"), {}, "image encoder fingerprint 0123, but .* asks for [0-9a-f]{12}"),
+        (set_field("data.text_encoder", "t5"), {}, "have text encoder noise, but the config asks for t5"),
+        (lambda config: None, dict(scale=3.0), "have standard deviation 3 at 64 px, but sigma_data is 0.9"),
+        (lambda config: None, dict(scale=0.3), "have standard deviation 0.3 at 64 px, but sigma_data is"),
     ],
 )
 def test_shards_that_contradict_the_config_are_refused(

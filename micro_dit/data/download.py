@@ -1,6 +1,6 @@
-"""Downloads files over HTTP, in parallel, through dropped connections and over several runs.
+"""Downloads files over HTTP in parallel, and resumes after dropped connections and interrupted runs.
 
-A file grows as `NAME.partial` and gets its name when its size, and its checksum where one is published, are right.
+A download is written to `NAME.partial` and renamed to `NAME` once its size and its checksum, if published, match.
 """
 
 import os
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 OK, PARTIAL_CONTENT, RANGE_NOT_SATISFIABLE = 200, 206, 416
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 CHUNK_BYTES = 1 << 18
-TIMEOUT_SECONDS = (15, 60)  # to connect; between two chunks
-ATTEMPTS = 8  # in a row that bring nothing
-ATTEMPTS_TO_TELL_OF = 3  # a connection that drops now and then is nothing special
+TIMEOUT_SECONDS = (15, 60)  # connect timeout, read timeout
+ATTEMPTS = 8  # consecutive attempts without progress before a download fails
+ATTEMPTS_TO_REPORT = 3  # fewer failed attempts are not printed, since connections drop now and then
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the next attempt; doubles each time
-FAILURES_NAMED = 5  # of those that are counted
+FAILURES_NAMED = 5  # failed files named in the error message
 
 
 class RemoteFile(NamedTuple):
-    """A file to download; size and checksum where the publisher tells them."""
+    """A file to download, with its size in bytes and its checksum if they are published."""
 
-    name: str  # path below the output folder
+    name: str  # path relative to the output folder
     url: str
     size: int | None = None
     sha256: str | None = None
-    headers: dict[str, str] = {}  # noqa: RUF012  (never changed)
+    headers: dict[str, str] = {}  # noqa: RUF012  (never modified)
 
 
 class Dropped(Exception):
-    """An attempt failed in a way that the next may not; `pause` is how long the server asks to be left alone, in s."""
+    """A download attempt failed and can be retried; `pause` is the server's Retry-After in seconds."""
 
     def __init__(self, message: str, pause: float = 0.0):
         super().__init__(message)
@@ -49,14 +49,21 @@ class Dropped(Exception):
 
 
 class Unavailable(Exception):
-    """A file that no further attempt would bring."""
+    """A file cannot be downloaded, and a retry would not help."""
 
 
 def download_all(files: Sequence[RemoteFile], folder: Path, workers: int, terms: str) -> None:
     """Downloads files in parallel.
 
+    Args:
+        files: Files to download.
+        folder: Output folder.
+        workers: Number of files downloaded at once.
+        terms: URL of the page with the terms of use, named in the error if access is refused.
+
     Raises:
-        UserError: Access is refused, which stops all; or, at the end, some files could not be downloaded.
+        UserError: Access is refused, which stops all downloads; or some files could not be downloaded, which is
+            reported after all others are finished.
     """
     stop = threading.Event()
     failures = []
@@ -69,16 +76,19 @@ def download_all(files: Sequence[RemoteFile], folder: Path, workers: int, terms:
                     progress.finish_file()
                 except (Dropped, Unavailable) as error:
                     failures.append(f"{downloads[future].name} ({error})")
-        finally:  # also after Ctrl-C: what is under way ends at its next chunk, and goes on from there next time
+        finally:  # also after Ctrl-C: running downloads stop after the current chunk and can be resumed
             stop.set()
             pool.shutdown(cancel_futures=True)
     if failures:
         named = ", ".join(failures[:FAILURES_NAMED]) + (", …" if len(failures) > FAILURES_NAMED else "")
-        raise UserError(f"{len(failures)} of {len(files)} files could not be downloaded: {named}; run it again.")
+        raise UserError(
+            f"{len(failures)} of {len(files)} files could not be downloaded: {named}. Run the same command again to "
+            "retry them."
+        )
 
 
 class DownloadProgress:
-    """One bar for all files; a file whose size is not known yet counts as much as those known do on average."""
+    """A progress bar for all files; a file of unknown size counts as the average of the known sizes."""
 
     def __init__(self, files: Sequence[RemoteFile], folder: Path):
         here = sum(size_of(partial_path(folder / file.name)) for file in files)
@@ -94,12 +104,12 @@ class DownloadProgress:
         self.bar.close()
 
     def learn_size(self, name: str, size: int) -> None:
-        """Takes note of the size of a file."""
+        """Records the size of a file in bytes."""
         self._sizes[name] = size
         self._estimate()
 
     def finish_file(self) -> None:
-        """Counts a file."""
+        """Counts one more finished file."""
         self._finished += 1
         self.bar.set_postfix_str(f"{self._finished} of {len(self._sizes)} files")
 
@@ -110,7 +120,7 @@ class DownloadProgress:
 
 
 class Download:
-    """One file on its way: `NAME.partial` holds what has come, `NAME.partial.etag` the version it is part of."""
+    """The download of one file. `NAME.partial` holds the received bytes, `NAME.partial.etag` their ETag."""
 
     def __init__(self, file: RemoteFile, folder: Path, progress: DownloadProgress, stop: threading.Event, terms: str):
         self.file, self.progress, self.stop, self.terms = file, progress, stop, terms
@@ -119,7 +129,7 @@ class Download:
         self.version = self.partial.with_name(self.partial.name + ".etag")
 
     def run(self) -> None:
-        """Attempts it until the file is in place, or ATTEMPTS in a row brought nothing, which raises Dropped."""
+        """Retries until the file is complete; raises Dropped after ATTEMPTS consecutive attempts without progress."""
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         fruitless = 0
@@ -132,14 +142,14 @@ class Download:
                     fruitless = 0 if size_of(self.partial) > before else fruitless + 1
                     if fruitless == ATTEMPTS:
                         raise
-                    if fruitless >= ATTEMPTS_TO_TELL_OF:
-                        line = f"{self.file.name}: {error}; {ATTEMPTS - fruitless} attempts are left"
+                    if fruitless >= ATTEMPTS_TO_REPORT:
+                        line = f"{self.file.name}: {error}; {ATTEMPTS - fruitless} attempts left"
                         self.progress.bar.write(line, file=sys.stderr)
-                    pause = FIRST_PAUSE * 2**fruitless * random.uniform(0.5, 1.0)  # not all workers at once
+                    pause = FIRST_PAUSE * 2**fruitless * random.uniform(0.5, 1.0)  # jitter between workers
                     self.stop.wait(min(max(pause, error.pause), LONGEST_PAUSE))
 
     def attempt(self, session: "requests.Session") -> None:
-        """Asks for what is missing, appends it, and puts the file in place if it is whole then."""
+        """Requests the missing bytes, appends them, and renames the file if it is complete."""
         from requests import RequestException
 
         try:
@@ -151,33 +161,33 @@ class Download:
             raise Dropped(f"the connection was closed after {here} of {size} bytes")
         if size not in (None, here) or self.file.sha256 not in (None, hash_file(self.partial)):
             self._start_over()
-            raise Dropped("size or checksum are not the published ones")
+            raise Dropped("size or checksum differs from the published one")
         self.partial.replace(self.path)
         self.version.unlink(missing_ok=True)
 
     def _receive(self, session: "requests.Session") -> int | None:
-        """Appends what the server sends, and returns the size that the file should have then."""
+        """Appends the response body, and returns the expected size of the whole file if it is known."""
         start = size_of(self.partial)
         headers = self.file.headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
         with session.get(self.file.url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
             self._check_status(response)
             size, version = self._size_in(response), response.headers.get("ETag", "")
             if response.status_code == RANGE_NOT_SATISFIABLE and size == start:
-                return size  # it was whole, but not yet in place
+                return size  # the file was complete but not yet renamed
             known = self.version.read_text() if self.version.exists() else ""
             if response.status_code != OK and (response.status_code != PARTIAL_CONTENT or version != known):
                 self._start_over()
-                raise Dropped("another version is published by now")
-            if response.status_code == OK:  # from the beginning, whatever was asked for
+                raise Dropped("the file on the server has changed")
+            if response.status_code == OK:  # the whole file, even if a range was requested
                 self._start_over()
                 self.version.write_text(version)
             with self.partial.open("ab") as output:
                 for chunk in response.iter_content(CHUNK_BYTES):
-                    with disk_errors(self.partial):  # of the disk alone: those of the network are OSErrors as well
+                    with disk_errors(self.partial):  # only around disk writes, as network errors are OSErrors too
                         output.write(chunk)
                     self.progress.bar.update(len(chunk))
                     if self.stop.is_set():
-                        raise Dropped("it was interrupted")
+                        raise Dropped("the download was interrupted")
                 with disk_errors(self.partial):
                     output.flush()
                     os.fsync(output.fileno())
@@ -194,10 +204,10 @@ class Download:
             raise Unavailable(f"HTTP {status}")
 
     def _size_in(self, response: "requests.Response") -> int | None:
-        """The file's whole size, as listed, or else as the answer says."""
+        """Returns the size of the whole file in bytes, from the listing or else from the response headers."""
         whole = response.status_code == OK
-        told = response.headers.get("Content-Length" if whole else "Content-Range", "").rpartition("/")[2]
-        size = self.file.size if self.file.size is not None else int(told) if told.isdigit() else None
+        length = response.headers.get("Content-Length" if whole else "Content-Range", "").rpartition("/")[2]
+        size = self.file.size if self.file.size is not None else int(length) if length.isdigit() else None
         if size is not None:
             self.progress.learn_size(self.file.name, size)
         return size
@@ -209,37 +219,37 @@ class Download:
 
 
 def new_session() -> "requests.Session":
-    """Opens connections that last for several requests."""
+    """Returns a session that reuses connections; raises UserError if the package requests is not installed."""
     try:
         import requests
     except ImportError as error:
-        raise UserError("Downloading needs the package requests: pip install requests.") from error
+        raise UserError("Downloads require the package requests. Run pip install requests.") from error
     return requests.Session()
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file grows."""
+    """Returns the path of an incomplete download."""
     return path.with_name(path.name + ".partial")
 
 
 def size_of(path: Path) -> int:
-    """Size of a file in bytes; 0 if there is none."""
+    """Returns the size of a file in bytes, or 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def is_whole(path: Path, file: RemoteFile) -> bool:
-    """Says whether a file is there: only whole files carry their name, so that another size means another version."""
+    """Returns whether a file has been downloaded. A different size means that another version is published."""
     return path.is_file() and file.size in (None, path.stat().st_size)
 
 
 def refused(terms: str) -> UserError:
-    """What to do when a server says 401 or 403."""
+    """Returns the error for HTTP status 401 or 403."""
     return UserError(
-        f"Access is refused: accept the terms on {terms}, set HF_TOKEN if it is on the Hugging Face hub, or get a new "
-        "list of links there if yours has expired, and run it again."
+        f"The server refused access. Accept the terms at {terms}. For the Hugging Face Hub, also set HF_TOKEN; if the "
+        "list of links has expired, download a new list of links from that page and pass it as --links."
     )
 
 
 def first_line(error: Exception) -> str:
-    """A library's message, without the lines of advice below it."""
+    """Returns the first line of an exception's message, or its type if the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,8 +1,8 @@
-"""Downloads the public data sets, in parallel; run it again after an interruption and it goes on where it stopped.
+"""Downloads the public data sets in parallel. Run the same command again to resume an interrupted download.
 
     python -m micro_dit.data.fetch --dataset=cc12m --out=raw/cc12m --fraction=0.01
 
-Files are taken as they are published, and `micro_dit.precompute` reads them; `docs/data.md` has a section for each set.
+Files are stored as published; `micro_dit.precompute` reads them directly. `docs/data.md` describes each data set.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ from micro_dit.errors import UserError
 
 
 class Dataset(NamedTuple):
-    """Where a data set is published."""
+    """The location of a public data set."""
 
-    terms: str  # page with its license, where access is requested if necessary
-    repository: str | None = None  # on the Hugging Face hub
-    needed: tuple[str, ...] = ()  # files needed for any fraction: patterns in a repository, else URLs
-    archives: tuple[str, ...] = ()  # patterns of image archives; the fraction is taken of those that match each
-    linked: bool = False  # whether its files are listed in a file of links from the terms page
+    terms: str  # page with the license and, if necessary, the form to request access
+    repository: str | None = None  # on the Hugging Face Hub
+    needed: tuple[str, ...] = ()  # files needed for any fraction: patterns in a repository, otherwise URLs
+    archives: tuple[str, ...] = ()  # patterns of image archives; the fraction applies to each pattern separately
+    linked: bool = False  # whether the files are listed in a file of links from the terms page
 
 
 DATASETS = {
@@ -80,27 +80,29 @@ def fetch(
     endpoint: str | None = None,
     report: Callable[[str], None] = print,
 ) -> list[str]:
-    """Downloads a data set, or what is missing of it.
+    """Downloads the files of a data set that are not in the output folder yet.
 
     Args:
         dataset: A name in `DATASETS`.
-        out: Folder to fill.
-        fraction: Share of the image archives; a larger one later keeps the files of a smaller one.
-        workers: Files downloaded at once.
-        links: File of names and URLs, for a data set that needs one.
-        endpoint: Address of the hub; by default the environment's HF_ENDPOINT, or the public one.
-        report: Called with each line of text.
+        out: Output folder.
+        fraction: Fraction of the image archives; a larger fraction includes the files of a smaller one.
+        workers: Number of files downloaded at once.
+        links: File with names and URLs, for data sets that are published as a list of links.
+        endpoint: URL of the Hugging Face Hub; by default HF_ENDPOINT from the environment, or the public hub.
+        report: Called with each line of progress.
 
     Returns:
-        The names of all files that are now in the folder.
+        The names of all selected files.
 
     Raises:
-        UserError: An argument is wrong, access is refused, or some files (not the others) could not be downloaded.
+        UserError: An argument is invalid, access is refused, or some files could not be downloaded.
     """
     if dataset not in DATASETS:
-        raise UserError(f"There is no data set '{dataset}' to fetch; known ones: {', '.join(DATASETS)}.")
+        raise UserError(f"Unknown data set '{dataset}'. Set --dataset to one of {', '.join(DATASETS)}.")
     if not 0 < fraction <= 1 or workers < 1:
-        raise UserError("The fraction must be above 0 and at most 1, and there must be at least one worker.")
+        raise UserError(
+            f"--fraction must be greater than 0 and at most 1, and --workers at least 1, not {fraction} and {workers}."
+        )
     terms = DATASETS[dataset].terms
     files = list_files(DATASETS[dataset], fraction, links, endpoint)
     folder = Path(out).expanduser()
@@ -113,7 +115,7 @@ def fetch(
 
 
 def list_files(dataset: Dataset, fraction: float, links: str | None, endpoint: str | None) -> list[RemoteFile]:
-    """Lists the files of a data set, those that are needed whole first; raises UserError if that is impossible."""
+    """Lists the files of a data set, required files first; raises UserError if they cannot be listed."""
     if dataset.repository:
         files = list_repository(dataset.repository, dataset.terms, endpoint)
     elif dataset.linked:
@@ -124,32 +126,36 @@ def list_files(dataset: Dataset, fraction: float, links: str | None, endpoint: s
     for pattern in dataset.archives:
         chosen += subset([file for file in files if fnmatchcase(file.name, pattern)], fraction)
     if not chosen:
-        raise UserError(f"None of the expected files is there any more: see {dataset.terms} for what has changed.")
+        raise UserError(f"The expected files are no longer published. Check {dataset.terms} for changes.")
     return chosen
 
 
 def subset(files: Sequence[RemoteFile], fraction: float) -> list[RemoteFile]:
-    """A fraction of the files, at least one: the same each time, and within every larger fraction."""
-    drawn = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
-    names = {file.name for file in drawn[: max(1, round(fraction * len(files)))]}
+    """Returns a deterministic fraction of the files, at least one; larger fractions include smaller ones."""
+    shuffled = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
+    names = {file.name for file in shuffled[: max(1, round(fraction * len(files)))]}
     return [file for file in files if file.name in names]
 
 
 def list_repository(repository: str, terms: str, endpoint: str | None) -> list[RemoteFile]:
-    """The files of a data set on the hub; the token is the environment's HF_TOKEN, or that of `hf auth login`."""
+    """Lists a data set on the Hugging Face Hub, with the token from HF_TOKEN or `hf auth login`."""
     try:
         from huggingface_hub import HfApi, errors, hf_hub_url
         from huggingface_hub.hf_api import RepoFile
         from huggingface_hub.utils import build_hf_headers
     except ImportError as error:
-        raise UserError("Files of the Hugging Face hub need its package: pip install huggingface_hub.") from error
+        raise UserError(
+            "Downloads from the Hugging Face Hub require the package huggingface_hub. Run pip install huggingface_hub."
+        ) from error
     try:
         tree = list(HfApi(endpoint=endpoint).list_repo_tree(repository, repo_type="dataset", recursive=True))
     except errors.GatedRepoError as error:
         raise refused(terms) from error
     except (errors.HTTPError, OSError) as error:
         reason = first_line(error)
-        raise UserError(f"The hub does not list {repository} ({reason}): try again, or see {terms}.") from error
+        raise UserError(
+            f"Cannot list {repository} on the Hugging Face Hub ({reason}). Try again later, or check {terms}."
+        ) from error
     files, headers = [], build_hf_headers()
     for entry in tree:
         if isinstance(entry, RepoFile):
@@ -160,44 +166,46 @@ def list_repository(repository: str, terms: str, endpoint: str | None) -> list[R
 
 
 def read_links(links: str | None, terms: str) -> list[RemoteFile]:
-    """Reads lines of 'name TAB URL'; a first line without a URL is a heading. Raises UserError for any other file."""
+    """Reads a file of 'name TAB URL' lines with an optional heading; raises UserError for any other format."""
     if links is None:
-        raise UserError(f"This data set needs --links=FILE, the list of names and URLs that {terms} gives out.")
+        raise UserError(
+            f"This data set requires --links=FILE, where FILE is the list of names and URLs available at {terms}."
+        )
     try:
         text = Path(links).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The list of links {links} cannot be read ({error}): correct --links.") from error
+        raise UserError(f"Cannot read the list of links {links} ({error}). Correct --links.") from error
     rows = [line.split("\t") for line in text.splitlines() if line.strip()]
     rows = rows[1:] if rows and "://" not in rows[0][-1] else rows
     if not rows or any(len(row) != 2 or "://" not in row[1] for row in rows):
-        raise UserError(f"{links} is no list of 'name TAB URL' lines: download it again from {terms}.")
+        raise UserError(f"{links} does not consist of 'name TAB URL' lines. Download the list again from {terms}.")
     return [RemoteFile(check_name(name.strip()), url.strip()) for name, url in rows]
 
 
 def check_name(name: str) -> str:
-    """Returns the name of a listed file; raises UserError if the file would lie outside of the output folder."""
+    """Returns the name of a listed file; raises UserError if it would be written outside the output folder."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise UserError(f"The list of files names '{name}', which is no path below a folder: do not use this list.")
+        raise UserError(f"The list of files contains the unsafe path '{name}'. Get the list from its official source.")
     return name
 
 
 def main() -> None:
-    """Runs `fetch` with the flags."""
+    """Runs `fetch` with the values of the flags."""
     values = flags.FLAGS
     try:
         fetch(values.dataset, values.out, values.fraction, values.workers, values.links)
     except KeyboardInterrupt:
-        raise UserError("stopped; the same command continues.") from None
+        raise UserError("Interrupted. Run the same command again to resume.") from None
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not at import, where they could collide with those of another command."""
+    """Defines the command's flags. Not done at import time, because other commands define flags of the same names."""
     flags.DEFINE_enum("dataset", None, list(DATASETS), "Data set to download.")
-    flags.DEFINE_string("out", None, "Folder to fill.")
-    flags.DEFINE_float("fraction", 1.0, "Fraction of the image archives, for a trial; where a set has several.")
-    flags.DEFINE_integer("workers", 8, "Files downloaded at once.", lower_bound=1)
-    flags.DEFINE_string("links", None, "sa1b: the list of files that its license page gives out.")
+    flags.DEFINE_string("out", None, "Output folder.")
+    flags.DEFINE_float("fraction", 1.0, "Fraction of the image archives to download, for data sets with several.")
+    flags.DEFINE_integer("workers", 8, "Number of files downloaded at once.", lower_bound=1)
+    flags.DEFINE_string("links", None, "File with the list of links from the license page. Required for sa1b.")
     flags.mark_flags_as_required(["dataset", "out"])
 
 

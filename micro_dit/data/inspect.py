@@ -1,8 +1,10 @@
-"""Shows what a folder of shards holds: `python -m micro_dit.data.inspect PATH [--verify] [--sheet=FILE.png]`.
+"""Shows the contents of a folder of shards.
 
-Prints the manifest, compares the files with it (with --verify by their checksums, and the rejects with their counts),
-compares the latents' standard deviation with sigma_data, and draws a contact sheet: images decoded from the latents,
-with their captions. Of a folder that is still being made, it says how far that is.
+    python -m micro_dit.data.inspect PATH [--verify] [--sheet=FILE.png]
+
+Prints the manifest, compares the standard deviation of the latents with sigma_data, and checks the sizes and record
+counts of the files. --verify also checks the checksums and the number of rejects. --sheet writes a contact sheet of
+images decoded from the latents, with their captions. For an unfinished folder, prints the progress instead.
 """
 
 import collections
@@ -26,7 +28,7 @@ IMAGES_AT_ONCE = 8
 
 
 def describe(manifest: Manifest, sigma_data: float) -> str:
-    """Returns the manifest in words, a few lines for each of its parts."""
+    """Returns a readable summary of a manifest, with one property per line."""
     vae, text = manifest.vae, manifest.text_encoder
     kept = sum(map(manifest.records, manifest.splits))
     dropped = sum(tally.count for tally in manifest.dropped.values())
@@ -45,7 +47,7 @@ def describe(manifest: Manifest, sigma_data: float) -> str:
         size = sum(file.bytes for file in files) / 1e6
         rows.append((f"split {split}", f"records {manifest.records(split):,}, files {len(files):,}, {size:,.1f} MB"))
     for field in manifest.fields:
-        rows.append(("array", f"{field.name} {field.dtype} {field.shape}{' for each caption' * field.per_caption}"))
+        rows.append(("array", f"{field.name} {field.dtype} {field.shape}{' per caption' * field.per_caption}"))
     for resolution in manifest.resolutions:
         rows.append((f"latents, {resolution} px", _scale(manifest, resolution, sigma_data)))
         for moment, values in manifest.statistics[str(resolution)].items():
@@ -62,12 +64,12 @@ def _tally(reason: str, tally: Tally) -> str:
 def _scale(manifest: Manifest, resolution: int, sigma_data: float) -> str:
     std = manifest.latent_std(resolution)
     fits = sigma_data / STD_FACTOR <= std <= sigma_data * STD_FACTOR
-    verdict = "fits" if fits else f"off by more than {STD_FACTOR:g} times: training refuses it"
-    return f"{manifest.posterior}, deviation {std:.3f}, {std / sigma_data:.2f} × sigma_data {sigma_data:g}: {verdict}"
+    verdict = "OK" if fits else f"differs by more than a factor of {STD_FACTOR:g}, so training will refuse these shards"
+    return f"{manifest.posterior}, std {std:.3f}, {std / sigma_data:.2f} × sigma_data {sigma_data:g}: {verdict}"
 
 
 def check_rejects(folder: str | Path, manifest: Manifest) -> None:
-    """Counts the rejects on file; raises UserError if the counts are not the manifest's or the file is damaged."""
+    """Compares the rejects file with the manifest; raises UserError if the counts differ or the file is damaged."""
     path = shards_folder(folder) / REJECTS
     expected = {reason: tally.count for reason, tally in manifest.dropped.items() if tally.count}
     if not path.exists() and not expected:
@@ -76,24 +78,30 @@ def check_rejects(folder: str | Path, manifest: Manifest) -> None:
         with path.open(encoding="utf-8") as file:
             found = collections.Counter(json.loads(line)["reason"] for line in file)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): copy it again, or make the shards again.") from error
+        raise UserError(f"Cannot read {path} ({error!r}). Copy it again, or rebuild the shards.") from error
     for reason in expected | found:
         if expected.get(reason, 0) != found[reason]:
             raise UserError(
-                f"{path} names {found[reason]} inputs for '{reason}', and the manifest {expected.get(reason, 0)}: copy "
-                "both again, or make the shards again."
+                f"{path} lists {found[reason]} inputs dropped with reason '{reason}', but the manifest counts "
+                f"{expected.get(reason, 0)}. Copy both files again, or rebuild the shards."
             )
 
 
 def contact_sheet(folder: str | Path, out: str | Path, split: str, images: int, vae: str | None = None) -> int:
-    """Decodes up to `images` examples of a split at the lowest resolution, and draws them with captions into `out`.
+    """Decodes the first examples of a split and writes them with their captions to a PNG file.
+
+    Args:
+        folder: Folder of shards.
+        out: Path of the PNG file.
+        split: Split to show.
+        images: Maximum number of images.
+        vae: Image encoder; by default the one named in the manifest.
 
     Returns:
-        The number of examples.
+        The number of images on the sheet.
 
     Raises:
-        UserError: The encoder, by default the manifest's, is not the one that computed the latents or cannot be loaded;
-            or the shards are damaged.
+        UserError: The encoder did not compute the latents or cannot be loaded, or the shards are damaged.
     """
     from micro_dit.encoders.image import load_image_encoder
     from micro_dit.images import caption_grid, save_png
@@ -102,45 +110,46 @@ def contact_sheet(folder: str | Path, out: str | Path, split: str, images: int, 
     encoder = load_image_encoder(vae or manifest.vae.name)
     if manifest.vae.fingerprint not in (UNVERIFIED, encoder.fingerprint):
         raise UserError(
-            f"{folder} was made with image encoder {manifest.vae.name} ({manifest.vae.fingerprint}), and "
-            f"{vae or manifest.vae.name} is {encoder.fingerprint}: give theirs with --vae."
+            f"{folder} was encoded with image encoder {manifest.vae.name} (fingerprint {manifest.vae.fingerprint}), "
+            f"but {vae or manifest.vae.name} has fingerprint {encoder.fingerprint}. Set --vae to the image encoder of "
+            "the shards."
         )
     examples = load_split(folder, split, min(manifest.resolutions), images)
-    latents, pictures = examples["latent_mean"], []
+    latents, batches = examples["latent_mean"], []
     for start in range(0, len(latents), IMAGES_AT_ONCE):
-        # Always a full batch: the decoder compiles once for each shape.
+        # Every batch has the same size, because the decoder is compiled once per shape.
         rows = np.arange(start, start + IMAGES_AT_ONCE) % len(latents)
         decoded = np.asarray(encoder.decode(latents[rows].astype(np.float32)))
-        pictures.append(np.clip(np.round((decoded + 1) * 127.5), 0, 255).astype(np.uint8))
-    shown = np.concatenate(pictures)[: len(latents)]
+        batches.append(np.clip(np.round((decoded + 1) * 127.5), 0, 255).astype(np.uint8))
+    shown = np.concatenate(batches)[: len(latents)]
     title = f"{Path(folder).name}: {split}, {len(latents)} of {manifest.records(split):,}"
-    about = {"attribution": manifest.attribution, "shards": manifest.fingerprint}
-    save_png(caption_grid(shown, examples["text"], title=title), out, about)
+    metadata = {"attribution": manifest.attribution, "shards": manifest.fingerprint}
+    save_png(caption_grid(shown, examples["text"], title=title), out, metadata)
     return len(latents)
 
 
 def progress(folder: str | Path) -> str:
-    """Describes how much of an unfinished folder is there; raises UserError if nothing is being made there."""
+    """Returns the progress of an unfinished folder; raises UserError if the folder does not contain shards."""
     path = shards_folder(folder)
     if not (path / PLAN).exists():
-        read_manifest(folder)  # says what is missing
+        read_manifest(folder)  # raises an error that names the missing file
     try:
         plan = json.loads((path / PLAN).read_text(encoding="utf-8"))
         planned = {split: len(parts) for split, parts in plan["parts"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path / PLAN} is damaged ({error!r}): delete {folder} and make the shards again.") from error
-    lines = [f"{folder} is not finished: it has no {MANIFEST}; to go on, run the same precompute command again."]
+        raise UserError(f"{path / PLAN} is damaged ({error!r}). Delete {folder} and rebuild the shards.") from error
+    lines = [f"{folder} is unfinished: it has no {MANIFEST}. Run the same precompute command again to resume."]
     for split, count in planned.items():
         done = len(list((path / PARTS).glob(f"{split}-*.json")))
-        lines.append(f"split {split}: {done:,} of {count:,} parts are done")
+        lines.append(f"split {split}: {done:,} of {count:,} parts done")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prints, checks and draws what the flags ask for."""
+    """Runs the command: prints the manifest or the progress, checks the files, and writes the contact sheet."""
     values = flags.FLAGS
     if len(argv) != 2:
-        raise UserError("give one folder of shards: python -m micro_dit.data.inspect PATH; see --help.")
+        raise UserError("Pass exactly one folder of shards: python -m micro_dit.data.inspect PATH.")
     folder = argv[1]
     if not (shards_folder(folder) / MANIFEST).exists():
         print(progress(folder))
@@ -150,20 +159,20 @@ def main(argv: Sequence[str]) -> None:
     check_shards(manifest, folder, checksums=values.verify)
     if values.verify:
         check_rejects(folder, manifest)
-    print("all files have " + ("the checksums" if values.verify else "the sizes and counts") + " of the manifest")
+    print("The " + ("checksums" if values.verify else "sizes and record counts") + " of all files match the manifest.")
     if values.sheet:
-        drawn = contact_sheet(folder, values.sheet, values.split, values.images, values.vae)
-        print(f"{drawn} images of {values.split}: {values.sheet}")
+        shown = contact_sheet(folder, values.sheet, values.split, values.images, values.vae)
+        print(f"Wrote {shown} images of split {values.split} to {values.sheet}.")
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not at import, where they could collide with those of another command."""
-    flags.DEFINE_boolean("verify", False, "Read every file and compare its checksum.")
-    flags.DEFINE_string("sheet", None, "Draw a contact sheet into this PNG.")
-    flags.DEFINE_integer("images", 24, "Images on the contact sheet.", lower_bound=1)
-    flags.DEFINE_string("split", "train", "Split that the contact sheet shows.")
-    flags.DEFINE_string("vae", None, "Image encoder that decodes the latents; default: the one the manifest names.")
-    flags.DEFINE_float("sigma_data", 0.9, "diffusion.sigma_data of the recipe that the shards are meant for.")
+    """Defines the command's flags. Not done at import time, because other commands define flags of the same names."""
+    flags.DEFINE_boolean("verify", False, "Compare the checksum of every file and the number of rejects.")
+    flags.DEFINE_string("sheet", None, "Write a contact sheet to this PNG file.")
+    flags.DEFINE_integer("images", 24, "Number of images on the contact sheet.", lower_bound=1)
+    flags.DEFINE_string("split", "train", "Split to show on the contact sheet.")
+    flags.DEFINE_string("vae", None, "Image encoder that decodes the latents. Default: the one named in the manifest.")
+    flags.DEFINE_float("sigma_data", 0.9, "The value of diffusion.sigma_data in the training config.")
 
 
 if __name__ == "__main__":

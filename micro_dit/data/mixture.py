@@ -1,12 +1,12 @@
-"""Several folders of shards read as one.
+"""Combines several folders of shards into one data set.
 
 A mix is written as a string:
 
     data/a                     one folder
-    data/a,data/b              two as if they were one: every record is equally likely
-    data/a=0.7,data/b=0.3      70% of the examples from one, 30% from the other, exactly
+    data/a,data/b              two folders; every record is equally likely
+    data/a=0.7,data/b=0.3      exactly 70% of the examples from data/a and 30% from data/b
 
-The folders of a mix must have been made with the same encoders.
+All folders of a mix must be encoded with the same image and text encoders.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from micro_dit.errors import UserError
 
 
 def parse_mix(shards: str | Path) -> list[tuple[str, float | None]]:
-    """Splits 'a', 'a,b' or 'a=0.7,b=0.3' into folders and weights; None where no weights are given.
+    """Parses 'a', 'a,b' or 'a=0.7,b=0.3' into pairs of folder and weight; the weight is None if it is omitted.
 
     Raises:
-        UserError: a folder has no name or comes twice, or a weight is missing or not a positive number.
+        UserError: A folder name is empty or repeated, or a weight is missing or not a positive number.
     """
     folders: list[tuple[str, float | None]] = []
     for part in str(shards).split(","):
@@ -36,22 +36,28 @@ def parse_mix(shards: str | Path) -> list[tuple[str, float | None]]:
         try:
             folders.append((name.strip(), float(weight)) if separator else (part.strip(), None))
         except ValueError as error:
-            raise UserError(f"The mix {shards} gives {name} the weight '{weight}': give a number.") from error
+            raise UserError(
+                f"In the mix {shards}, the weight '{weight}' of {name} is not a number. Write the mix as "
+                "folder=weight,folder=weight."
+            ) from error
     names, weights = zip(*folders, strict=True)
     if not all(names) or len(set(names)) < len(names):
-        raise UserError(f"The mix '{shards}' names no folder or one twice: give folder=weight,folder=weight.")
+        raise UserError(
+            f"The mix '{shards}' has an empty or repeated folder name. Write the mix as folder=weight,folder=weight."
+        )
     if weights.count(None) not in (0, len(weights)):
-        raise UserError(f"The mix {shards} has weights for some folders only: give all a weight, or none.")
+        raise UserError(f"The mix {shards} has weights for only some folders. Set a weight for every folder or none.")
     if not all(weight is None or (math.isfinite(weight) and weight > 0) for weight in weights):
-        raise UserError(f"The mix {shards} has a weight that is not positive: leave that folder out.")
+        raise UserError(f"The mix {shards} has a weight that is not positive. Correct it or remove the folder.")
     return folders
 
 
 def deal(weights: Sequence[int], position: int) -> tuple[int, int]:
-    """Which folder the example at a position of a mix comes from, and how many have come from it before.
+    """Returns the folder of the example at a position of a mix, and the number of earlier examples from that folder.
 
-    The folders alternate as evenly as whole numbers can, and any sum(weights) examples in a row, from a multiple of it
-    on, hold exactly `weights[k]` of folder k: each folder in turn takes its share of what the ones before it leave.
+    The folders alternate as evenly as integers allow: positions n·sum(weights) to (n + 1)·sum(weights) - 1 contain
+    exactly `weights[k]` examples of folder k. Each folder in turn receives its share of the positions that the previous
+    folders leave.
     """
     left = sum(weights)
     for folder, weight in enumerate(weights):
@@ -60,19 +66,19 @@ def deal(weights: Sequence[int], position: int) -> tuple[int, int]:
             return folder, before
         position -= before
         left -= weight
-    raise ValueError(f"no weight is positive: {weights}")
+    raise ValueError(f"At least one weight must be positive, got {weights}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """Folders of shards that are read as one."""
+    """Folders of shards that are read as one data set."""
 
     folders: tuple[str, ...]
     manifests: tuple[Manifest, ...]
-    proportions: tuple[float, ...] | None  # how often each folder is drawn; None makes every record equally likely
+    proportions: tuple[float, ...] | None  # sampling weight per folder; None: every record is equally likely
 
     def weights(self, split: str) -> list[int]:
-        """The smallest whole numbers in the proportions of the mix."""
+        """Returns the proportions of the folders as the smallest equivalent integers."""
         if self.proportions is None:
             weights = [manifest.records(split) for manifest in self.manifests]
         else:
@@ -82,18 +88,18 @@ class Mix:
         return [weight // math.gcd(*weights) for weight in weights]
 
     def having(self, split: str) -> "Mix":
-        """The folders that have examples in a split; all of them if none has."""
+        """Returns the mix of the folders that have examples in a split, or of all folders if none has any."""
         kept = [k for k, manifest in enumerate(self.manifests) if manifest.records(split)] or range(len(self.folders))
         folders, manifests = zip(*((self.folders[k], self.manifests[k]) for k in kept), strict=True)
         return Mix(folders, manifests, self.proportions and tuple(self.proportions[k] for k in kept))
 
     def check(self, expected: ShardExpectations) -> None:
-        """Runs `check_shards` for every folder."""
+        """Runs `check_shards` on every folder."""
         for folder, manifest in zip(self.folders, self.manifests, strict=True):
             check_shards(manifest, folder, expected)
 
     def manifest(self) -> Manifest:
-        """One manifest for all: records, tallies and files added up, and the statistics of what training draws."""
+        """Returns one manifest for the mix, with combined files and tallies and the statistics of the mixture."""
         first = self.manifests[0]
         if len(self.manifests) == 1:
             return first
@@ -118,7 +124,7 @@ class Mix:
         )
 
     def _statistics(self, resolution: str) -> dict[str, list[float]]:
-        """Mean and standard deviation per channel of the mixture, from those of its parts."""
+        """Returns the mean and standard deviation per channel of the mixture, from those of the folders."""
         shares = self.proportions or [sum(map(m.records, m.splits)) for m in self.manifests]
         means, stds = (np.array([m.statistics[resolution][key] for m in self.manifests]) for key in ("mean", "std"))
         mean = np.average(means, 0, shares)
@@ -127,7 +133,7 @@ class Mix:
 
 
 def read_mix(shards: str | Path) -> Mix:
-    """Reads the manifests of a mix; raises UserError if one is missing or damaged, or two do not fit each other."""
+    """Reads the manifests of a mix; raises UserError if one is missing or damaged, or if they are incompatible."""
     parsed = parse_mix(shards)
     folders = tuple(folder for folder, _ in parsed)
     manifests = tuple(read_manifest(folder) for folder in folders)
@@ -140,7 +146,7 @@ def read_mix(shards: str | Path) -> Mix:
 
 
 def check_alike(folders: Sequence[str], manifests: Sequence[Manifest]) -> None:
-    """Raises UserError unless one network can be trained on all shards: one preparation, one pair of encoders."""
+    """Raises UserError unless all shards have the same encoders, shapes and caption cleaning."""
     first = manifests[0]
     for folder, manifest in zip(folders, manifests, strict=True):
         vae, text = manifest.vae, manifest.text_encoder
@@ -161,8 +167,8 @@ def check_alike(folders: Sequence[str], manifests: Sequence[Manifest]) -> None:
 
 def _difference(folder: str, other: str, what: str, value: object, other_value: object) -> UserError:
     return UserError(
-        f"{folder} and {other} cannot be used together, because their {what} differ ({value} and {other_value}): leave "
-        "one out, or make it again like the other."
+        f"{folder} and {other} cannot be used together because their {what} differ ({value} and {other_value}). Remove "
+        "one of them, or rebuild it with the settings of the other."
     )
 
 

@@ -1,4 +1,4 @@
-"""Writes the format of `shards.py`: each file whole or not at all, and the manifest last."""
+"""Writes shards in the format of `shards.py`. Every file is written atomically, and the manifest last."""
 
 import contextlib
 import dataclasses
@@ -13,32 +13,31 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from micro_dit.data.shards import MANIFEST, Field, Manifest, Record, ShardFile, pack_record
 from micro_dit.files import disk_errors, hash_file, hash_text, write_atomically
 
-WRITER_OPTIONS = "group_size:1,uncompressed"  # latents do not compress, and a record of its own is found by one seek
+WRITER_OPTIONS = "group_size:1,uncompressed"  # latents do not compress; a group of one record is read with one seek
 
-LatentSums = dict[str, list[list[float]]]  # by resolution: count, sum and sum of squares, each of C channels
+LatentSums = dict[str, list[list[float]]]  # by resolution: count, sum and sum of squares for each of C channels
 
 
 def shard_name(split: str, index: int, count: int) -> str:
-    """Name of a split's file, as in 'train-00000-of-00002.array_record'."""
+    """Returns the name of a shard file, such as 'train-00000-of-00002.array_record'."""
     return f"{split}-{index:05d}-of-{count:05d}.array_record"
 
 
 class ShardFileWriter:
-    """Writes one file of records, which appears under its name when it is whole.
+    """A context manager that writes one file of records atomically.
 
-    Use as a context manager. Leaving it cleanly puts the file in place; leaving it by an exception removes what was
-    written, and a killed process leaves `<name>.partial`, which nothing reads and the next attempt overwrites. A file
-    without records is not made.
+    A clean exit moves the file into place; an exception removes it. A killed process leaves `<name>.partial`, which is
+    never read and is overwritten by the next attempt. A file without records is not created.
 
     Attributes:
-        info: name, records, size and checksum of the finished file; set on a clean exit.
-        latent_sums: count, sum and sum of squares of the latents by channel, plain lists for `latent_statistics`.
+        info: Name, number of records, size and checksum of the finished file; set on a clean exit.
+        latent_sums: Count, sum and sum of squares of the latents per channel, as lists for `latent_statistics`.
     """
 
     info: ShardFile
 
     def __init__(self, path: str | Path, fields: Sequence[Field]):
-        """Prepares for writing to a folder that exists; the file is begun with its first record."""
+        """Prepares to write to an existing folder; the file is created with the first record."""
         self.path, self.fields = Path(path), tuple(fields)
         self.records = 0
         self._sums: dict[str, np.ndarray] = {}
@@ -52,8 +51,8 @@ class ShardFileWriter:
         """Appends a record.
 
         Raises:
-            UserError: the disk is full, or another failure of writing.
-            ValueError: an array has not its field's shape.
+            UserError: The disk is full, or the file cannot be written.
+            ValueError: An array does not have the shape of its field.
         """
         data = pack_record(record, self.fields)
         with disk_errors(self.path):
@@ -89,25 +88,25 @@ class ShardFileWriter:
             self._partial.replace(self.path)
 
     def _discard(self) -> None:
-        """Removes what was written, unless the file is in place."""
+        """Removes the partial file, if it has not been moved into place."""
         if self._writer is not None:
-            with contextlib.suppress(OSError, RuntimeError):  # a failed writer fails again, and would hide the cause
+            with contextlib.suppress(OSError, RuntimeError):  # a second error would hide the original one
                 self._writer.close()
         self._partial.unlink(missing_ok=True)
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> None:
-    """Writes `manifest.json`, at once; files of the manifest that have no records are left out.
+    """Writes `manifest.json` atomically, without files that have no records.
 
     Raises:
-        UserError: the disk is full, or another failure of writing.
+        UserError: The disk is full, or the file cannot be written.
     """
     splits = {split: tuple(file for file in files if file.records) for split, files in manifest.splits.items()}
     write_atomically(Path(folder) / MANIFEST, dataclasses.replace(manifest, splits=splits).to_json())
 
 
 def latent_statistics(sums: Iterable[LatentSums]) -> dict[str, dict[str, list[float]]]:
-    """A manifest's `statistics`, from the `latent_sums` of all files."""
+    """Computes the `statistics` of a manifest from the `latent_sums` of all files."""
     totals: dict[str, np.ndarray] = {}
     for of_file in sums:
         for resolution, values in of_file.items():
@@ -121,11 +120,11 @@ def latent_statistics(sums: Iterable[LatentSums]) -> dict[str, dict[str, list[fl
 
 
 def _add_latents(sums: dict[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> None:
-    """Adds a record's latents; E[x²] of a drawn latent is mean² + std², so a stored std counts in the squares alone."""
+    """Adds the latents of a record. A sampled latent has E[x²] = mean² + std², so `std` adds only to the squares."""
     for name, array in arrays.items():
         if name.startswith("latent_"):
             _, kind, resolution = name.split("_")
             x = np.asarray(array, np.float16).reshape(-1, array.shape[-1]).astype(np.float64)  # as stored
-            drawn = 0.0 if kind == "std" else 1.0
-            update = np.stack([np.full(x.shape[1], drawn * len(x)), drawn * x.sum(0), np.square(x).sum(0)])
+            counted = 0.0 if kind == "std" else 1.0
+            update = np.stack([np.full(x.shape[1], counted * len(x)), counted * x.sum(0), np.square(x).sum(0)])
             sums[resolution] = sums.get(resolution, 0) + update

@@ -1,16 +1,16 @@
 """The on-disk format of a prepared data set: a folder of ArrayRecord files and one `manifest.json`.
 
-    manifest.json                            what the records hold, and which encoders made them
-    rejects.jsonl                            {"id", "split", "part", "reason"} of each input that was left out
+    manifest.json                            the contents of the records and the encoders that produced them
+    rejects.jsonl                            {"id", "split", "part", "reason"} of each dropped input
     train-00000-of-00002.array_record        records, uncompressed, each readable on its own
     train-00001-of-00002.array_record
     validation-00000-of-00001.array_record
 
-A record is a header (magic, version, bytes of id, captions n, bytes of each caption), the id and the captions in UTF-8,
-and the arrays back to back, little-endian, in the order of the manifest's `fields`; an array of a field that is `per
-caption` is there n times.
+A record consists of a header (magic, version, length of the id in bytes, number of captions n, length of each caption
+in bytes), the id and the captions in UTF-8, and the little-endian arrays in the order of the manifest's `fields`. The
+array of a `per_caption` field is stored n times.
 
-The manifest is written last: a folder without one is still in the making. `shard_writer.py` writes the files, and
+The manifest is written last: a folder without one is unfinished. `shard_writer.py` writes the files, and
 `shard_checks.py` compares them with their manifest.
 """
 
@@ -39,12 +39,12 @@ POSTERIORS = ("mean_std", "sample")
 HEADER = struct.Struct("<4sIII")
 CAPTION_BYTES = np.dtype("<u4")
 MAGIC = b"mDiT"
-IDS_NAMED = 20  # of each kind of irregular input, the manifest names this many
+IDS_NAMED = 20  # ids that the manifest lists for each reason
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """An array of every record, or, if `per_caption`, of every caption of every record."""
+    """An array stored in every record, once or, if `per_caption`, once per caption."""
 
     name: str
     dtype: str
@@ -53,15 +53,15 @@ class Field:
 
     @functools.cached_property
     def stored(self) -> np.dtype:
-        """The dtype on disk."""
+        """Returns the dtype on disk."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     def shape_in(self, captions: int) -> tuple[int, ...]:
-        """Shape of the array in a record with so many captions."""
+        """Returns the shape of the array in a record with the given number of captions."""
         return (captions, *self.shape) if self.per_caption else self.shape
 
     def bytes_in(self, captions: int) -> int:
-        """Size of the array in a record with so many captions."""
+        """Returns the size in bytes of the array in a record with the given number of captions."""
         return math.prod(self.shape_in(captions)) * self.stored.itemsize
 
 
@@ -77,13 +77,13 @@ class ShardFile:
 
 @dataclasses.dataclass
 class Tally:
-    """How many inputs were irregular in one way, and the ids of the first few."""
+    """The number of inputs that were dropped or altered for one reason, and the ids of the first few."""
 
     count: int = 0
     ids: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, id: str) -> None:
-        """Counts an input, and remembers its id while there are few."""
+        """Counts an input, and stores its id unless IDS_NAMED ids are stored already."""
         self.count += 1
         if len(self.ids) < IDS_NAMED:
             self.ids.append(id)
@@ -91,18 +91,22 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder of shards holds.
+    """The description of a folder of shards.
 
     Attributes:
-        attribution: whom to credit for it, and its license.
-        resolutions: sides in pixels of the square images whose latents each record holds.
-        posterior: 'mean_std' (mean and standard deviation of the latent) or 'sample' (one latent drawn from them).
-        dropped: inputs that were left out, by reason; `rejects.jsonl` names all of them.
-        altered: inputs that were kept, but changed, by what happened to them.
-        statistics: by resolution, 'mean' and 'std' of each latent channel as training sees it, that is, with the
-            posterior's own variance.
+        source: Name of the data source.
+        attribution: Credit and license of the data.
+        resolutions: Sides in pixels of the square images whose latents each record contains.
+        posterior: 'mean_std' (mean and standard deviation of the latent) or 'sample' (one sample from the posterior).
+        vae: The image encoder.
+        text_encoder: The text encoder.
+        fields: Arrays of a record, in their stored order.
+        dropped: Inputs that were dropped, by reason; `rejects.jsonl` lists all of them.
+        altered: Inputs that were kept after a change, by the kind of change.
+        statistics: By resolution, 'mean' and 'std' of each latent channel, including the variance of the posterior.
         caption_cleaning: 'none', or the version of the rules that cleaned the captions before they were embedded.
-        splits: the files of each split; a split without files is empty.
+        splits: Files of each split; an empty split has no files.
+        format_version: Version of the on-disk format.
     """
 
     source: str
@@ -120,22 +124,22 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def records(self, split: str) -> int:
-        """Number of records in a split; 0 if there is no such split."""
+        """Returns the number of records in a split, or 0 if it does not exist."""
         return sum(file.records for file in self.splits.get(split, ()))
 
     @property
     def bytes(self) -> int:
-        """Size of all files."""
+        """Returns the size of all files."""
         return sum(file.bytes for files in self.splits.values() for file in files)
 
     @property
     def fingerprint(self) -> str:
-        """Short hash of the contents of all files."""
+        """Returns a short hash of the contents of all files."""
         hashes = "".join(file.sha256 for split in sorted(self.splits) for file in self.splits[split])
         return hash_text(hashes)[:16]
 
     def latent_std(self, resolution: int) -> float:
-        """Standard deviation of the latents over all channels, about zero: what `sigma_data` stands for."""
+        """Returns the root mean square of the latents over all channels, which `sigma_data` should match."""
         statistics = self.statistics[str(resolution)]
         return float(np.sqrt(np.mean(np.square(statistics["mean"]) + np.square(statistics["std"]))))
 
@@ -145,7 +149,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Parses what `to_json` wrote; raises ValueError, KeyError or TypeError for anything else."""
+        """Parses the output of `to_json`; raises ValueError, KeyError or TypeError for any other text."""
         values: dict[str, Any] = json.loads(text)
         values |= {
             "resolutions": tuple(values["resolutions"]),
@@ -162,7 +166,7 @@ class Manifest:
 def record_fields(
     resolutions: Sequence[int], posterior: str, vae: ImageEncoderInfo, text_encoder: TextEncoderInfo
 ) -> tuple[Field, ...]:
-    """The arrays of a record: the latents of every resolution, then the caption embeddings, all float16."""
+    """Returns the arrays of a record: the latents of every resolution, then the caption embeddings, all float16."""
     latents = [
         Field(f"latent_{kind}_{resolution}", "float16", (*[resolution // vae.downsample] * 2, vae.channels))
         for resolution in resolutions
@@ -173,7 +177,7 @@ def record_fields(
 
 
 class Record(NamedTuple):
-    """One example: an image and one or more captions of it; parsed arrays are read-only views of the record's bytes."""
+    """One image with one or more captions. Parsed arrays are read-only views of the serialized record."""
 
     id: str
     captions: tuple[str, ...]
@@ -181,43 +185,45 @@ class Record(NamedTuple):
 
 
 def pack_record(record: Record, fields: Sequence[Field]) -> bytes:
-    """Serializes a record, casting its arrays to the fields' dtypes.
+    """Serializes a record, casting its arrays to the dtypes of the fields.
 
     Raises:
-        ValueError: there is no caption, or an array has not its field's shape.
+        ValueError: There is no caption, or an array does not have the shape of its field.
     """
     if not record.captions:
-        raise ValueError(f"{record.id} has no caption")
+        raise ValueError(f"Record {record.id} has no caption.")
     id, captions = record.id.encode(), [caption.encode() for caption in record.captions]
     lengths = np.array([len(caption) for caption in captions], CAPTION_BYTES)
     parts = [HEADER.pack(MAGIC, FORMAT_VERSION, len(id), len(captions)), lengths.tobytes(), id, *captions]
     for field in fields:
         array = np.ascontiguousarray(record.arrays[field.name], field.stored)
         if array.shape != (shape := field.shape_in(len(captions))):
-            raise ValueError(f"{field.name} of {record.id} has shape {array.shape}, not {shape}")
+            raise ValueError(f"{field.name} of record {record.id} has shape {array.shape}, not {shape}.")
         parts.append(array.tobytes())
     return b"".join(parts)
 
 
 def parse_record(data: bytes, fields: Sequence[Field], names: Sequence[str] | None = None) -> Record:
-    """Parses what `pack_record` wrote; returns the arrays called `names`, by default all.
+    """Parses the output of `pack_record`; returns only the arrays in `names`, by default all.
 
     Raises:
-        UserError: the record is truncated, of another version, or no record of this format.
+        UserError: The record is truncated, of another version, or not in this format.
     """
     if len(data) < HEADER.size or not data.startswith(MAGIC):
-        raise UserError(f"A record of {len(data)} bytes is not in this format: make the shards again.")
+        raise UserError(f"A record of {len(data)} bytes is not a micro_dit record. Rebuild the shards.")
     _, version, id_bytes, captions = HEADER.unpack_from(data)
     if version != FORMAT_VERSION:
-        raise UserError(f"A record has format {version}, and this code reads {FORMAT_VERSION}: make the shards again.")
+        raise UserError(
+            f"A record has format version {version}, but this code reads version {FORMAT_VERSION}. Rebuild the shards."
+        )
     id_start = HEADER.size + captions * CAPTION_BYTES.itemsize
     expected = id_start
     if len(data) >= id_start:
         lengths = np.frombuffer(data, CAPTION_BYTES, captions, HEADER.size).tolist()
-        ends = list(itertools.accumulate([id_bytes, *lengths], initial=id_start))[1:]  # of the id and the captions
+        ends = list(itertools.accumulate([id_bytes, *lengths], initial=id_start))[1:]  # ends of the id and captions
         expected = ends[-1] + sum(field.bytes_in(captions) for field in fields)
     if len(data) != expected:
-        raise UserError(f"A record has {len(data)} bytes instead of {expected}, it is damaged: make the shards again.")
+        raise UserError(f"A record has {len(data)} bytes instead of {expected}, so it is damaged. Rebuild the shards.")
     position = ends[-1]
     arrays = {}
     for field in fields:
@@ -229,58 +235,60 @@ def parse_record(data: bytes, fields: Sequence[Field], names: Sequence[str] | No
 
 
 def shards_folder(shards: str | Path) -> Path:
-    """The folder of a name that a user gave.
+    """Returns the path of a folder of shards.
 
     Raises:
-        UserError: it is an address in an object store.
+        UserError: The path is a URL in an object store.
     """
     if "://" in str(shards):
         raise UserError(
-            f"{shards} is in an object store, and shards are read from a folder: mount the bucket (with gcsfuse, for "
-            "example) or copy the shards to a disk, and give that folder."
+            f"{shards} is in an object store, but shards must be in a folder. Mount the bucket (for example with "
+            "gcsfuse) or copy the shards to a disk, and pass the path of that folder instead."
         )
     return Path(shards).expanduser()
 
 
 def read_manifest(shards: str | Path) -> Manifest:
-    """Reads a folder's manifest.
+    """Reads the manifest of a folder.
 
     Raises:
-        UserError: there is none, it is damaged, or it is of another format version.
+        UserError: The manifest is missing, damaged, or of another format version.
     """
     path = shards_folder(shards) / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         found = f"{MANIFEST}: {error.strerror}"
-        raise UserError(f"No shards at {shards} ({found}): make them with python -m micro_dit.precompute.") from error
+        raise UserError(f"No shards at {shards} ({found}). Create them with python -m micro_dit.precompute.") from error
     try:
         version = json.loads(text)["format_version"]
         if version == FORMAT_VERSION:
             return Manifest.from_json(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): make the shards again.") from error
-    raise UserError(f"{path} has format {version}, and this code reads {FORMAT_VERSION}: make the shards again.")
+        raise UserError(f"{path} is damaged ({error!r}). Rebuild the shards.") from error
+    raise UserError(
+        f"{path} has format version {version}, but this code reads version {FORMAT_VERSION}. Rebuild the shards."
+    )
 
 
 class SplitReader:
-    """Random access to the records of one split; safe to read from several threads."""
+    """A thread-safe, random-access reader of the records of one split."""
 
     def __init__(self, shards: str | Path, manifest: Manifest, split: str, names: Sequence[str] | None = None):
-        """Opens the split's files; records have the arrays called `names`, by default all.
+        """Opens the files of a split; records contain only the arrays in `names`, by default all.
 
         Raises:
-            UserError: there is no such split, or it is empty.
+            UserError: The split does not exist or is empty.
         """
         if not manifest.splits.get(split):
             held = ", ".join(name for name in manifest.splits if manifest.records(name)) or "none"
-            raise UserError(f"{shards} has no examples in split '{split}': choose one of {held}.")
+            raise UserError(f"{shards} has no examples in split '{split}'. Splits with examples: {held}.")
         files = manifest.splits[split]
         self._paths = [str(shards_folder(shards) / file.name) for file in files]
         self._ends = list(itertools.accumulate(file.records for file in files))
-        # With their numbers of records the files need not be opened before they are read.
-        whole = [f"{path}[0:{file.records}]" for path, file in zip(self._paths, files, strict=True)]
-        self._data = ArrayRecordDataSource(whole)
+        # Explicit record ranges let ArrayRecord open each file only when it is first read.
+        ranges = [f"{path}[0:{file.records}]" for path, file in zip(self._paths, files, strict=True)]
+        self._data = ArrayRecordDataSource(ranges)
         self._fields, self._names = manifest.fields, names
 
     def __len__(self) -> int:
@@ -291,4 +299,4 @@ class SplitReader:
             return parse_record(self._data[index], self._fields, self._names)
         except (RuntimeError, UserError) as error:
             path = self._paths[bisect.bisect_right(self._ends, index)]
-            raise UserError(f"Record {index} of {path} cannot be read: {error}") from error
+            raise UserError(f"Cannot read record {index} of {path}: {error}") from error

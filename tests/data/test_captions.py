@@ -1,4 +1,4 @@
-"""The caption rules against what the public release makes of the same captions."""
+"""Compares cleaned captions with those of the public release."""
 
 import html
 import json
@@ -35,28 +35,28 @@ def test_golden_pairs() -> None:
         ("ﬁve ｃａｔｓ", "five cats"),
     ],
 )
-def test_odd_text(text: str, cleaned: str) -> None:
+def test_unusual_captions(text: str, cleaned: str) -> None:
     assert clean_caption(text) == cleaned
 
 
 @pytest.mark.parametrize("text", ["<![unknown[ ]]> a cat", "<![if gte mso 9]> a cat", "\ud83d & <b>a cat</b>"])
-def test_markup_that_the_parser_refuses(text: str) -> None:
+def test_markup_that_the_parser_rejects(text: str) -> None:
     assert "a cat" in clean_caption(text)
     clean_caption(text).encode()
 
 
-def test_repair_is_left_out_only_where_it_changes_nothing() -> None:
-    """The shortcut for plain ASCII: what the rules leave of it is neither to be repaired nor unescaped."""
-    draw = random.Random(0)
+def test_encoding_repair_is_skipped_only_if_it_changes_nothing() -> None:
+    """For plain ASCII, neither the repair nor unescaping may change the output of the rules."""
+    generator = random.Random(0)
     plain = [chr(code) for code in range(32, 127)]
     pieces = [*plain, "&amp;", "&quot;", "&#65;", "&lt", "&amp;amp;", "<b>", " "]
     for _ in range(500):
-        text = captions._apply(captions.REMAINS, "".join(draw.choices(pieces, k=40)))
+        text = captions._apply(captions.REMAINS, "".join(generator.choices(pieces, k=40)))
         assert html.unescape(ftfy.fix_text(text)) == text
 
 
-def test_no_rule_is_idle() -> None:
-    """Each rule is needed by some caption, and says why it is there."""
+def test_every_rule_is_used() -> None:
+    """Every rule matches some caption and documents its reason."""
     text = (
         '<person> http://a.com www:/b @user 漢字 – “a” ‘b’ &quot; &amp 1.2.3.4 \\n #1 #12345 1234567 a.jpg "" .. *** . '
         "jc6640 jc6640vc 6640vc231 free shipping free download click for it png images page 3 j2d1a2a 1x2 a : b,c  d"

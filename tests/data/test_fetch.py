@@ -1,4 +1,4 @@
-"""The downloader against a server on this machine that drops connections, forgets what a range is, and refuses."""
+"""Tests the downloader with a local server that drops connections, ignores ranges and refuses access."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ CONTENT = random.Random(0).randbytes(300_000)
 
 
 class Server:
-    """Serves `files` by path; `faults` are used up, one a request: a status, or what to do to the answer."""
+    """Serves `files` by path; each request consumes one of `faults`: an HTTP status, or a way to alter the response."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -82,7 +82,7 @@ class Server:
             request.close_connection = True
         for position in range(0, len(body), 10_000):
             time.sleep(self.delay)
-            with contextlib.suppress(ConnectionError):  # whoever asked is gone
+            with contextlib.suppress(ConnectionError):  # the client has disconnected
                 request.wfile.write(body[position : position + 10_000])
 
     def ranges(self, path: str) -> list[str | None]:
@@ -100,7 +100,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def write_links(server: Server, folder: Path, count: int) -> str:
-    """Puts files on the server, and writes the list that SA-1B's page would give."""
+    """Adds files to the server, and writes a list of links in the format of SA-1B."""
     lines = ["file_name\tcdn_link"]
     for index in range(count):
         server.files[f"/{index}.tar"] = CONTENT[index:]
@@ -111,7 +111,7 @@ def write_links(server: Server, folder: Path, count: int) -> str:
 
 
 def run(server: Server, tmp_path: Path, count: int = 1, **arguments: Any) -> Path:
-    """Fetches such files."""
+    """Fetches `count` files that are listed in a file of links."""
     links = write_links(server, tmp_path, count)
     out = tmp_path / "out"
     fetch.fetch("sa1b", str(out), links=links, report=lambda line: None, **arguments)
@@ -124,22 +124,22 @@ def assert_whole(out: Path, count: int) -> None:
     }
 
 
-def test_dropped_connections_are_continued(server: Server, tmp_path: Path) -> None:
+def test_resumes_after_dropped_connections(server: Server, tmp_path: Path) -> None:
     server.faults["/0.tar"] = ["drop", 503, "drop", 429, "drop"]
     assert_whole(run(server, tmp_path, count=3), 3)
     asked = server.ranges("/0.tar")
-    assert asked[:3] == [None, "bytes=150000-", "bytes=150000-"]  # the second answer was 503
-    assert asked[3] == asked[4] == "bytes=220000-"  # in whole chunks
+    assert asked[:3] == [None, "bytes=150000-", "bytes=150000-"]  # the second response was 503
+    assert asked[3] == asked[4] == "bytes=220000-"  # only complete chunks are written
     assert len(asked) == 6
     assert len(server.ranges("/1.tar")) == 1
 
 
-def test_a_server_that_ignores_the_range_starts_over(server: Server, tmp_path: Path) -> None:
+def test_restarts_if_the_server_ignores_the_range(server: Server, tmp_path: Path) -> None:
     server.faults["/0.tar"] = ["drop", "ignore range"]
     assert_whole(run(server, tmp_path), 1)
 
 
-def test_another_version_starts_over(server: Server, tmp_path: Path) -> None:
+def test_restarts_if_the_file_has_changed(server: Server, tmp_path: Path) -> None:
     server.faults["/0.tar"] = ["drop"]
     real = server.answer
 
@@ -151,19 +151,19 @@ def test_another_version_starts_over(server: Server, tmp_path: Path) -> None:
     assert (run(server, tmp_path) / "0.tar").read_bytes() == CONTENT[::-1]
 
 
-def test_what_is_there_is_not_asked_for_again(server: Server, tmp_path: Path) -> None:
+def test_complete_files_are_not_downloaded_again(server: Server, tmp_path: Path) -> None:
     out = run(server, tmp_path, count=2)
     server.requests.clear()
     run(server, tmp_path, count=2)
     assert server.requests == []
-    (out / "1.tar").rename(out / "1.tar.partial")  # killed between the last byte and the last name
+    (out / "1.tar").rename(out / "1.tar.partial")  # killed after the last byte, but before the rename
     (out / "1.tar.partial.etag").write_text(hashlib.sha256(CONTENT[1:]).hexdigest()[:8])
     run(server, tmp_path, count=2)
     assert server.ranges("/1.tar") == [f"bytes={len(CONTENT) - 1}-"]
     assert_whole(out, 2)
 
 
-def test_one_missing_file_does_not_stop_the_others(server: Server, tmp_path: Path) -> None:
+def test_a_missing_file_does_not_stop_other_downloads(server: Server, tmp_path: Path) -> None:
     server.faults["/1.tar"] = [404]
     with pytest.raises(UserError, match=r"1 of 3 files could not be downloaded: 1\.tar \(HTTP 404\)"):
         run(server, tmp_path, count=3)
@@ -171,36 +171,34 @@ def test_one_missing_file_does_not_stop_the_others(server: Server, tmp_path: Pat
     assert_whole(run(server, tmp_path, count=3), 3)
 
 
-def test_a_refusal_names_the_page_of_the_terms(server: Server, tmp_path: Path) -> None:
+def test_refused_access_names_the_terms_of_use(server: Server, tmp_path: Path) -> None:
     server.faults["/0.tar"] = [403]
-    with pytest.raises(UserError, match=r"accept the terms on https://ai\.meta\.com/.* new list of links"):
+    with pytest.raises(UserError, match=r"Accept the terms at https://ai\.meta\.com/.* new list of links"):
         run(server, tmp_path, workers=1, count=30)
-    assert len(server.requests) < 30  # it stopped
+    assert len(server.requests) < 30  # the other downloads were canceled
 
 
-def test_it_gives_up_on_a_server_that_is_down(
-    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_fails_after_repeated_server_errors(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     server.faults["/0.tar"] = [503] * download.ATTEMPTS
     with pytest.raises(UserError, match="HTTP 503"):
         run(server, tmp_path)
     assert len(server.requests) == download.ATTEMPTS
-    assert "0.tar: HTTP 503; 5 attempts are left" in capfd.readouterr().err
+    assert "0.tar: HTTP 503; 5 attempts left" in capfd.readouterr().err
 
 
-def test_a_dead_server_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_raises_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "FIRST_PAUSE", 0.001)
     (tmp_path / "links").write_text("a.tar\thttp://127.0.0.1:9/a.tar\n")
     with pytest.raises(UserError, match=r"1 of 1 files could not be downloaded: a\.tar"):
         fetch.fetch("sa1b", str(tmp_path / "out"), links=str(tmp_path / "links"), report=lambda line: None)
 
 
-# The hub.
+# ---- The Hugging Face Hub --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """A small copy of the hub with the files of a repository, one of them large enough for a checksum."""
+    """A small copy of the hub with the files of a repository, of which the tars have checksums."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     repository = DATASETS["cc12m"].repository
     entries = []
@@ -220,7 +218,7 @@ def fetch_from_hub(hub: Server, out: Path, **arguments: Any) -> list[str]:
     return fetch.fetch("cc12m", str(out), endpoint=hub.url, report=lambda line: None, **arguments)
 
 
-def test_a_fraction_of_a_repository(hub: Server, tmp_path: Path) -> None:
+def test_downloads_a_fraction_of_a_repository(hub: Server, tmp_path: Path) -> None:
     names = fetch_from_hub(hub, tmp_path, fraction=0.05)
     assert names[0] == "_info.json"
     assert len(names) == 6
@@ -230,11 +228,11 @@ def test_a_fraction_of_a_repository(hub: Server, tmp_path: Path) -> None:
     more = fetch_from_hub(hub, tmp_path, fraction=0.1)
     assert len(more) == 11
     assert set(names) < set(more)
-    assert len(hub.requests) == 1 + 5  # the listing and what was not there
+    assert len(hub.requests) == 1 + 5  # the listing and the missing files
 
 
-def test_the_token_stays_with_the_hub(hub: Server, tmp_path: Path) -> None:
-    """Files lie on other hosts, which the hub's answer leads to."""
+def test_token_is_sent_only_to_the_hub(hub: Server, tmp_path: Path) -> None:
+    """The hub redirects downloads to other hosts, which must not receive the token."""
     path = f"/datasets/{DATASETS['cc12m'].repository}/resolve/main/_info.json"
     hub.faults[path] = [302]
     fetch_from_hub(hub, tmp_path, fraction=0.01)
@@ -244,7 +242,7 @@ def test_the_token_stays_with_the_hub(hub: Server, tmp_path: Path) -> None:
     assert (tmp_path / "_info.json").read_bytes() == hub.files[path]
 
 
-def test_a_checksum_that_differs_is_tried_again(hub: Server, tmp_path: Path) -> None:
+def test_retries_if_the_checksum_differs(hub: Server, tmp_path: Path) -> None:
     path = f"/datasets/{DATASETS['cc12m'].repository}/resolve/main/cc12m-train-0007.tar"
     right = hub.files[path]
     hub.files[path] = bytes(1000)
@@ -261,34 +259,34 @@ def test_a_checksum_that_differs_is_tried_again(hub: Server, tmp_path: Path) -> 
     assert hub.ranges(path) == [None, None]
 
 
-def test_a_gated_repository(hub: Server, tmp_path: Path) -> None:
+def test_gated_repository_names_the_terms_of_use(hub: Server, tmp_path: Path) -> None:
     hub.faults[f"/datasets/{DATASETS['cc12m'].repository}/resolve/main/_info.json"] = [403]
-    with pytest.raises(UserError, match=r"accept the terms on https://huggingface\.co/datasets/pixparse/cc12m-wds"):
+    with pytest.raises(UserError, match=r"Accept the terms at https://huggingface\.co/datasets/pixparse/cc12m-wds"):
         fetch_from_hub(hub, tmp_path, fraction=0.01)
 
 
-def test_a_repository_that_is_not_listed(hub: Server, tmp_path: Path) -> None:
+def test_unlisted_repository_raises_a_user_error(hub: Server, tmp_path: Path) -> None:
     hub.faults[f"/api/datasets/{DATASETS['cc12m'].repository}/tree/main"] = [404]
-    with pytest.raises(UserError, match=r"hub does not list pixparse/cc12m-wds"):
+    with pytest.raises(UserError, match=r"Cannot list pixparse/cc12m-wds"):
         fetch_from_hub(hub, tmp_path)
 
 
-def test_the_hub_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub tries again, too
-    with pytest.raises(UserError, match=r"hub does not list pixparse/cc12m-wds .*refused"):
+def test_unreachable_hub_raises_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub retries as well
+    with pytest.raises(UserError, match=r"Cannot list pixparse/cc12m-wds .*refused"):
         fetch.fetch("cc12m", str(tmp_path), endpoint="http://127.0.0.1:9")
 
 
-def test_a_repository_that_has_changed(hub: Server, tmp_path: Path) -> None:
+def test_repository_without_the_expected_files_raises_a_user_error(hub: Server, tmp_path: Path) -> None:
     hub.files[f"/api/datasets/{DATASETS['cc12m'].repository}/tree/main"] = b"[]"
-    with pytest.raises(UserError, match="None of the expected files"):
+    with pytest.raises(UserError, match="The expected files are no longer published"):
         fetch_from_hub(hub, tmp_path)
 
 
-# What is asked for.
+# ---- Arguments -------------------------------------------------------------------------------------------------------
 
 
-def test_subsets_are_nested_and_whole_at_one() -> None:
+def test_subsets_are_nested_and_complete_at_fraction_one() -> None:
     files = [RemoteFile(f"{index}.tar", "") for index in range(1000)]
     sets = [{file.name for file in subset(files, fraction)} for fraction in (1e-6, 0.01, 0.1, 0.5, 1.0)]
     assert [len(names) for names in sets] == [1, 10, 100, 500, 1000]
@@ -296,7 +294,7 @@ def test_subsets_are_nested_and_whole_at_one() -> None:
     assert subset(files, 1.0) == files
 
 
-def test_fixed_addresses_have_plain_names() -> None:
+def test_files_of_fixed_urls_have_unique_names() -> None:
     for dataset in DATASETS.values():
         if not dataset.repository and not dataset.linked:
             names = [file.name for file in list_files(dataset, 0.01, None, None)]
@@ -306,15 +304,15 @@ def test_fixed_addresses_have_plain_names() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("../a.tar\thttp://h/a", "no path below a folder"),
-        ("/etc/passwd\thttp://h/a", "no path below a folder"),
-        ("a.tar http://h/a", "no list of 'name TAB URL'"),
-        ("", "no list of 'name TAB URL'"),
-        ("name\turl\n", "no list of 'name TAB URL'"),
-        ("photo.jpg\thttp://h/a", "None of the expected files"),
+        ("../a.tar\thttp://h/a", r"unsafe path '\.\./a\.tar'"),
+        ("/etc/passwd\thttp://h/a", "unsafe path '/etc/passwd'"),
+        ("a.tar http://h/a", "does not consist of 'name TAB URL' lines"),
+        ("", "does not consist of 'name TAB URL' lines"),
+        ("name\turl\n", "does not consist of 'name TAB URL' lines"),
+        ("photo.jpg\thttp://h/a", "The expected files are no longer published"),
     ],
 )
-def test_bad_links(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_link_files_raise_a_user_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "links").write_text(text)
     with pytest.raises(UserError, match=message):
         fetch.fetch("sa1b", str(tmp_path / "out"), links=str(tmp_path / "links"))
@@ -323,20 +321,20 @@ def test_bad_links(tmp_path: Path, text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dataset": "laion"}, "no data set 'laion'.*cc12m"),
-        ({"fraction": 0.0}, "fraction"),
-        ({"fraction": 1.5}, "fraction"),
-        ({"workers": 0}, "worker"),
-        ({}, "needs --links=FILE.*ai.meta.com"),
-        ({"links": "nowhere.txt"}, "cannot be read"),
+        ({"dataset": "laion"}, "Unknown data set 'laion'.*cc12m"),
+        ({"fraction": 0.0}, "--fraction must be"),
+        ({"fraction": 1.5}, "--fraction must be"),
+        ({"workers": 0}, "--workers at least 1"),
+        ({}, "requires --links=FILE.*ai.meta.com"),
+        ({"links": "nowhere.txt"}, "Cannot read the list of links nowhere.txt"),
     ],
 )
-def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise_a_user_error(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         fetch.fetch(**{"dataset": "sa1b", "out": str(tmp_path)} | arguments)
 
 
-def test_sizes_that_are_not_known_are_estimated(tmp_path: Path) -> None:
+def test_unknown_sizes_are_estimated(tmp_path: Path) -> None:
     files = [RemoteFile("a", "", 100), RemoteFile("b", ""), RemoteFile("c", "", 300)]
     with download.DownloadProgress(files, tmp_path) as progress:
         assert progress.bar.total == 600
@@ -344,9 +342,9 @@ def test_sizes_that_are_not_known_are_estimated(tmp_path: Path) -> None:
         assert progress.bar.total == 450
 
 
-def test_killed_and_started_again(server: Server, tmp_path: Path) -> None:
+def test_resumes_after_a_kill(server: Server, tmp_path: Path) -> None:
     server.files["/large.tar"] = CONTENT * 5
-    server.delay = 0.05  # 0.2 MB a second: on a busy machine, too, there is time for the kill
+    server.delay = 0.05  # 0.2 MB/s leaves time for the kill, even on a busy machine
     (tmp_path / "links").write_text(f"large.tar\t{server.url}/large.tar\n")
     flags = ["--dataset=sa1b", f"--links={tmp_path / 'links'}", f"--out={tmp_path / 'out'}"]
     command = [sys.executable, "-m", "micro_dit.data.fetch", *flags]

@@ -12,7 +12,7 @@ GRAYS = np.array([[10, 90], [170, 250]], np.uint8)
 
 
 def corners(data: bytes) -> np.ndarray:
-    """The colors in the middle of the four quadrants, (2, 2, 3)."""
+    """Returns the colors at the centers of the four quadrants, (2, 2, 3)."""
     crops, _ = crop_image(data, [16], 1)
     return crops[16][4::8, 4::8].astype(int)
 
@@ -51,7 +51,7 @@ def test_color_modes() -> None:
     np.testing.assert_array_equal(corners(encoded(quadrants().quantize(8))), QUADRANTS)
     assert np.abs(corners(encoded(quadrants().convert("CMYK"), "JPEG", quality=95)) - QUADRANTS).max() <= 6
     np.testing.assert_array_equal(corners(encoded(quadrants().convert("CMYK"), "TIFF")), QUADRANTS)
-    # Compressed, as they are found: Pillow 12 can't read the uncompressed ones that it writes.
+    # Compressed, because Pillow 12 cannot read uncompressed YCbCr files that it has written.
     assert np.abs(corners(encoded(quadrants().convert("YCbCr"), "TIFF", compression="jpeg")) - QUADRANTS).max() <= 6
 
 
@@ -74,7 +74,7 @@ def test_transparency_becomes_white() -> None:
 
 
 @pytest.mark.parametrize(("format", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})])
-def test_the_first_frame_of_an_animation(format: str, options: dict) -> None:
+def test_first_frame_of_an_animation_is_used(format: str, options: dict) -> None:
     black = Image.new("RGB", (32, 32))
     data = encoded(quadrants(), format, save_all=True, append_images=[black, black], duration=50, **options)
     assert Image.open(io.BytesIO(data)).n_frames >= 2
@@ -93,7 +93,7 @@ def test_exif_orientation(orientation: int, format: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_data_do_not_spoil_the_pixels() -> None:
+def test_damaged_exif_data_are_ignored() -> None:
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40
     assert np.abs(corners(encoded(quadrants(), "JPEG", quality=95, exif=exif)) - QUADRANTS).max() <= 4
 
@@ -118,21 +118,21 @@ def cut(format: str) -> bytes:
         (png_of_zeros(16000), "image has more than 178 megapixels"),
     ],
 )
-def test_what_cannot_be_used_says_why(data: bytes, reason: str) -> None:
+def test_unusable_images_have_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(UnusableImage, match=f"^({reason})"):
         crop_image(data, [16], 16)
 
 
-def test_a_large_image_is_judged_by_its_header() -> None:
+def test_size_is_checked_before_decoding() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # as Pillow would, from half of the limit
+        warnings.simplefilter("error")  # Pillow warns above half of the limit
         with pytest.raises(UnusableImage, match="smaller"):
             crop_image(encoded(Image.new("1", (9000, 20))), [16], 32)
 
 
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (31, 17), (16, 16), (8, 200), (257, 255), (640, 427), (7, 5)])
-def test_a_crop_is_what_resizing_all_and_then_cropping_gives(size: tuple[int, int]) -> None:
-    # No black and no white: Pillow clips between its two passes, and their order depends on the size.
+def test_crop_equals_resizing_and_then_cropping(size: tuple[int, int]) -> None:
+    # Values far from black and white avoid clipping between Pillow's two passes, whose order depends on the size.
     image = Image.fromarray(np.random.default_rng(0).integers(64, 192, (*size[::-1], 3), np.uint8))
     resized = image.resize(tuple(side * 16 // min(size) for side in size), Image.Resampling.BICUBIC)
     left, top = (round((side - 16) / 2) for side in resized.size)
@@ -142,12 +142,12 @@ def test_a_crop_is_what_resizing_all_and_then_cropping_gives(size: tuple[int, in
     assert np.abs(crop - expected).max() <= 1
 
 
-def test_a_very_long_image_is_not_resized_whole() -> None:
+def test_only_the_crop_of_a_very_long_image_is_resized() -> None:
     long = np.zeros((20, 10_000, 3), np.uint8)
     long[:, 5000:] = (0, 0, 255)
     long[:, :5000] = (255, 0, 0)
     crops, side = crop_image(encoded(Image.fromarray(long)), [256, 512], 16)
     assert side == 20
-    for resolution, crop in crops.items():  # resized whole, the second would have 131 megapixels
+    for resolution, crop in crops.items():  # at 512 px, the whole resized image would have 131 megapixels
         assert crop[:, : resolution // 2 - 40].mean((0, 1)).tolist() == [255, 0, 0]
         assert crop[:, resolution // 2 + 40 :].mean((0, 1)).tolist() == [0, 0, 255]

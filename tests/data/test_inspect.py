@@ -24,7 +24,7 @@ REJECTS = [("a", "image is too small"), ("b", "no caption"), ("c", "image is too
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Eleven pictures of one color each, from black to white, and three inputs that were left out."""
+    """Writes a folder of eleven gray images, from black to white, and three dropped inputs."""
     dropped = {"image is too small": Tally(2, ["a", "c"]), "no caption": Tally(1, ["b"])}
     altered = {"caption was cut to 4 tokens": Tally(7, list("abcdefg"))}
     manifest = tiny.make_manifest(
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def encoder(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Decodes a latent to eight times eight pixels of its color; the names it was loaded by."""
+    """Replaces the encoder by one that decodes a latent to 8×8 pixels of its color; returns the loaded names."""
     names: list[str] = []
 
     def load(name: str) -> SimpleNamespace:
@@ -64,7 +64,7 @@ def run(*argv: str, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> None:
     inspect.main(["inspect", *argv])
 
 
-def test_a_good_folder_is_described(
+def test_valid_folder_is_described(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run(str(folder), monkeypatch=monkeypatch, verify=True)
@@ -81,28 +81,26 @@ def test_a_good_folder_is_described(
     assert any(name == "split train" and value.startswith("records 11, files 1, ") for name, value in rows)
     assert ["split validation", "records 0, files 0, 0.0 MB"] in rows
     # Levels -1, -0.8, … 1 have a standard deviation of √0.4.
-    assert ["latents, 64 px", "mean_std, deviation 0.632, 0.70 × sigma_data 0.9: fits"] in rows
+    assert ["latents, 64 px", "mean_std, std 0.632, 0.70 × sigma_data 0.9: OK"] in rows
     assert ["std by channel", "0.632 0.632 0.632"] in rows
-    assert lines[-1] == "all files have the checksums of the manifest"
+    assert lines[-1] == "The checksums of all files match the manifest."
 
 
-def test_latents_of_another_scale_are_noticed(
+def test_mismatched_latent_scale_is_reported(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run(str(folder), monkeypatch=monkeypatch, sigma_data=2.0)
-    assert "0.32 × sigma_data 2: off by more than 2 times: training refuses it" in capsys.readouterr().out
+    assert "0.32 × sigma_data 2: differs by more than a factor of 2" in capsys.readouterr().out
 
 
-def test_damage_is_found_by_checksums(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_checksums_detect_damage(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     (file,) = folder.glob("train-*.array_record")
     data = bytearray(file.read_bytes())
     data[data.index(b"gray number 3")] ^= 1
     file.write_bytes(data)
-    run(str(folder), monkeypatch=monkeypatch)  # the size is right
-    assert "all files have the sizes and counts of the manifest" in capsys.readouterr().out
-    with pytest.raises(UserError, match=rf"The shard {file} has been altered"):
+    run(str(folder), monkeypatch=monkeypatch)  # the size is correct
+    assert "The sizes and record counts of all files match the manifest." in capsys.readouterr().out
+    with pytest.raises(UserError, match=rf"The shard {file} has changed"):
         run(str(folder), monkeypatch=monkeypatch, verify=True)
     file.unlink()
     with pytest.raises(UserError, match=rf"The shard {file} is missing"):
@@ -112,14 +110,14 @@ def test_damage_is_found_by_checksums(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r"rejects\.jsonl cannot be read"),
-        ("{", r"rejects\.jsonl cannot be read"),
-        ('{"id": "a"}\n', r"rejects\.jsonl cannot be read"),
-        ('{"id": "a", "reason": "no caption"}\n', r"names 0 inputs for 'image is too small', and the manifest 2"),
-        ("drop the last", r"names 1 inputs for 'image is too small', and the manifest 2"),
+        (None, r"Cannot read .*rejects\.jsonl"),
+        ("{", r"Cannot read .*rejects\.jsonl"),
+        ('{"id": "a"}\n', r"Cannot read .*rejects\.jsonl"),
+        ('{"id": "a", "reason": "no caption"}\n', r"lists 0 inputs .* 'image is too small', but the manifest counts 2"),
+        ("drop the last", r"lists 1 inputs .* 'image is too small', but the manifest counts 2"),
     ],
 )
-def test_rejects_that_do_not_add_up_are_found(
+def test_inconsistent_rejects_raise_a_user_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, message: str
 ) -> None:
     path = folder / "rejects.jsonl"
@@ -132,55 +130,55 @@ def test_rejects_that_do_not_add_up_are_found(
         run(str(folder), monkeypatch=monkeypatch, verify=True)
 
 
-def test_the_contact_sheet_shows_decoded_latents(
+def test_contact_sheet_shows_decoded_latents(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, encoder: list[str]
 ) -> None:
     run(str(folder), monkeypatch=monkeypatch, sheet=str(tmp_path / "sheet.png"), images=9)
-    assert f"9 images of train: {tmp_path / 'sheet.png'}" in capsys.readouterr().out
+    assert f"Wrote 9 images of split train to {tmp_path / 'sheet.png'}." in capsys.readouterr().out
     assert encoder == ["flat"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.text["attribution"] == "nobody, CC0"
         found = np.asarray(sheet)
     pixels = found.reshape(-1, 3)
-    tile = 128 * 128  # 64 px are shown at twice their size
+    tile = 128 * 128  # 64 px images are shown at twice their size
     for number in range(9):
         gray = round((number / 5 - 1 + 1) * 127.5)
         assert np.sum(np.all(np.abs(pixels.astype(int) - gray) <= 1, axis=1)) >= tile, number
     run(str(folder), monkeypatch=monkeypatch, sheet=str(tmp_path / "sheet.png"), vae="copy/of/it")
     assert encoder == ["flat", "copy/of/it"]
-    with pytest.raises(UserError, match=r"was made with image encoder flat \(0123\), and other is ffff: give theirs"):
+    with pytest.raises(UserError, match=r"flat \(fingerprint 0123\), but other has fingerprint ffff\. Set --vae"):
         run(str(folder), monkeypatch=monkeypatch, sheet=str(tmp_path / "sheet.png"), vae="other")
 
 
-def test_a_folder_in_the_making_tells_how_far_it_is(
+def test_unfinished_folder_reports_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     parts = {"train": ["slice-00000", "slice-00001", "slice-00002"], "validation": ["slice-00000"]}
-    journal = Journal(tmp_path / "begun", {"source": "colors"}, parts)
+    journal = Journal(tmp_path / "unfinished", {"source": "colors"}, parts)
     journal.finish_part(PartReport("train", 0, "slice-00000"))
     journal.finish_part(PartReport("train", 2, "slice-00002"))
-    run(str(tmp_path / "begun"), monkeypatch=monkeypatch)
+    run(str(tmp_path / "unfinished"), monkeypatch=monkeypatch)
     out = capsys.readouterr().out.splitlines()
-    assert "begun is not finished: it has no manifest.json" in out[0]
-    assert out[1:] == ["split train: 2 of 3 parts are done", "split validation: 0 of 1 parts are done"]
-    (tmp_path / "begun" / "plan.json").write_text("{}")
+    assert "unfinished is unfinished: it has no manifest.json" in out[0]
+    assert out[1:] == ["split train: 2 of 3 parts done", "split validation: 0 of 1 parts done"]
+    (tmp_path / "unfinished" / "plan.json").write_text("{}")
     with pytest.raises(UserError, match=r"plan\.json is damaged"):
-        run(str(tmp_path / "begun"), monkeypatch=monkeypatch)
+        run(str(tmp_path / "unfinished"), monkeypatch=monkeypatch)
 
 
-def test_the_command_line(folder: Path, tmp_path: Path) -> None:
+def test_command_line(folder: Path, tmp_path: Path) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "micro_dit.data.inspect", *arguments]
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
 
     good = call(str(folder), "--verify")
     assert good.returncode == 0, good.stderr
-    assert "all files have the checksums of the manifest" in good.stdout
+    assert "The checksums of all files match the manifest." in good.stdout
     missing = call(str(tmp_path / "nowhere"))
     assert missing.returncode == 1
     assert missing.stderr.count("\n") == 1
     assert "No shards at" in missing.stderr
-    assert "give one folder of shards" in call().stderr
+    assert "Pass exactly one folder of shards" in call().stderr
 
 
 def test_fields_are_listed() -> None:

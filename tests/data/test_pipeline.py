@@ -24,7 +24,7 @@ EXAMPLES = 23
 def write_numbers(
     out: Path, first: int = 0, counts: dict[str, int] | None = None, captions: int = 1, **others: Any
 ) -> Path:
-    """Shards whose record number n is filled with first + n, and its k-th caption with n + k / 10."""
+    """Writes shards where record n is filled with first + n, and its caption k with first + n + k / 10."""
     manifest = tiny.make_manifest((16, 32), **dict(vae=VAE, text=TEXT) | others)
 
     def record(split: str, number: int) -> Record:
@@ -45,48 +45,48 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """23 examples from 0 on, and 9 from 100 on; the first three, and two from 100 on, to validate."""
+    """Writes two folders: one with training examples 0-22 and one with 100-108, and a few validation examples."""
     folder = tmp_path_factory.mktemp("two")
     return write_numbers(folder / "large"), write_numbers(folder / "small", 100, {"train": 9, "validation": 2})
 
 
 def numbers(iterator: Any, batches: int) -> list[int]:
-    """Numbers of the examples in the next batches."""
+    """Returns the numbers of the examples in the next batches."""
     return np.concatenate([next(iterator)["latent_mean"][:, 0, 0, 0] for _ in range(batches)]).astype(int).tolist()
 
 
 # ---- One folder ------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_has_float16_arrays_of_the_asked_resolution(shards: Path) -> None:
+def test_batch_has_float16_arrays_of_the_requested_resolution(shards: Path) -> None:
     batch = next(make_train_iterator(shards, "train", 32, batch_size=5, seed=0))
     assert {name: (array.shape, str(array.dtype)) for name, array in batch.items()} == {
         "latent_mean": ((5, 4, 4, 8), "float16"),
         "latent_std": ((5, 4, 4, 8), "float16"),
         "caption": ((5, 4, 6), "float16"),
     }
-    # The arrays of a row come from one record.
+    # All arrays of a row belong to the same record.
     assert len({array[0].ravel()[0] for array in batch.values()}) == 1
     assert next(make_train_iterator(shards, "train", 16, 5, 0))["latent_mean"].shape == (5, 2, 2, 8)
 
 
-def test_samples_are_the_mean_and_have_no_std(tmp_path: Path) -> None:
+def test_posterior_samples_have_no_std(tmp_path: Path) -> None:
     folder = write_numbers(tmp_path / "shards", posterior="sample")
     batch = next(make_train_iterator(folder, "train", 32, batch_size=5, seed=0))
     assert {name: array.shape for name, array in batch.items()} == {"latent_mean": (5, 4, 4, 8), "caption": (5, 4, 6)}
     assert set(load_split(folder, "validation", 16)) == {"latent_mean", "caption", "text", "id"}
 
 
-def test_every_epoch_has_every_example_once_in_another_order(shards: Path) -> None:
+def test_every_epoch_has_every_example_once_in_a_new_order(shards: Path) -> None:
     iterator = make_train_iterator(shards, "train", 16, batch_size=4, seed=0)
-    seen = numbers(iterator, EXAMPLES)  # four epochs, whose ends lie inside batches
+    seen = numbers(iterator, EXAMPLES)  # four epochs that end inside batches
     epochs = [seen[start : start + EXAMPLES] for start in range(0, len(seen), EXAMPLES)]
     assert len(epochs) == 4
     assert all(sorted(epoch) == list(range(EXAMPLES)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_the_seed_decides_the_order(shards: Path) -> None:
+def test_seed_determines_the_order(shards: Path) -> None:
     def order(seed: int) -> list[int]:
         return numbers(make_train_iterator(shards, "train", 16, 4, seed), 5)
 
@@ -94,19 +94,19 @@ def test_the_seed_decides_the_order(shards: Path) -> None:
     assert order(1) != order(2)
 
 
-def test_the_batch_size_does_not_change_the_order(shards: Path) -> None:
+def test_batch_size_does_not_change_the_order(shards: Path) -> None:
     assert numbers(make_train_iterator(shards, "train", 16, 4, 0), 15) == numbers(
         make_train_iterator(shards, "train", 16, 10, 0), 6
     )
 
 
-def test_a_batch_may_be_larger_than_the_split(shards: Path) -> None:
+def test_batch_may_be_larger_than_the_split(shards: Path) -> None:
     seen = numbers(make_train_iterator(shards, "train", 16, batch_size=50, seed=0), 1)
     assert sorted(seen[:EXAMPLES]) == sorted(seen[EXAMPLES : 2 * EXAMPLES]) == list(range(EXAMPLES))
 
 
 @pytest.mark.parametrize("batches", [0, 2, 9, 31])
-def test_the_state_continues_exactly(shards: Path, batches: int) -> None:
+def test_state_resumes_exactly(shards: Path, batches: int) -> None:
     iterator = make_train_iterator(shards, "train", 16, batch_size=4, seed=3)
     numbers(iterator, batches + 1)
     state = iterator.get_state()
@@ -114,15 +114,15 @@ def test_the_state_continues_exactly(shards: Path, batches: int) -> None:
     fresh = make_train_iterator(shards, "train", 16, batch_size=4, seed=3)
     fresh.set_state(state)
     assert numbers(fresh, 8) == expected
-    iterator.set_state(state)  # also back, on an iterator that has gone on
+    iterator.set_state(state)  # also works backward, on an iterator that has advanced
     assert numbers(iterator, 8) == expected
 
 
-def test_each_epoch_takes_the_next_caption(tmp_path: Path) -> None:
+def test_each_epoch_uses_the_next_caption(tmp_path: Path) -> None:
     folder = write_numbers(tmp_path / "shards", counts={"train": 8}, captions=3)
 
     def captions(seed: int, epochs: int) -> list[set[tuple[int, int]]]:
-        """The number of an example and that of its caption, for each epoch."""
+        """Returns the pairs of example number and caption number in each epoch."""
         iterator = make_train_iterator(folder, "train", 16, batch_size=8, seed=seed)
         batches = [next(iterator) for _ in range(epochs)]
         pairs = [zip(b["latent_mean"][:, 0, 0, 0], b["caption"][:, 0, 0], strict=True) for b in batches]
@@ -133,7 +133,7 @@ def test_each_epoch_takes_the_next_caption(tmp_path: Path) -> None:
     assert all(len(epoch) == 8 for epoch in epochs)
     everything = set(itertools.product(range(8), range(3)))
     assert set.union(*epochs[:3]) == set.union(*epochs[3:]) == everything  # each caption once in three epochs
-    assert all(len({caption for _, caption in epoch}) == 3 for epoch in epochs)  # not the first of all, then the second
+    assert all(len({caption for _, caption in epoch}) == 3 for epoch in epochs)  # captions are mixed within an epoch
     assert captions(1, 1) != captions(0, 1)
     assert load_split(folder, "train", 16, 2)["text"] == ["number 0", "number 1"]
 
@@ -142,17 +142,17 @@ def test_each_epoch_takes_the_next_caption(tmp_path: Path) -> None:
 
 
 def global_batches(mix: str, count: int, batches: int, state: Any = None) -> tuple[list[dict[str, np.ndarray]], Any]:
-    """What `count` processes get, put together again, and the state at the end."""
+    """Returns the global batches of `count` processes, and the final state."""
     iterators = [make_train_iterator(mix, "train", 16, 8, 5, index, count) for index in range(count)]
     for iterator in iterators:
         if state is not None:
             iterator.set_state(state)
-    made = []
+    joined = []
     for _ in range(batches):
         rows = [next(iterator) for iterator in iterators]
-        made.append({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
+        joined.append({name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
     (state,) = {str(iterator.get_state()): iterator.get_state() for iterator in iterators}.values()
-    return made, state
+    return joined, state
 
 
 def assert_equal(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray]]) -> None:
@@ -163,27 +163,25 @@ def assert_equal(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.nd
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_the_order_and_the_position_do_not_depend_on_the_number_of_processes(
-    two: tuple[Path, Path], mixed: bool
-) -> None:
+def test_order_and_position_do_not_depend_on_the_number_of_processes(two: tuple[Path, Path], mixed: bool) -> None:
     mix = f"{two[0]}=0.7,{two[1]}=0.3" if mixed else str(two[0])
     expected, _ = global_batches(mix, 1, 12)
-    begun, state = global_batches(mix, 1, 5)
-    assert_equal(begun, expected[:5])
+    first, state = global_batches(mix, 1, 5)
+    assert_equal(first, expected[:5])
     for count in (2, 4):
-        continued, later = global_batches(mix, count, 3, state)
-        assert_equal(continued, expected[5:8])
-        again, _ = global_batches(mix, 8 // count, 4, later)
-        assert_equal(again, expected[8:])
+        second, later = global_batches(mix, count, 3, state)
+        assert_equal(second, expected[5:8])
+        third, _ = global_batches(mix, 8 // count, 4, later)
+        assert_equal(third, expected[8:])
 
 
 # ---- Mixes -----------------------------------------------------------------------------------------------------------
 
 
-def test_weights_are_kept_exactly_and_folders_are_covered_once_an_epoch(two: tuple[Path, Path]) -> None:
+def test_mix_has_exact_weights_and_covers_each_folder_once_per_epoch(two: tuple[Path, Path]) -> None:
     iterator = make_train_iterator(f"{two[0]}=0.7,{two[1]}=0.3", "train", 16, batch_size=10, seed=0)
     seen = [numbers(iterator, 1) for _ in range(30)]
-    assert [sum(number >= 100 for number in batch) for batch in seen] == [3] * 30  # in each batch of ten
+    assert [sum(number >= 100 for number in batch) for batch in seen] == [3] * 30  # exact in each batch of ten
     for first, count in ((0, EXAMPLES), (100, 9)):
         of_folder = [number for batch in seen for number in batch if first <= number < first + 100]
         epochs = [of_folder[start : start + count] for start in range(0, len(of_folder) - count + 1, count)]
@@ -192,7 +190,7 @@ def test_weights_are_kept_exactly_and_folders_are_covered_once_an_epoch(two: tup
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
 
 
-def test_without_weights_every_record_is_equally_likely(two: tuple[Path, Path]) -> None:
+def test_mix_without_weights_has_every_record_once_per_epoch(two: tuple[Path, Path]) -> None:
     iterator = make_train_iterator(f"{two[0]}, {two[1]}", "train", 16, batch_size=32, seed=0)
     epochs = [numbers(iterator, 1) for _ in range(3)]
     everything = [*range(EXAMPLES), *range(100, 109)]
@@ -207,7 +205,7 @@ def test_folders_of_a_mix_are_shuffled_differently(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", [(1,), (7, 3), (1, 1, 1), (1, 1_000_003), (5, 0, 2), (3, 10, 2, 999)])
-def test_dealing_is_exact_even_and_gapless(weights: tuple[int, ...]) -> None:
+def test_deal_is_exact_even_and_consecutive(weights: tuple[int, ...]) -> None:
     total = sum(weights)
     counts = [0] * len(weights)
     for position in range(min(3 * total, 5000)):
@@ -218,7 +216,7 @@ def test_dealing_is_exact_even_and_gapless(weights: tuple[int, ...]) -> None:
             assert abs(count - (position + 1) * weight / total) < len(weights)
         if (position + 1) % total == 0:
             assert counts == [weight * (position + 1) // total for weight in weights]
-    if total <= 5000:  # also as far on as any run gets
+    if total <= 5000:  # also at very large positions
         far = Counter(deal(weights, 10**15 * total + position)[0] for position in range(total))
         assert [far[folder] for folder in range(len(weights))] == list(weights)
 
@@ -230,7 +228,7 @@ def test_weights_need_not_add_up_to_one(two: tuple[Path, Path]) -> None:
     assert read_mix(f"{two[0]},{two[1]}").weights("train") == [23, 9]
 
 
-def test_a_mix_is_parsed() -> None:
+def test_parse_mix() -> None:
     assert parse_mix("data/a") == [("data/a", None)]
     assert parse_mix("data/a, data/b") == [("data/a", None), ("data/b", None)]
     assert parse_mix("a=0.7,b=3e-1") == [("a", 0.7), ("b", 0.3)]
@@ -240,18 +238,18 @@ def test_a_mix_is_parsed() -> None:
 @pytest.mark.parametrize(
     ("mix", "message"),
     [
-        ("", "names no folder"),
-        ("a,", "names no folder"),
-        ("=0.5", "names no folder"),
-        ("a,a", "or one twice"),
-        ("a=0.5,b", "weights for some folders only"),
-        ("a=x,b=1", "gives a the weight 'x': give a number"),
+        ("", "an empty or repeated folder name"),
+        ("a,", "an empty or repeated folder name"),
+        ("=0.5", "an empty or repeated folder name"),
+        ("a,a", "an empty or repeated folder name"),
+        ("a=0.5,b", "weights for only some folders"),
+        ("a=x,b=1", "the weight 'x' of a is not a number"),
         ("a=0,b=1", "a weight that is not positive"),
         ("a=-1,b=1", "a weight that is not positive"),
         ("a=nan,b=1", "a weight that is not positive"),
     ],
 )
-def test_a_wrong_mix_is_refused(mix: str, message: str) -> None:
+def test_invalid_mix_raises_a_user_error(mix: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         read_mix(mix)
     assert "\n" not in str(error.value)
@@ -273,18 +271,18 @@ def test_a_wrong_mix_is_refused(mix: str, message: str) -> None:
         (dict(caption_cleaning="deepfloyd-2"), r"caption cleanings differ \(none and deepfloyd-2\)"),
     ],
 )
-def test_folders_that_do_not_fit_are_refused_by_name(shards: Path, tmp_path: Path, others: dict, what: str) -> None:
+def test_incompatible_folders_are_named_in_the_error(shards: Path, tmp_path: Path, others: dict, what: str) -> None:
     other = write_numbers(tmp_path / "other", **others)
-    with pytest.raises(UserError, match=f"^{shards} and {other} cannot be used together, because their {what}: "):
+    with pytest.raises(UserError, match=rf"^{shards} and {other} cannot be used together because their {what}\. "):
         make_train_iterator(f"{shards},{other}", "train", 16, 4, 0)
 
 
-def test_where_no_fingerprint_is_known_the_name_is_enough(shards: Path, tmp_path: Path) -> None:
+def test_unknown_fingerprints_are_compared_by_name(shards: Path, tmp_path: Path) -> None:
     other = write_numbers(tmp_path / "other", 100, vae=dataclasses.replace(VAE, fingerprint="unverified"))
     next(make_train_iterator(f"{shards},{other}", "train", 16, 4, 0))
 
 
-def test_a_mix_has_one_manifest(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_mix_has_a_combined_manifest(two: tuple[Path, Path], tmp_path: Path) -> None:
     manifest = read_mix(f"{two[0]}=0.7,{two[1]}=0.3").manifest()
     assert (manifest.records("train"), manifest.records("validation")) == (32, 5)
     assert manifest.bytes == sum(read_manifest(folder).bytes for folder in two)
@@ -296,14 +294,14 @@ def test_a_mix_has_one_manifest(two: tuple[Path, Path], tmp_path: Path) -> None:
     manifest = read_mix(f"{train_only[0]}=0.7,{train_only[1]}=0.3").manifest()
     assert manifest.latent_std(16) == pytest.approx(np.sqrt(np.sum(shares * 2 * n**2)))
     assert manifest.statistics["16"]["mean"][0] == pytest.approx(np.sum(shares * n))
-    # One folder is itself.
+    # A mix of one folder has the manifest of the folder.
     assert read_mix(str(two[0])).manifest() == read_manifest(two[0])
 
 
 # ---- Splits in memory ------------------------------------------------------------------------------------------------
 
 
-def test_a_split_is_loaded_in_order(shards: Path) -> None:
+def test_split_is_loaded_in_order(shards: Path) -> None:
     loaded = load_split(shards, "validation", 32)
     assert loaded["text"] == ["number 0", "number 1", "number 2"]
     assert loaded["id"] == ["validation-0", "validation-1", "validation-2"]
@@ -314,13 +312,13 @@ def test_a_split_is_loaded_in_order(shards: Path) -> None:
     assert len(load_split(shards, "validation", 32, limit=9)["id"]) == 3
 
 
-def test_a_split_of_a_mix_alternates_and_is_loaded_whole(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_split_of_a_mix_alternates_and_is_loaded_completely(two: tuple[Path, Path], tmp_path: Path) -> None:
     loaded = load_split(f"{two[0]}=0.5,{two[1]}=0.5", "validation", 32)
     assert sorted(loaded["id"]) == [f"validation-{number}" for number in (0, 1, 100, 101, 2)]
     first = load_split(f"{two[0]}=0.5,{two[1]}=0.5", "validation", 32, limit=4)["id"]
     assert first == loaded["id"][:4]
     assert sorted(first) == [f"validation-{number}" for number in (0, 1, 100, 101)]
-    # A folder without the split takes no part.
+    # Folders without the split are skipped.
     third = write_numbers(tmp_path / "third", 200, {"train": 5})
     assert load_split(f"{two[0]},{third}", "validation", 32)["id"] == ["validation-0", "validation-1", "validation-2"]
     with pytest.raises(UserError, match="no examples in split 'test'"):
@@ -335,29 +333,29 @@ def test_a_split_of_a_mix_alternates_and_is_loaded_whole(two: tuple[Path, Path],
     [
         (("nowhere", "train", 16, 4, 0), "No shards at nowhere"),
         ((None, "test", 16, 4, 0), "no examples in split 'test'"),
-        ((None, "train", 64, 4, 0), "not 64 px"),
-        ((None, "train", 16, 10, 0, 0, 4), "4 processes cannot share a batch of 10 images: use a multiple"),
+        ((None, "train", 64, 4, 0), "64 px is requested"),
+        ((None, "train", 16, 10, 0, 0, 4), "batch of 10 images cannot be split over 4 processes"),
         ((None, "train", 16, 0, 0), "at least 1"),
         ((None, "train", 16, 4, -1), "at least 0"),
     ],
 )
-def test_wrong_arguments_are_refused(shards: Path, arguments: tuple, message: str) -> None:
+def test_invalid_arguments_raise_a_user_error(shards: Path, arguments: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_train_iterator(arguments[0] or shards, *arguments[1:])
 
 
-def test_a_damaged_record_stops_the_iterator_with_its_name(tmp_path: Path) -> None:
+def test_damaged_record_is_named_in_the_error(tmp_path: Path) -> None:
     folder = write_numbers(tmp_path / "shards")
     path = folder / "validation-00000-of-00001.array_record"
     data = bytearray(path.read_bytes())
     data[data.index(b"number 1")] ^= 1
     path.write_bytes(data)
     iterator = make_train_iterator(folder, "validation", 16, batch_size=3, seed=0)
-    with pytest.raises(UserError, match=r"Record 1 of .*validation-00000-of-00001\.array_record cannot be read"):
+    with pytest.raises(UserError, match=r"Cannot read record 1 of .*validation-00000-of-00001\.array_record"):
         next(iterator)
 
 
-def test_reading_needs_neither_torch_nor_tensorflow(shards: Path) -> None:
+def test_reading_imports_neither_torch_nor_tensorflow(shards: Path) -> None:
     code = (
         "import sys; from micro_dit.data.pipeline import make_train_iterator;"
         f"next(make_train_iterator({str(shards)!r}, 'train', 16, 4, 0));"

@@ -42,7 +42,7 @@ def make_manifest() -> Manifest:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten records in three files, two in one, and an empty split; every third has three captions."""
+    """Writes ten records to three files, two to one file, and an empty split; every third record has three captions."""
     records = [make_record(number, 1 if number % 3 else 3) for number in range(12)]
     splits = {"train": records[:10], "validation": records[10:], "empty": []}
     return tiny.write_folder(tmp_path / "shards", make_manifest(), splits, records_per_file=4)
@@ -59,7 +59,7 @@ def assert_same(one: Record, other: Record) -> None:
 # ---- Records ---------------------------------------------------------------------------------------------------------
 
 
-def test_fields_are_the_latents_of_each_resolution_then_the_captions() -> None:
+def test_fields_are_latents_of_each_resolution_then_captions() -> None:
     assert [(field.name, field.shape, field.per_caption) for field in FIELDS] == [
         ("latent_mean_16", (2, 2, 8), False),
         ("latent_std_16", (2, 2, 8), False),
@@ -72,8 +72,8 @@ def test_fields_are_the_latents_of_each_resolution_then_the_captions() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_record_survives_packing(seed: int) -> None:
-    """Ids and captions of any Unicode, empty ones too; arrays of any values, not finite ones too."""
+def test_packed_records_are_parsed_exactly(seed: int) -> None:
+    """Ids and captions are random Unicode strings, possibly empty; arrays have random bits, possibly not finite."""
     generator = np.random.default_rng(seed)
 
     def text(most: int) -> str:
@@ -89,7 +89,7 @@ def test_any_record_survives_packing(seed: int) -> None:
     data = pack_record(record, FIELDS)
     assert_same(parse_record(data, FIELDS), record)
     for end in generator.integers(0, len(data), 20):
-        with pytest.raises(UserError, match=r"make the shards again\.$"):
+        with pytest.raises(UserError, match=r"Rebuild the shards\.$"):
             parse_record(data[:end], FIELDS)
     with pytest.raises(UserError, match="is damaged"):
         parse_record(data + b"x", FIELDS)
@@ -102,7 +102,7 @@ def test_only_the_named_fields_are_parsed() -> None:
     np.testing.assert_array_equal(parsed.arrays["latent_std_32"], record.arrays["latent_std_32"])
 
 
-def test_what_is_no_whole_record_is_refused() -> None:
+def test_invalid_records_cannot_be_packed() -> None:
     record = make_record(3)
     with pytest.raises(ValueError, match="has no caption"):
         pack_record(record._replace(captions=()), FIELDS)
@@ -113,17 +113,17 @@ def test_what_is_no_whole_record_is_refused() -> None:
         pack_record(record, FIELDS)
 
 
-def test_a_record_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_of_another_version_raises_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     data = pack_record(make_record(3), FIELDS)
     monkeypatch.setattr(shards, "FORMAT_VERSION", 3)
-    with pytest.raises(UserError, match="has format 2, and this code reads 3"):
+    with pytest.raises(UserError, match="has format version 2, but this code reads version 3"):
         parse_record(data, FIELDS)
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read(folder: Path) -> None:
+def test_written_records_are_read_exactly(folder: Path) -> None:
     manifest = read_manifest(folder)
     check_shards(manifest, folder, checksums=True)
     assert [file.name for file in manifest.splits["train"]] == [
@@ -139,31 +139,33 @@ def test_what_is_written_is_read(folder: Path) -> None:
         assert_same(reader[number], make_record(number, 1 if number % 3 else 3))
 
 
-def test_the_manifest_survives_json(folder: Path) -> None:
+def test_manifest_round_trips_through_json(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert dataclasses.replace(manifest, splits={}, statistics={}) == make_manifest()
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
-def test_statistics_are_those_of_drawn_latents(folder: Path) -> None:
-    """Of many draws from the stored posteriors, channel by channel."""
+def test_statistics_match_sampled_latents(folder: Path) -> None:
+    """The statistics must match those of many samples from the stored posteriors, for each channel."""
     manifest = read_manifest(folder)
-    records = [make_record(number) for number in range(12)]  # captions come last: their number changes no latent
+    records = [
+        make_record(number) for number in range(12)
+    ]  # captions come last, so their number does not change the latents
     noise = np.random.default_rng(0)
     for resolution in (16, 32):
         mean, std = (
             np.stack([record.arrays[f"latent_{kind}_{resolution}"] for record in records]).astype(np.float64)
             for kind in ("mean", "std")
         )
-        drawn = mean + std * noise.standard_normal((500, *mean.shape))
+        samples = mean + std * noise.standard_normal((500, *mean.shape))
         found = manifest.statistics[str(resolution)]
         np.testing.assert_allclose(found["mean"], mean.mean((0, 1, 2)), atol=1e-12)
-        np.testing.assert_allclose(found["mean"], drawn.mean((0, 1, 2, 3)), atol=0.05)
-        np.testing.assert_allclose(found["std"], drawn.std((0, 1, 2, 3)), rtol=0.03)
-        assert manifest.latent_std(resolution) == pytest.approx(np.sqrt(np.mean(drawn**2)), rel=0.02)
+        np.testing.assert_allclose(found["mean"], samples.mean((0, 1, 2, 3)), atol=0.05)
+        np.testing.assert_allclose(found["std"], samples.std((0, 1, 2, 3)), rtol=0.03)
+        assert manifest.latent_std(resolution) == pytest.approx(np.sqrt(np.mean(samples**2)), rel=0.02)
 
 
-def test_statistics_do_not_depend_on_the_files(tmp_path: Path) -> None:
+def test_statistics_do_not_depend_on_the_number_of_files(tmp_path: Path) -> None:
     records = [make_record(number) for number in range(7)]
     folders = [tiny.write_folder(tmp_path / str(n), make_manifest(), {"train": records}, n) for n in (2, 7)]
     one, other = (read_manifest(folder).statistics for folder in folders)
@@ -171,7 +173,7 @@ def test_statistics_do_not_depend_on_the_files(tmp_path: Path) -> None:
         np.testing.assert_allclose(one[resolution][moment], other[resolution][moment], rtol=1e-12)
 
 
-def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_file_appears_only_when_complete(tmp_path: Path) -> None:
     path = tmp_path / shard_name("train", 1, 12)
     assert path.name == "train-00001-of-00012.array_record"
     with ShardFileWriter(path, FIELDS) as writer:
@@ -182,7 +184,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     assert (writer.info.name, writer.info.records, writer.info.bytes) == (path.name, 3, path.stat().st_size)
 
 
-def test_the_same_records_make_the_same_bytes_over_what_a_killed_process_left(tmp_path: Path) -> None:
+def test_partial_file_of_a_killed_process_is_overwritten(tmp_path: Path) -> None:
     infos = []
     for folder in ("one", "other"):
         path = tmp_path / folder / "train.array_record"
@@ -195,7 +197,7 @@ def test_the_same_records_make_the_same_bytes_over_what_a_killed_process_left(tm
     assert infos[0] == infos[1]
 
 
-def test_a_file_without_records_is_not_made(tmp_path: Path) -> None:
+def test_file_without_records_is_not_created(tmp_path: Path) -> None:
     with ShardFileWriter(tmp_path / "empty.array_record", FIELDS) as writer:
         pass
     assert (writer.info.records, writer.info.bytes, writer.latent_sums) == (0, 0, {})
@@ -205,7 +207,7 @@ def test_a_file_without_records_is_not_made(tmp_path: Path) -> None:
     assert latent_statistics([writer.latent_sums]) == {}
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+def test_error_removes_the_partial_file(tmp_path: Path) -> None:
     def fail() -> None:
         with ShardFileWriter(tmp_path / "train.array_record", FIELDS) as writer:
             writer.write(make_record(0))
@@ -221,7 +223,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write() failed: No space left on device")],
 )
 @pytest.mark.parametrize("fails", ["write", "close"])
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+def test_full_disk_raises_a_user_error_and_removes_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, fails: str
 ) -> None:
     class FullDisk:
@@ -237,16 +239,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
 
     monkeypatch.setattr(shard_writer, "ArrayRecordWriter", FullDisk)
     with (
-        pytest.raises(UserError, match=rf"The disk is full at {tmp_path}: free space there, and run again\.$"),
+        pytest.raises(
+            UserError, match=rf"The disk is full at {tmp_path}\. Free some space and run the same command again\.$"
+        ),
         ShardFileWriter(tmp_path / "train.array_record", FIELDS) as writer,
     ):
         writer.write(make_record(0))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+def test_write_error_names_the_file(tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match=rf"Cannot write {tmp_path}/nowhere/train.array_record .*: correct that"),
+        pytest.raises(UserError, match=rf"Cannot write {tmp_path}/nowhere/train.array_record .* Fix this"),
         ShardFileWriter(tmp_path / "nowhere" / "train.array_record", FIELDS) as writer,
     ):
         writer.write(make_record(0))
@@ -258,86 +262,86 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
-def test_missing_shards_name_the_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"No shards at .*: make them with python -m micro_dit\.precompute"):
+def test_error_for_missing_shards_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"No shards at .* Create them with python -m micro_dit\.precompute"):
         read_manifest(tmp_path / "nowhere")
 
 
-def test_an_object_store_is_refused() -> None:
-    with pytest.raises(UserError, match=r"gs://bucket/shards is in an object store.*: mount the bucket"):
+def test_object_store_url_raises_a_user_error() -> None:
+    with pytest.raises(UserError, match=r"gs://bucket/shards is in an object store.* Mount the bucket"):
         read_manifest("gs://bucket/shards")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format_version": 2}', '{"format_version": 2, "x": 2}'])
-def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
+def test_damaged_manifest_raises_a_user_error(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="is damaged"):
         read_manifest(folder)
 
 
 @pytest.mark.parametrize("version", [1, 7])
-def test_a_manifest_of_another_version_is_refused(folder: Path, version: int) -> None:
+def test_manifest_of_another_version_raises_a_user_error(folder: Path, version: int) -> None:
     (folder / "manifest.json").write_text(f'{{"format_version": {version}, "new": "things"}}')
-    with pytest.raises(UserError, match=f"has format {version}, and this code reads 2: make the shards again"):
+    with pytest.raises(UserError, match=f"has format version {version}, but this code reads version 2. Rebuild"):
         read_manifest(folder)
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"resolution": 64}, "holds latents for 16, 32 px, not 64 px"),
-        ({"caption_tokens": 77}, "caption tokens 4, not 77"),
-        ({"vae": "sdxl"}, "image encoder tiny, not sdxl"),
-        ({"text_encoder": "t5"}, "text encoder letters, not t5"),
-        ({"vae_fingerprint": "ffff"}, "image encoder fingerprint 0123, not ffff"),
-        ({"resolution": 16, "sigma_data": 0.5}, "deviation 1.4 at 16 px, but sigma_data is 0.5: set sigma_data to"),
+        ({"resolution": 64}, "have latents for 16, 32 px, but 64 px is requested"),
+        ({"caption_tokens": 77}, r"4 caption tokens, but .* for 77\. Set --config\.data\.caption_tokens=4"),
+        ({"vae": "sdxl"}, r"image encoder tiny, but .* for sdxl\. Set --config\.data\.vae to"),
+        ({"text_encoder": "t5"}, r"text encoder letters, but .* for t5\. Set --config\.data\.text_encoder=letters"),
+        ({"vae_fingerprint": "ffff"}, "image encoder fingerprint 0123, but the config asks for ffff"),
+        ({"resolution": 16, "sigma_data": 0.5}, "deviation 1.4 at 16 px, but sigma_data is 0.5. Set --config"),
         ({"resolution": 16, "sigma_data": 3.0}, "deviation 1.4 at 16 px, but sigma_data is 3"),
     ],
 )
-def test_shards_of_another_kind_are_refused(folder: Path, asked: dict, message: str) -> None:
+def test_unexpected_shards_raise_a_user_error(folder: Path, asked: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_shards(read_manifest(folder), folder, ShardExpectations(**asked))
 
 
-def test_shards_of_the_asked_kind_are_accepted(folder: Path) -> None:
+def test_expected_shards_are_accepted(folder: Path) -> None:
     expected = ShardExpectations(
         resolution=32, sigma_data=0.9, caption_tokens=4, vae="tiny", vae_fingerprint="0123", text_encoder="letters"
     )
     check_shards(read_manifest(folder), folder, expected)
 
 
-def test_names_count_where_fingerprints_are_not_known(folder: Path) -> None:
+def test_encoder_names_are_compared_without_fingerprints(folder: Path) -> None:
     known = read_manifest(folder)
     unknown = dataclasses.replace(known, vae=dataclasses.replace(VAE, fingerprint="unverified"))
     check_shards(known, folder, ShardExpectations(vae="a/copy", vae_fingerprint="0123"))
     check_shards(unknown, folder, ShardExpectations(vae="tiny", vae_fingerprint="0123"))
-    with pytest.raises(UserError, match="image encoder tiny, not other"):
+    with pytest.raises(UserError, match="image encoder tiny, but the config asks for other"):
         check_shards(unknown, folder, ShardExpectations(vae="other", vae_fingerprint="0123"))
-    with pytest.raises(UserError, match="image encoder tiny, not other"):
+    with pytest.raises(UserError, match="image encoder tiny, but the config asks for other"):
         check_shards(known, folder, ShardExpectations(vae="other"))
 
 
-def test_a_missing_shard_is_named(folder: Path) -> None:
+def test_missing_shard_is_named(folder: Path) -> None:
     (folder / "train-00001-of-00003.array_record").unlink()
     with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record is missing"):
         check_shards(read_manifest(folder), folder)
 
 
-def test_a_shard_of_another_size_is_named(folder: Path) -> None:
+def test_shard_of_wrong_size_is_named(folder: Path) -> None:
     path = folder / "train-00001-of-00003.array_record"
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record has \d+ bytes instead of \d+"):
         check_shards(read_manifest(folder), folder)
 
 
-def test_a_shard_with_another_count_is_named(folder: Path) -> None:
+def test_shard_with_wrong_record_count_is_named(folder: Path) -> None:
     path = folder / "train-00001-of-00003.array_record"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record has 0 records instead of 4"):
         check_shards(read_manifest(folder), folder)
 
 
-def test_damage_inside_a_shard_is_found_by_its_checksum_and_on_reading(folder: Path) -> None:
+def test_damaged_shard_is_detected_by_checksum_and_on_reading(folder: Path) -> None:
     path = folder / "train-00001-of-00003.array_record"
     manifest = read_manifest(folder)
     data = bytearray(path.read_bytes())
@@ -345,13 +349,13 @@ def test_damage_inside_a_shard_is_found_by_its_checksum_and_on_reading(folder: P
     data[position] ^= 1
     path.write_bytes(data)
     check_shards(manifest, folder)
-    with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record has been altered"):
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.array_record has changed"):
         check_shards(manifest, folder, checksums=True)
-    with pytest.raises(UserError, match=r"Record 5 of .*train-00001-of-00003\.array_record cannot be read"):
+    with pytest.raises(UserError, match=r"Cannot read record 5 of .*train-00001-of-00003\.array_record"):
         SplitReader(folder, manifest, "train")[5]
 
 
 @pytest.mark.parametrize("split", ["test", "empty"])
-def test_a_split_without_examples_is_refused(folder: Path, split: str) -> None:
-    with pytest.raises(UserError, match=f"no examples in split '{split}': choose one of train, validation"):
+def test_split_without_examples_raises_a_user_error(folder: Path, split: str) -> None:
+    with pytest.raises(UserError, match=f"no examples in split '{split}'. Splits with examples: train, validation"):
         SplitReader(folder, read_manifest(folder), split)

@@ -18,12 +18,12 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 
 def quadrants(colors: np.ndarray = QUADRANTS, side: int = 32) -> Image.Image:
-    """Four squares of different colors."""
+    """Returns an image of four squares of different colors."""
     return Image.fromarray(colors.repeat(side // 2, 0).repeat(side // 2, 1))
 
 
 def png_of_zeros(side: int) -> bytes:
-    """A black-and-white PNG that is small on disk, made without holding it in memory."""
+    """Returns a black PNG file that is small on disk but huge when decoded, without allocating its pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,4 +1,4 @@
-"""Folders in the formats that encoders are published in: tiny ones, with random weights."""
+"""Writes tiny encoders with random weights in the formats of published encoders."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ CLIP_SIZES: dict[str, Any] = {
 
 
 def shake(model: torch.nn.Module) -> None:
-    """Adds noise to all parameters, norms and biases too: ones and zeros would hide mistakes."""
+    """Adds noise to all parameters, because norms of ones and biases of zeros would hide errors."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -27,7 +27,7 @@ def shake(model: torch.nn.Module) -> None:
 
 
 def write_clip_tokenizer(folder: Path, pad_token: Any = None) -> dict[str, int]:
-    """CLIP's files with few merges: the 256 bytes ('!' is 0), the same at the end of a word, and WORDS."""
+    """Writes a CLIP tokenizer with the 256 bytes ('!' is 0), the same at the end of a word, and WORDS."""
     letters = sorted(ByteLevel.alphabet())
     tokens, merges = letters + [letter + "</w>" for letter in letters], []
     for word in WORDS:
@@ -47,7 +47,7 @@ def write_clip_tokenizer(folder: Path, pad_token: Any = None) -> dict[str, int]:
 
 
 def write_clip(folder: Path, tokenizer: Path | None = None, pad_token: Any = None, **settings: Any) -> CLIPTextModel:
-    """transformers' CLIPTextModel with its tokenizer, and the model itself."""
+    """Writes a CLIPTextModel of transformers with its tokenizer, and returns the model."""
     vocabulary = write_clip_tokenizer(tokenizer or folder, pad_token)
     config = CLIPTextConfig(vocab_size=len(vocabulary), eos_token_id=len(vocabulary) - 1, **CLIP_SIZES | settings)
     model = CLIPTextModel(config)
@@ -57,7 +57,7 @@ def write_clip(folder: Path, tokenizer: Path | None = None, pad_token: Any = Non
 
 
 def open_clip_tensors(model: CLIPTextModel) -> dict[str, torch.Tensor]:
-    """The same weights under OpenCLIP's names, with queries, keys and values in one."""
+    """Returns the weights under the names of OpenCLIP, with concatenated queries, keys and values."""
     names = {
         "layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
         "mlp.fc2": "mlp.c_proj",
@@ -83,7 +83,7 @@ def open_clip_tensors(model: CLIPTextModel) -> dict[str, torch.Tensor]:
 
 
 def write_open_clip(folder: Path, model: CLIPTextModel, prefix: str = "") -> None:
-    """The model in OpenCLIP's format; `prefix` is 'text.' in newer files."""
+    """Writes the model in OpenCLIP format; `prefix` is 'text.' in newer files."""
     write_clip_tokenizer(folder)
     config = model.config
     text = {
@@ -101,7 +101,7 @@ def write_open_clip(folder: Path, model: CLIPTextModel, prefix: str = "") -> Non
 
 
 def write_t5(folder: Path) -> T5EncoderModel:
-    """A tiny T5 v1.1 encoder, and a tokenizer with a piece for each letter and some words."""
+    """Writes a tiny T5 v1.1 encoder and a tokenizer with one piece per letter and some words; returns the encoder."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(letter, -5.0) for letter in letters] + [("▁" + word, -1.0) for word in WORDS]

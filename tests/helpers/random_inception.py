@@ -1,4 +1,4 @@
-"""The FID network with random weights, and images for it."""
+"""Provides random weights and input images for the FID network."""
 
 import zlib
 
@@ -8,10 +8,10 @@ from micro_dit.evaluation.inception import layers
 
 
 def random_tensors() -> dict[str, np.ndarray]:
-    """By PyTorch's names; of a size that keeps activations alive from layer to layer, and norms that do something."""
+    """Returns random weights by PyTorch names, scaled so that activations neither vanish nor explode."""
     tensors = {}
     for name, shape in layers().items():
-        generator = np.random.RandomState(zlib.crc32(name.encode()))  # whose numbers stay the same forever
+        generator = np.random.RandomState(zlib.crc32(name.encode()))  # RandomState has a stable stream
         tensors[f"{name}.conv.weight"] = generator.randn(*shape) * np.sqrt(2 / np.prod(shape[1:]))
         for part, around in (("weight", 1), ("bias", 0), ("running_mean", 0)):
             tensors[f"{name}.bn.{part}"] = around + 0.1 * generator.randn(shape[0])
@@ -20,7 +20,7 @@ def random_tensors() -> dict[str, np.ndarray]:
 
 
 def images() -> np.ndarray:
-    """Two, smaller and not square, so that rows and columns are resized by different rules: (2, 96, 128, 3) uint8."""
+    """Returns two images, (2, 96, 128, 3) uint8, whose rows and columns are resized by different factors."""
     generator = np.random.RandomState(0)
     coarse = generator.rand(2, 6, 8, 3).repeat(16, 1).repeat(16, 2)
     return np.clip(256 * (0.8 * coarse + 0.2 * generator.rand(2, 96, 128, 3)), 0, 255).astype(np.uint8)

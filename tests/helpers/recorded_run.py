@@ -1,4 +1,4 @@
-"""Run by test_resume.py: the command `python -m micro_dit.main`, which also writes down every batch that it takes."""
+"""Runs the command `python -m micro_dit.main` and records every training batch. Used by test_resume.py."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def checksum(batch: Mapping[str, np.ndarray]) -> int:
 
 
 class Recorded:
-    """An iterator that adds a line to a file for each batch: what data it is of, its number, its checksum."""
+    """An iterator that appends a line to a file for each batch: the data, its position and its checksum."""
 
     def __init__(self, iterator: Any, data: str, path: str) -> None:
         self.iterator, self.data, self.path = iterator, data, path
@@ -27,7 +27,7 @@ class Recorded:
         position = json.dumps(self.iterator.get_state(), sort_keys=True)
         batch = next(self.iterator)
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(file, (json.dumps([self.data, position, checksum(batch)]) + "\n").encode())  # whole or not at all
+        os.write(file, (json.dumps([self.data, position, checksum(batch)]) + "\n").encode())  # one atomic write
         os.close(file)
         return batch
 

@@ -1,4 +1,4 @@
-"""What the tests of sources share: small images, archives, and a reader that checks what every source promises."""
+"""Helpers for tests of data sources: small images, archives, and a reader that checks the contract of every source."""
 
 import io
 import pickle
@@ -13,8 +13,8 @@ from PIL import Image
 from micro_dit.data.sources import Example, Reject, open_source
 
 
-def picture(color: str, format: str = "JPEG") -> bytes:
-    """An image file of one color."""
+def image_file(color: str, format: str = "JPEG") -> bytes:
+    """Returns the contents of an image file of one color."""
     file = io.BytesIO()
     Image.new("RGB", (24, 16), color).save(file, format)
     return file.getvalue()
@@ -31,7 +31,7 @@ def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], m
 
 
 def write_zip(path: Path, members: dict[str, bytes]) -> None:
-    """Writes a zip, uncompressed as image archives are."""
+    """Writes an uncompressed zip file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
@@ -46,32 +46,32 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def read_source(spec: str | Path, split: str = "train", exact: bool = True) -> list[Example | Reject]:
-    """Reads a split, and checks on the way what each source promises.
+    """Reads a split and checks that the source follows its contract.
 
     Args:
-        spec: As `open_source` takes it.
-        split: The split.
-        exact: The parts know their lengths.
+        spec: Argument of `open_source`.
+        split: Name of the split.
+        exact: Whether the lengths of the parts are exact.
     """
     parts, again = (open_source(str(spec), px=32).parts(split) for _ in range(2))
     assert [part.name for part in parts] == [part.name for part in again]
     assert len({part.name for part in parts}) == len(parts)
     items = []
     for part, same in zip(parts, again, strict=True):
-        travelled = pickle.loads(pickle.dumps(same))
+        unpickled = pickle.loads(pickle.dumps(same))
         content = list(part)
-        assert content == list(part) == list(travelled)
-        assert len(travelled) == len(part)
+        assert content == list(part) == list(unpickled)
+        assert len(unpickled) == len(part)
         if exact:
             assert len(part) == len(content)
         if hasattr(part, "__getitem__"):
             assert [part[number] for number in range(len(part))] == content
-            assert [travelled[number] for number in range(len(part))] == content
+            assert [unpickled[number] for number in range(len(part))] == content
         items += content
     examples = examples_of(items)
     assert len({example.id for example in examples}) == len(examples)
     for item in items:
-        item.id.encode()  # as UTF-8
+        item.id.encode()  # raises an error for invalid Unicode
     for example in examples:
         assert example.captions
         assert isinstance(example.image, bytes)
@@ -84,10 +84,10 @@ def examples_of(items: Iterable[Any]) -> list[Example]:
 
 
 def captions_of(items: Iterable[Any]) -> dict[str, tuple[str, ...]]:
-    """Captions by id, of the examples."""
+    """Returns the captions of the examples by id."""
     return {item.id: item.captions for item in examples_of(items)}
 
 
 def rejects_of(items: Iterable[Any]) -> dict[str, str]:
-    """Reasons by id, of the rejects."""
+    """Returns the reasons of the rejects by id."""
     return {item.id: item.reason for item in items if isinstance(item, Reject)}

@@ -1,6 +1,6 @@
-"""Encoders that can be checked by eye and load in no time.
+"""Defines simple encoders that load instantly and whose outputs are easy to check.
 
-Also the command with them in place of real ones: `python tests/helpers/stub_encoders.py --source=… --vae=SECONDS …`.
+Also runs precompute with these encoders: `python -m tests.helpers.stub_encoders --source=… --vae=SECONDS …`.
 """
 
 import time
@@ -10,12 +10,12 @@ import numpy as np
 
 
 class MeanColor:
-    """An image encoder whose latents are the mean color of each 8×8 patch, and 0.5."""
+    """An image encoder whose latent mean is the mean color of each 8×8 patch and whose latent std is 0.5."""
 
     name, fingerprint, channels, downsample = "mean-color", "0123", 3, 8
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds  # for a batch
+        self.seconds = seconds  # delay per batch
 
     def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         time.sleep(self.seconds)
@@ -26,7 +26,7 @@ class MeanColor:
 
 
 class Letters:
-    """A text encoder with a token for each letter."""
+    """A text encoder with one token per letter."""
 
     name, fingerprint, tokens, channels = "letters", "4567", 5, 2
 
@@ -42,7 +42,7 @@ class Letters:
 
 
 def install(image: Any = None, text: Any = None) -> dict[str, Any]:
-    """What to put in place of the two functions that load encoders."""
+    """Returns replacements for the two functions that load encoders, by their qualified names."""
     return {
         "micro_dit.encoders.image.load_image_encoder": lambda *arguments: image or MeanColor(),
         "micro_dit.encoders.text.load_text_encoder": lambda *arguments: text or Letters(),

@@ -1,6 +1,6 @@
-"""A network, shards and a run small enough for tests: seconds to compile, milliseconds a step.
+"""Provides a network, shards and a run that are small enough for tests: seconds to compile, milliseconds per step.
 
-Also a config file: `python -m micro_dit.main --config=tests/helpers/tiny.py:FOLDER_OF_SHARDS`.
+Can also be used as a config file: `python -m micro_dit.main --config=tests/helpers/tiny.py:FOLDER_OF_SHARDS`.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ UNMASKED: dict[str, Any] = dict(
 
 
 def network(**overrides: Any) -> DiTConfig:
-    """16 tokens; the second block of the mixer and the first of the backbone have experts; widths differ."""
+    """Returns a config with 16 tokens, different widths, and experts in one mixer block and one backbone block."""
     return make_config(**SIZE | dict(input_size=8, caption_channels=TEXT.channels) | overrides)
 
 
 def random_params(config: DiTConfig, seed: int = 0) -> dict[str, jax.Array]:
-    """Parameters none of which is zero, so that everything has an influence."""
+    """Returns random parameters without zeros, so that every parameter affects the output."""
     generator = np.random.default_rng(seed)
     params = {}
     for name, leaf in abstract_params(config).items():
@@ -56,7 +56,7 @@ def random_params(config: DiTConfig, seed: int = 0) -> dict[str, jax.Array]:
 
 
 def inputs(config: DiTConfig, images: int = 3, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x, t and y for the network."""
+    """Returns random inputs x, t and y of the network."""
     generator = np.random.default_rng(seed)
     side = config.input_size
     shapes = ((images, side, side, config.in_channels), (images,), (images, TEXT.tokens, config.caption_channels))
@@ -71,7 +71,7 @@ def make_manifest(
     posterior: str = "mean_std",
     **others: Any,
 ) -> Manifest:
-    """A manifest to be written with `write_folder`, which adds files and statistics."""
+    """Returns a manifest for `write_folder`, which adds the files and statistics."""
     fields = record_fields(resolutions, posterior, vae, text)
     fixed = dict(source="noise", attribution="nobody", dropped={}, altered={}, statistics={}, caption_cleaning="none")
     return Manifest(
@@ -82,7 +82,7 @@ def make_manifest(
 def write_folder(
     out: Path, manifest: Manifest, splits: Mapping[str, Sequence[Record]], records_per_file: int = 16
 ) -> Path:
-    """A folder of shards that holds these records."""
+    """Writes a folder of shards with the given records."""
     out.mkdir(parents=True)
     files: dict[str, tuple[ShardFile, ...]] = {}
     sums = []
@@ -103,7 +103,7 @@ def write_shards(
     out: Path, resolutions: tuple[int, ...] = (64,), text: TextEncoderInfo = TEXT, vae: ImageEncoderInfo = VAE,
     scale: float = 1.0, **others: Any,
 ) -> Path:  # fmt: skip
-    """Shards of noise: 23 examples to train on, 5 to validate; `scale` multiplies the latents."""
+    """Writes shards of noise with 23 training and 5 validation examples; `scale` multiplies the latents."""
     generator = np.random.default_rng(0)
     manifest = make_manifest(resolutions, vae, text, **others)
 
@@ -118,7 +118,7 @@ def write_shards(
 
 
 def load_config_file(path: Path, argument: str | None = None) -> ConfigDict:
-    """What a config file returns for an argument."""
+    """Returns the config that a config file returns for an argument."""
     module = load_module(path)
     return module.get_config() if argument is None else module.get_config(argument)
 
@@ -133,7 +133,7 @@ def load_module(path: Path) -> Any:
 
 
 def get_config(shards: str) -> ConfigDict:
-    """A run of two phases, of which the second keeps a moving average; it needs no encoders."""
+    """Returns the config of a run with two phases, of which the second has EMA weights; it needs no encoders."""
     config = load_module(CONFIGS / "mask75.py").base(name="tiny")
     config.model.update(SIZE)
     config.data.update(shards=str(shards), vae=VAE.name, text_encoder=TEXT.name, caption_tokens=TEXT.tokens, heldout="")
@@ -145,7 +145,7 @@ def get_config(shards: str) -> ConfigDict:
 
 
 def read_checkpoint(workdir: Path, step: int | None = None) -> dict[str, Any]:
-    """All parts of a checkpoint (by default the newest), on the host."""
+    """Returns all parts of a checkpoint (by default the newest) as numpy arrays."""
     checkpoints = Checkpoints(workdir)
     step = checkpoints.steps[0] if step is None else step
     parts = checkpoints._orbax.checkpointables_metadata(step).metadata
@@ -155,12 +155,12 @@ def read_checkpoint(workdir: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def assert_close(actual: Any, desired: Any) -> None:
-    """Within 1e-5 of the largest value: one that is small by chance was rounded where its neighbors are large."""
+    """Asserts equality within 1e-5 of the largest value, since small values have the rounding errors of large ones."""
     np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-5 * np.abs(desired).max())
 
 
 def assert_same_end(workdir: Path, other: Path) -> None:
-    """Both runs ended with bitwise the same state, at the same position in the data."""
+    """Asserts that two runs ended with bitwise identical states, at the same position in the data."""
     ours, theirs = read_checkpoint(workdir), read_checkpoint(other)
     assert {"params", "opt", "ema", "meta"} <= set(ours)
     assert set(ours) == set(theirs)
@@ -171,7 +171,7 @@ def assert_same_end(workdir: Path, other: Path) -> None:
 
 
 class Blocks:
-    """An image encoder whose latents are the colors of blocks of 2×2 pixels, and alpha that says nothing."""
+    """An image encoder whose latents are the colors of blocks of 2×2 pixels and a fourth channel of zeros."""
 
     name, fingerprint, channels, downsample = "noise", "0123", 4, 2
 
@@ -185,7 +185,7 @@ class Blocks:
 
 
 class Words:
-    """A text encoder with a token for each word, and one at the end; it notes what it is given."""
+    """A text encoder with one token per word and an end token, which records its inputs in `encoded`."""
 
     name, fingerprint, tokens, channels = "noise", "4567", 4, 12
 

@@ -1,12 +1,13 @@
-"""A folder of shards in the making: what is to be made, which parts are done, and how they become one manifest.
+"""Tracks the progress of a folder of shards that is being written.
 
-    plan.json                  the settings and the names of all parts, written first; other settings are refused
-    parts/train-00003.json     what became of a part, written when its shard files are whole
-    rejects.jsonl              every input that was left out, and why
-    manifest.json              written last: the folder is whole
+    plan.json                  the settings and the names of all parts, written first; runs with other settings fail
+    parts/train-00003.json     the report of a part, written when its shard files are complete
+    rejects.jsonl              every dropped input and the reason
+    manifest.json              written last, when the folder is complete
 
-A process may be killed at any moment: what has its last name is whole, and what has not is made again. Several hosts
-may work in one folder, on different parts; the last one to finish, or two at once, write the same manifest.
+A process may be killed at any moment. Files are renamed to their final names once they are complete, and incomplete
+parts are processed again. Several hosts may process different parts of one folder; the host that finishes last writes
+the manifest. If two hosts finish at the same time, both write identical manifests.
 """
 
 import dataclasses
@@ -29,13 +30,16 @@ PLAN, PARTS, REJECTS = "plan.json", "parts", "rejects.jsonl"
 
 @dataclasses.dataclass
 class PartReport:
-    """What became of a part's items: each is in a file or in `rejects`.
+    """The result of processing one part: every item is either in a file or in `rejects`.
 
     Attributes:
-        index: the part's place in the split.
-        files: its shard files by the split that they belong to.
-        rejects: id and reason of each item that was left out, in order.
-        latent_sums: of each file, for the statistics of all.
+        split: Split of the source.
+        index: Index of the part in the split.
+        name: Name of the part.
+        files: The shard files of the part, by the split of the output.
+        rejects: Id and reason of each dropped item, in order.
+        altered: Items that were kept after a change, by the kind of change.
+        latent_sums: Sums of the latents of each file, for the statistics of the manifest.
     """
 
     split: str
@@ -48,7 +52,7 @@ class PartReport:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Parses a report; raises ValueError, KeyError or TypeError for anything else."""
+        """Parses a report; raises ValueError, KeyError or TypeError for any other text."""
         values = json.loads(text)
         files = {split: ShardFile(**file) for split, file in values["files"].items()}
         altered = {reason: Tally(**tally) for reason, tally in values["altered"].items()}
@@ -56,51 +60,54 @@ class PartReport:
 
 
 class Journal:
-    """The work on a folder, as one of its processes sees it."""
+    """The progress of a folder of shards, as used by one process."""
 
     def __init__(
         self, out: str | Path, settings: Mapping[str, Any], parts: Mapping[str, Sequence[str]], process_index: int = 0
     ):
-        """Opens the folder, or makes it.
+        """Opens the folder, or creates it.
 
-        The settings are everything that the records depend on, with values as JSON has them; the parts are named by
-        split of the source.
+        Args:
+            out: Path of the folder.
+            settings: All settings that the records depend on, as JSON values.
+            parts: Names of the parts, by split of the source.
+            process_index: Index of this process.
 
         Raises:
-            UserError: the folder holds something else, or was begun with other settings.
+            UserError: The folder contains other files, or was started with other settings.
         """
         if "://" in str(out):
-            raise UserError(f"{out} is not on a disk: make the shards in a local folder, and copy them there.")
+            raise UserError(f"{out} is not a local folder. Set --out to a local folder, and copy the shards afterward.")
         self.folder = Path(out).expanduser()
         self.parts = {split: list(names) for split, names in parts.items()}
-        # Of this process alone, so that no two write the same temporary file.
+        # Each process has its own folder for temporary files.
         self._own = self.folder / PARTS / f"process-{process_index}"
         wanted = {**settings, "parts": self.parts}
         if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file: choose another name for the folder of shards.")
+            raise UserError(f"{self.folder} is a file. Set --out to a folder.")
         if not (self.folder / PLAN).exists():
             if (self.folder / MANIFEST).exists():
-                raise UserError(f"{self.folder} holds finished shards of unknown settings: choose another folder.")
+                raise UserError(f"{self.folder} has finished shards but no {PLAN}. Set --out to another folder.")
             if self.folder.exists() and any(path.name not in (PARTS, PLAN) for path in self.folder.iterdir()):
-                raise UserError(f"{self.folder} is not empty, and no shards were begun there: choose another folder.")
+                raise UserError(f"{self.folder} is not empty and has no {PLAN}. Set --out to a new or empty folder.")
             write_atomically(self._own / PLAN, json.dumps(wanted, indent=2) + "\n")
             (self._own / PLAN).replace(self.folder / PLAN)
         old, new = _by_name(json.loads((self.folder / PLAN).read_text(encoding="utf-8"))), _by_name(wanted)
         for name in [*old, *new]:
             if old.get(name) != new.get(name):
                 raise UserError(
-                    f"{self.folder} was begun with {name} {old.get(name)}, not {new.get(name)}: use the same again, or "
-                    "choose another folder."
+                    f"{self.folder} was started with {name} {old.get(name)}, but this run has {new.get(name)}. Use the "
+                    "original settings, or set --out to another folder."
                 )
-        shutil.rmtree(self._own, ignore_errors=True)  # a killed process may have left it
+        shutil.rmtree(self._own, ignore_errors=True)  # left by a killed process
 
     @property
     def finished(self) -> bool:
-        """Whether the folder is whole."""
+        """Whether the folder is complete, including its manifest."""
         return (self.folder / MANIFEST).exists()
 
     def read_part(self, split: str, index: int) -> PartReport | None:
-        """The report of a part that is done; None if it is not, or if its files are not there in full."""
+        """Returns the report of a finished part, or None if the part is unfinished or its files are incomplete."""
         try:
             report = PartReport.from_json(self._report_path(split, index).read_text(encoding="utf-8"))
             for file in report.files.values():
@@ -112,24 +119,27 @@ class Journal:
 
     @property
     def complete(self) -> bool:
-        """Whether all parts are done."""
+        """Whether all parts are finished."""
         return None not in self._reports()
 
     def finish_part(self, report: PartReport) -> None:
-        """Records that a part is done; its files have their last names by now.
+        """Writes the report of a part, whose shard files must be complete.
 
         Raises:
-            UserError: the disk is full, or another failure of writing.
+            UserError: The disk is full, or the report cannot be written.
         """
-        # A plain dictionary: Python 3.11 cannot copy another kind.
+        # On Python 3.11, dataclasses.asdict cannot copy a defaultdict.
         plain = dataclasses.asdict(dataclasses.replace(report, altered=dict(report.altered)))
         write_atomically(self._report_path(report.split, report.index), json.dumps(plain) + "\n")
 
     def merge(self, manifest: Manifest) -> None:
-        """Makes the folder whole when all parts are done; the manifest still lacks files, counts and statistics.
+        """Completes the folder after all parts are finished: writes the rejects and the manifest.
+
+        Args:
+            manifest: Manifest without files, counts and statistics, which are added here.
 
         Raises:
-            UserError: not a single input is usable, or the disk is full.
+            UserError: No input is usable, or the disk is full.
         """
         dropped: defaultdict[str, Tally] = defaultdict(Tally)
         altered: defaultdict[str, Tally] = defaultdict(Tally)
@@ -140,7 +150,7 @@ class Journal:
             self._own.mkdir(parents=True, exist_ok=True)
             with rejects.open("w", encoding="utf-8", newline="\n") as lines:
                 for report in self._reports():
-                    assert report is not None, "merged before all parts were done"
+                    assert report is not None, "merge requires that all parts are finished"
                     for split, file in report.files.items():
                         files[split].append(file)
                     sums += report.latent_sums
@@ -155,8 +165,10 @@ class Journal:
                 os.fsync(lines.fileno())
             rejects.replace(self.folder / REJECTS)
         if not any(file.records for file in itertools.chain.from_iterable(files.values())):
-            reasons = ", ".join(f"{reason} ({tally.count})" for reason, tally in dropped.items()) or "it is empty"
-            raise UserError(f"No example of {manifest.source} is usable: {reasons}.")
+            reasons = ", ".join(f"{reason} ({tally.count})" for reason, tally in dropped.items()) or "no items found"
+            raise UserError(
+                f"The source {manifest.source} has no usable examples: {reasons}. Correct --source or the data."
+            )
         manifest = dataclasses.replace(
             manifest,
             dropped=dict(dropped),
@@ -167,11 +179,11 @@ class Journal:
         write_manifest(self._own, manifest)
         (self._own / MANIFEST).replace(self.folder / MANIFEST)
         self._own.rmdir()
-        for left in (self.folder / PARTS).glob(".*.tmp"):  # by a process that was killed; all parts are written by now
+        for left in (self.folder / PARTS).glob(".*.tmp"):  # left by killed processes
             left.unlink(missing_ok=True)
 
     def _reports(self) -> Iterator[PartReport | None]:
-        """Returns what `read_part` returns of each part, in order."""
+        """Returns the result of `read_part` for each part, in order."""
         return (self.read_part(split, index) for split, names in self.parts.items() for index in range(len(names)))
 
     def _report_path(self, split: str, index: int) -> Path:
@@ -181,11 +193,11 @@ class Journal:
 def check_process(index: int, count: int) -> None:
     """Raises UserError if the index of a process is out of range."""
     if not 0 <= index < count:
-        raise UserError(f"The process index must be from 0 to {count - 1}, not {index}.")
+        raise UserError(f"--process_index must be from 0 to {count - 1}, not {index}.")
 
 
 def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested settings by dotted names; each list as its length and then its items."""
+    """Returns nested settings as a flat dictionary; a list is represented by its length and its items."""
     flat: dict[str, Any] = {}
     for name, value in flatten(settings).items():
         if isinstance(value, list):

@@ -1,15 +1,16 @@
-"""Latents that the public PyTorch release of MicroDiT has prepared (MosaicML's MDS files) become our shards.
+"""Converts latents prepared by the public PyTorch release of MicroDiT (MosaicML MDS files) to shards.
 
-The release writes one folder a GPU, each with files of samples and an `index.json`, and merges the indexes:
+The release writes one folder per GPU, each with files of samples and an `index.json`, and a merged index:
 
-    index.json              version 2: of each file its name, size, number of samples and columns, also of sub-folders
+    index.json              version 2: name, size, number of samples and columns of each file, including sub-folders
     0/index.json            the same for this folder
     0/shard.00000.mds       or .mds.zstd: uint32 number of samples n, uint32 offsets (n + 1), a description, the samples
     1/shard.00000.mds
 
-A sample is the uint32 sizes of those columns that have no fixed one, then the columns' bytes, all little-endian. The
-columns that count here: `caption` (UTF-8), `caption_latents` (L, Y) and, for each resolution, `latents_256` (C, 32, 32)
-or `latents_512` (C, 64, 64), all float16. Latents are samples of the posterior, multiplied by the scaling factor.
+A sample consists of the uint32 sizes of all columns without a fixed size, followed by the bytes of all columns, all
+little-endian. The converter reads the columns `caption` (UTF-8), `caption_latents` (L, Y) and, for each resolution,
+`latents_256` (C, 32, 32) or `latents_512` (C, 64, 64); arrays are float16. The latents are samples from the posterior,
+multiplied by the scaling factor.
 """
 
 import contextlib
@@ -36,24 +37,26 @@ from micro_dit.errors import UserError
 
 ATTRIBUTION = "latents in MosaicML MDS files; the licenses are those of the data sets that they were made from"
 SPLIT = "train"
-DOWNSAMPLE = 8  # pixels per latent of every autoencoder that the release takes
-CAPTION_SHAPES = ((77, 1024), (77, 768), (120, 4096))  # (L, Y) of the text encoders that the release takes
+DOWNSAMPLE = 8  # pixels per latent of all autoencoders that the release supports
+CAPTION_SHAPES = ((77, 1024), (77, 768), (120, 4096))  # (L, Y) of the text encoders that the release supports
 UINT32, FLOAT16 = np.dtype("<u4"), np.dtype("<f2")
-BYTES_IN_A_PART = 1 << 30  # of MDS files; a part becomes one shard file
+BYTES_IN_A_PART = 1 << 30  # size of the MDS files of a part; each part becomes one shard file
 
-WRONG_SIZE = "an array has another size than the others"
+WRONG_SIZE = "size of an array differs from the other samples"
 NOT_FINITE = "latents or caption embedding are not finite in float16"
 
 
 class MdsFile(NamedTuple):
-    """A file of samples, as an index describes it.
+    """A file of samples, as described by an index.
 
     Attributes:
-        name: path below the data set's folder, without the ending of compression.
-        path: the file that is there.
-        compressed: whether that is by zstd.
-        bytes: size before compression.
-        sizes: bytes of each column; None if they vary from sample to sample.
+        name: Path relative to the folder of the data set, without the suffix of the compression.
+        path: Path of the existing file.
+        compressed: Whether the file is compressed with zstd.
+        bytes: Size before compression.
+        samples: Number of samples.
+        columns: Names of the columns.
+        sizes: Size of each column in bytes; None if it varies between samples.
     """
 
     name: str
@@ -66,7 +69,7 @@ class MdsFile(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the samples hold: sides of the images in pixels, latent channels C, caption tokens L and channels Y."""
+    """The shapes of a sample: sides of the images in pixels, latent channels C, caption tokens L and channels Y."""
 
     resolutions: tuple[int, ...]
     channels: int
@@ -76,7 +79,7 @@ class Layout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MdsPart:
-    """Files that are converted together."""
+    """Consecutive files that are converted to one shard file."""
 
     files: tuple[MdsFile, ...]
 
@@ -100,15 +103,24 @@ def convert_mds(
     process_count: int = 1,
     report: Callable[[str], None] = print,
 ) -> Manifest | None:
-    """Converts the MDS latents in a folder and its sub-folders to shards; this needs no device.
+    """Converts the MDS latents in a folder and its sub-folders to shards. Does not use an accelerator.
 
-    Returns the manifest, or None if other processes still have parts to convert. The encoders are those that made the
-    latents and embeddings; `vae` may be a local folder, whose fingerprint is taken. By default all resolutions in
-    pixels that there are are converted.
+    Args:
+        folder: Folder with an `index.json`.
+        out: Output folder.
+        vae: Image encoder that computed the latents; if it is a local folder, its fingerprint is stored.
+        text_encoder: Text encoder that computed the caption embeddings.
+        resolutions: Resolutions to convert, in pixels; by default all available ones.
+        process_index: Index of this process.
+        process_count: Number of processes that share the work.
+        report: Called with each line of progress.
+
+    Returns:
+        The manifest, or None if other processes still have parts to convert.
 
     Raises:
-        UserError: there are no such files or some are missing, they hold something else, `out` was begun with other
-            settings, no sample is usable, or the disk is full.
+        UserError: MDS files are missing or of another format, `out` was started with other settings, no sample is
+            usable, or the disk is full.
     """
     check_process(process_index, process_count)
     files = list_mds(folder)
@@ -124,26 +136,26 @@ def convert_mds(
     }
     journal = Journal(out, settings, {SPLIT: [part.name for part in parts]}, process_index)
     if journal.finished:
-        report(f"{out} is finished: nothing is left to do")
+        report(f"{out} is already complete")
         return read_manifest(out)
     own = range(process_index, len(parts), process_count)
     jobs = [index for index in own if journal.read_part(SPLIT, index) is None]
     done, total, started = 0, sum(len(parts[index]) for index in jobs), time.monotonic()
-    report(f"{len(jobs)} of {len(own)} parts to convert: {total} samples of {folder}")
+    report(f"{len(jobs)} of {len(own)} parts to convert: {total} samples in {folder}")
     for index in jobs:
         journal.finish_part(convert_part(parts[index], index, len(parts), journal.folder, layout, manifest))
         done += len(parts[index])
         rate = done / (time.monotonic() - started)
-        report(f"{done} of {total} samples, {rate:.0f} a second, {(total - done) / rate:.0f} s left")
+        report(f"{done} of {total} samples, {rate:.0f} samples/s, {(total - done) / rate:.0f} s left")
     if not journal.complete:
-        report(f"this process has made its {len(own)} parts; the last of the {process_count} processes completes {out}")
+        report(f"finished the {len(own)} parts of this process; {out} is complete when all {process_count} are done")
         return None
     journal.merge(manifest)
     return read_manifest(out)
 
 
 def convert_part(part: MdsPart, index: int, count: int, folder: Path, layout: Layout, manifest: Manifest) -> PartReport:
-    """Writes the shard file of a part."""
+    """Writes the shard file of a part, and returns its report."""
     report = PartReport(SPLIT, index, part.name)
     with ShardFileWriter(folder / shard_name(SPLIT, index, count), manifest.fields) as writer:
         for item in read_records(part, layout):
@@ -159,7 +171,7 @@ def convert_part(part: MdsPart, index: int, count: int, folder: Path, layout: La
 
 
 def describe(layout: Layout, vae: str, text_encoder: str) -> Manifest:
-    """The manifest, but for what is not known before all parts are done."""
+    """Returns the manifest without files, counts and statistics, which are known only after all parts are done."""
     image = ImageEncoderInfo(known_as(vae), vae_fingerprint(vae, layout.channels), layout.channels, DOWNSAMPLE)
     text = TextEncoderInfo(known_as(text_encoder), UNVERIFIED, layout.tokens, layout.caption_channels)
     return Manifest(
@@ -170,22 +182,22 @@ def describe(layout: Layout, vae: str, text_encoder: str) -> Manifest:
         vae=image,
         text_encoder=text,
         fields=record_fields(layout.resolutions, "sample", image, text),
-        caption_cleaning=CLEANING_VERSION,  # the release cleans captions before it embeds them
+        caption_cleaning=CLEANING_VERSION,  # the release embeds cleaned captions
         splits={SPLIT: ()},
     )
 
 
 def known_as(encoder: str) -> str:
-    """The name that an encoder has in manifests: a folder's own name, or else the one given."""
+    """Returns the name of an encoder in manifests: the base name of a local folder, otherwise the name itself."""
     folder = Path(encoder).expanduser()
     return folder.resolve().name if folder.is_dir() else encoder
 
 
 def vae_fingerprint(vae: str, channels: int) -> str:
-    """Returns the fingerprint of an autoencoder's folder; 'unverified' if the folder does not exist.
+    """Returns the fingerprint of an autoencoder in a local folder, or 'unverified' if the folder does not exist.
 
     Raises:
-        UserError: it is a folder without an autoencoder, or of one with another number of channels.
+        UserError: The folder does not contain an autoencoder, or it has another number of channels.
     """
     from micro_dit.encoders.image import SUBFOLDER, fingerprint, load_parameters, read_config
 
@@ -197,17 +209,18 @@ def vae_fingerprint(vae: str, channels: int) -> str:
     config = read_config(folder)
     if (config.latent_channels, config.downsample) != (channels, DOWNSAMPLE):
         raise UserError(
-            f"{vae} makes latents of {config.latent_channels} channels, one for {config.downsample} pixels, and the "
-            f"MDS files hold {channels} channels, one for {DOWNSAMPLE}: give the image encoder that made them."
+            f"{vae} produces {config.latent_channels} latent channels with a downsampling factor of "
+            f"{config.downsample}, but the MDS files have {channels} channels and a factor of {DOWNSAMPLE}. Set --vae "
+            "to the image encoder that computed the latents."
         )
     return fingerprint(config, load_parameters(folder, config))
 
 
 def list_mds(folder: str | Path) -> list[MdsFile]:
-    """The files of a data set by name, each once, though a merged index may repeat those of its sub-folders.
+    """Lists the files of a data set by name. A file that is listed in several indexes is returned once.
 
     Raises:
-        UserError: there is no index, or it is damaged, of another version, or of another format; or files are missing.
+        UserError: There is no index, an index is damaged or of another version or format, or files are missing.
     """
     root = Path(folder).expanduser()
     files: dict[str, MdsFile] = {}
@@ -216,7 +229,10 @@ def list_mds(folder: str | Path) -> list[MdsFile]:
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
             if content["version"] != 2:
-                raise UserError(f"{index} has version {content['version']}, and only version 2 can be read.")
+                raise UserError(
+                    f"{index} has version {content['version']}, but only version 2 is supported. Convert the files to "
+                    "MDS version 2."
+                )
             for entry in content["shards"]:
                 name = os.path.relpath(index.parent / entry["raw_data"]["basename"], root)
                 if found := _find_file(root, name, entry):
@@ -224,19 +240,19 @@ def list_mds(folder: str | Path) -> list[MdsFile]:
                 else:
                     missing.append(name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is not an index of MDS files, or damaged ({error!r}): copy it again.") from error
+            raise UserError(f"{index} is damaged or not an index of MDS files ({error!r}). Copy it again.") from error
     if missing:
         raise UserError(
-            f"{len(set(missing))} MDS files that {root} lists are missing, the first is {missing[0]}: copy them too, "
-            "or take them out of index.json."
+            f"{len(set(missing))} MDS files listed in {root} are missing, for example {missing[0]}. Copy them, or "
+            "remove them from index.json."
         )
     if not files:
-        raise UserError(f"There are no MDS files in {root}, no index.json lists any: correct the folder.")
+        raise UserError(f"No index.json in {root} lists any MDS files. Correct the folder in --source=mds:FOLDER.")
     return [files[name] for name in sorted(files)]
 
 
 def _find_file(root: Path, name: str, entry: dict[str, Any]) -> MdsFile | None:
-    """The file that an index's entry describes, as it was or compressed; None if neither is there."""
+    """Returns the file of an index entry, uncompressed or else compressed, or None if neither exists."""
     path, compressed = root / name, False
     if not path.exists() and entry["zip_data"]:
         path, compressed = path.with_name(Path(entry["zip_data"]["basename"]).name), True
@@ -244,13 +260,16 @@ def _find_file(root: Path, name: str, entry: dict[str, Any]) -> MdsFile | None:
         return None
     if entry["format"] != "mds" or (compressed and not entry["compression"].startswith("zstd")):
         kind = entry["compression"] if entry["format"] == "mds" else entry["format"]
-        raise UserError(f"{path} is of the kind '{kind}', and only MDS is read, uncompressed or by zstd: convert it.")
+        raise UserError(
+            f"{path} has format '{kind}', but only MDS files without compression or with zstd are supported. Convert "
+            "the file."
+        )
     size, samples = int(entry["raw_data"]["bytes"]), int(entry["samples"])
     return MdsFile(name, path, compressed, size, samples, tuple(entry["column_names"]), tuple(entry["column_sizes"]))
 
 
 def group(files: Sequence[MdsFile]) -> list[MdsPart]:
-    """Puts files together, in order, up to 1 GiB: seven terabytes come in some thirty thousand files."""
+    """Groups consecutive files into parts of up to 1 GiB, because a large data set has tens of thousands of files."""
     parts: list[list[MdsFile]] = []
     room = 0
     for file in files:
@@ -263,10 +282,10 @@ def group(files: Sequence[MdsFile]) -> list[MdsPart]:
 
 
 def find_layout(files: Sequence[MdsFile], resolutions: Sequence[int] | None) -> Layout:
-    """Finds out what the samples hold, from the names of the columns and the usual sizes in the first readable file.
+    """Infers the layout from the column names and the most common sizes in the first readable file.
 
     Raises:
-        UserError: columns are missing, or their sizes are not those of latents and caption embeddings.
+        UserError: Columns are missing, or their sizes do not match latents and caption embeddings.
     """
     there = {int(found[1]) for name in files[0].columns if (found := re.fullmatch(r"latents_(\d+)", name))}
     wanted = tuple(sorted(there if resolutions is None else set(resolutions)))
@@ -275,39 +294,45 @@ def find_layout(files: Sequence[MdsFile], resolutions: Sequence[int] | None) -> 
         absent = ", ".join(name for name in needed if name not in file.columns)
         if absent or not wanted:
             raise UserError(
-                f"{file.path} has no column {absent or 'latents_256'} among {', '.join(file.columns)}: ask for the "
-                "resolutions that are there, or give the folder of the latents."
+                f"{file.path} has no column {absent or 'latents_256'}; its columns are {', '.join(file.columns)}. Set "
+                "--resolutions to available resolutions, or --source=mds:FOLDER to the folder of the latents."
             )
     for file in files:
         sizes = Counter(tuple(len(sample[name]) for name in needed[1:]) for _, sample in read_samples(file) if sample)
         if sizes:
             return _layout_of(file, wanted, *sizes.most_common(1)[0][0])
-    raise UserError(f"No sample in {files[0].path.parent} can be read, all files are damaged: copy them again.")
+    raise UserError(f"All MDS files in {files[0].path.parent} are damaged. Copy them again.")
 
 
 def _layout_of(file: MdsFile, resolutions: tuple[int, ...], caption_bytes: int, *latent_bytes: int) -> Layout:
-    """The layout of samples with such sizes."""
+    """Returns the layout of samples whose columns have the given sizes in bytes."""
     plane_bytes = [(side // DOWNSAMPLE) ** 2 * FLOAT16.itemsize for side in resolutions]
     channels = {size / of_plane for size, of_plane in zip(latent_bytes, plane_bytes, strict=True)}
     if len(channels) > 1 or not (count := min(channels)).is_integer() or count < 1:
         sizes = ", ".join(f"{size} bytes at {side} px" for size, side in zip(latent_bytes, resolutions, strict=True))
-        raise UserError(f"{file.path} holds no float16 latents (C, side/8, side/8): {sizes}.")
+        raise UserError(
+            f"{file.path} does not contain float16 latents of shape (C, side/8, side/8): {sizes}. Set "
+            "--source=mds:FOLDER to the folder of the latents."
+        )
     for tokens, caption_channels in CAPTION_SHAPES:
         if tokens * caption_channels * FLOAT16.itemsize == caption_bytes:
             return Layout(resolutions, int(count), tokens, caption_channels)
     known = ", ".join(f"{tokens}×{width}" for tokens, width in CAPTION_SHAPES)
-    raise UserError(f"{file.path} holds caption embeddings of {caption_bytes} bytes, not float16 of {known}.")
+    raise UserError(
+        f"{file.path} has caption embeddings of {caption_bytes} bytes, which is not the size of a float16 array of "
+        f"shape {known}. Only these embeddings can be converted."
+    )
 
 
 def read_records(part: MdsPart, layout: Layout) -> Iterator[Record | Reject]:
-    """Yields a record or a reject for each sample that the index tells of; ids are 'FILE:index'."""
+    """Yields a record or a reject for each sample in the index; ids are 'FILE:index'."""
     for file in part.files:
         for index, sample in read_samples(file):
             yield to_record(f"{file.name}:{index}", sample, layout)
 
 
 def to_record(id: str, sample: dict[str, memoryview] | None, layout: Layout) -> Record | Reject:
-    """Checks a sample; latents become (H, W, C)."""
+    """Checks a sample and converts it to a record, with latents transposed to (H, W, C)."""
     if sample is None:
         return Reject(id, DAMAGED)
     try:
@@ -322,12 +347,12 @@ def to_record(id: str, sample: dict[str, memoryview] | None, layout: Layout) -> 
     if not all(np.isfinite(array).all() for array in arrays.values()):
         return Reject(id, NOT_FINITE)
     latents = {f"latent_sample_{side}": arrays[f"latents_{side}"].transpose(1, 2, 0) for side in layout.resolutions}
-    # The release keeps a caption as it was found, and embeds it cleaned.
+    # The release stores the original caption, but embeds the cleaned one.
     return Record(id, (clean_caption(caption),), latents | {"caption_embedding": arrays["caption_latents"]})
 
 
 def read_samples(file: MdsFile) -> Iterator[tuple[int, dict[str, memoryview] | None]]:
-    """Yields the index and the columns of each sample; None for columns that are cut off or contradict their sizes."""
+    """Yields the index and the columns of each sample, or None in place of columns that are truncated or damaged."""
     data = memoryview(read_bytes(file))
     header = np.frombuffer(data[: 4 * (file.samples + 2)].tobytes().ljust(4 * (file.samples + 2), b"\0"), UINT32)
     whole = header[0] == file.samples
@@ -337,7 +362,7 @@ def read_samples(file: MdsFile) -> Iterator[tuple[int, dict[str, memoryview] | N
 
 
 def split_sample(sample: memoryview, file: MdsFile) -> dict[str, memoryview] | None:
-    """The columns of a sample; None if their sizes do not add up to that of the sample."""
+    """Returns the columns of a sample, or None if their sizes do not add up to the size of the sample."""
     start = UINT32.itemsize * file.sizes.count(None)
     if len(sample) < start:
         return None
@@ -351,10 +376,10 @@ def split_sample(sample: memoryview, file: MdsFile) -> dict[str, memoryview] | N
 
 
 def read_bytes(file: MdsFile) -> bytes:
-    """Reads a file, decompressed; as far as it goes, if it is cut off or damaged.
+    """Returns the decompressed contents of a file, up to the first damage if it is truncated or damaged.
 
     Raises:
-        UserError: it cannot be opened or read, or the package for zstd is missing.
+        UserError: The file cannot be opened or read, or the package zstandard is not installed.
     """
     try:
         if not file.compressed:
@@ -362,13 +387,15 @@ def read_bytes(file: MdsFile) -> bytes:
         import zstandard
 
         data = bytearray()
-        with file.path.open("rb") as stream, contextlib.suppress(zstandard.ZstdError):  # what came before it is good
+        with file.path.open("rb") as stream, contextlib.suppress(zstandard.ZstdError):  # keeps the intact data
             for chunk in zstandard.ZstdDecompressor().read_to_iter(stream):
                 data += chunk
                 if len(data) >= file.bytes:
                     break
         return bytes(data)
     except ImportError as error:
-        raise UserError("MDS files that are compressed need the package zstandard: pip install zstandard.") from error
+        raise UserError("Compressed MDS files require the package zstandard. Run pip install zstandard.") from error
     except OSError as error:
-        raise UserError(f"Cannot read {file.path} ({error.strerror}): correct that, and run it again.") from error
+        raise UserError(
+            f"Cannot read {file.path} ({error.strerror}). Fix this and run the same command again."
+        ) from error

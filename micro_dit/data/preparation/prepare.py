@@ -1,4 +1,4 @@
-"""The preparation of a data set, as micro_dit/precompute.py describes it."""
+"""Prepares a data set, as described in micro_dit/precompute.py."""
 
 import contextlib
 import time
@@ -15,9 +15,9 @@ from micro_dit.data.sources import Slice, Source, open_source
 from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo
 from micro_dit.errors import UserError
 
-# Each decoding process imports the main module again, and with it this one, so jax is imported only where it is used.
+# Worker processes import the main module and therefore this one, so jax is imported only in functions that need it.
 
-IDS_SHOWN = 5  # in the summary; the manifest names more, and rejects.jsonl all
+IDS_SHOWN = 5  # per reason in the summary; the manifest lists more, and rejects.jsonl all
 
 
 def make_shards(
@@ -30,14 +30,23 @@ def make_shards(
     dollars_per_hour: float = 0.0,
     report: Callable[[str], None] = print,
 ) -> Manifest | None:
-    """Makes a folder of shards, or the parts of it that are missing.
+    """Writes a folder of shards, or resumes an unfinished one.
 
-    Returns the manifest, or None if other processes still have parts to make. By default JAX's processes share the
-    work. The price of this host is for the progress lines only; 0 `workers` decode in threads, without processes.
+    Args:
+        settings: Settings of the preparation.
+        out: Output folder.
+        workers: Number of worker processes that decode images; 0 decodes in threads of this process.
+        process_index: Index of this process among those that share the work; by default the JAX process index.
+        process_count: Number of processes that share the work; by default the JAX process count.
+        dollars_per_hour: Price of this host, used only to report the cost.
+        report: Called with each line of progress.
+
+    Returns:
+        The manifest, or None if other processes still have parts to process.
 
     Raises:
-        UserError: An argument is wrong, `out` was begun with other settings, a package is missing, no input is usable,
-            or the disk or the device's memory is full.
+        UserError: An argument is invalid, `out` was started with other settings, a package is missing, no input is
+            usable, or the disk or the device memory is full.
     """
     import jax
     from jax.experimental import multihost_utils
@@ -56,12 +65,12 @@ def make_shards(
     manifest = describe(source, settings, encoders)
     journal = open_journal(out, settings, manifest, jobs, index)
     if journal.finished:
-        report(f"{out} is finished: nothing is left to do")
+        report(f"{out} is already complete")
         return read_manifest(out)
     own = jobs[index::count]
     left = [job for job in own if journal.read_part(job.split, job.index) is None]
     if len(left) < len(own):
-        report(f"{len(own) - len(left)} of {len(own)} parts are done already")
+        report(f"resuming: {len(own) - len(left)} of {len(own)} parts are done")
     progress = PreparationProgress(len(left), dollars_per_hour, report)
     with memory_errors(settings.batch_size), Decoders(workers) as decoders:
         make_parts(left, journal, manifest, settings, encoders, decoders, progress)
@@ -69,10 +78,10 @@ def make_shards(
     if journal.complete:
         journal.merge(manifest)
     elif not together:
-        report(f"this process has made its {len(own)} parts; the last of the {count} processes completes {out}")
+        report(f"finished the {len(own)} parts of this process; {out} is complete when all {count} are done")
         return None
     if together:
-        multihost_utils.sync_global_devices("precompute")  # from here on the manifest is there for all
+        multihost_utils.sync_global_devices("precompute")  # waits until the manifest has been written
     manifest = read_manifest(out)
     report(summary(manifest, out, time.monotonic() - started))
     return manifest
@@ -80,7 +89,7 @@ def make_shards(
 
 @contextlib.contextmanager
 def memory_errors(batch_size: int) -> Iterator[None]:
-    """Turns JAX's error about a full device into a UserError."""
+    """Converts JAX's out-of-memory error into a UserError."""
     import jax
 
     try:
@@ -88,26 +97,29 @@ def memory_errors(batch_size: int) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"The device's memory is too small for batches of {batch_size} images: take less.") from error
+        raise UserError(
+            f"The device ran out of memory with batches of {batch_size} images. Set a smaller --batch_size."
+        ) from error
 
 
 def open_checked(settings: PreparationSettings) -> Source:
-    """Opens the source.
+    """Opens the source and checks that it can be prepared with the settings.
 
     Raises:
-        UserError: A package for cleaning captions is missing, or the source cannot be opened or has splits of its own.
+        UserError: A package for cleaning captions is missing, the source cannot be opened, or `validation` is set for a
+            source that has its own splits.
     """
     if settings.clean_captions:
-        clean_caption("<b>é</b>")
+        clean_caption("<b>é</b>")  # fails early if a package is missing
     source = open_source(settings.source, px=max(settings.resolutions))
     if settings.validation and tuple(source.splits) != ("train",):
-        has = ", ".join(source.splits)
-        raise UserError(f"The source {source.name} has splits of its own ({has}): leave out --validation.")
+        splits = ", ".join(source.splits)
+        raise UserError(f"The source {source.name} already has the splits {splits}. Remove --validation.")
     return source
 
 
 def load_encoders(settings: PreparationSettings) -> Encoders:
-    """Loads both onto all devices of this host, which get equal shares of each batch."""
+    """Loads the image and text encoders onto all devices of this host, with batches sharded over the devices."""
     import jax
 
     from micro_dit.encoders.image import load_image_encoder
@@ -118,13 +130,16 @@ def load_encoders(settings: PreparationSettings) -> Encoders:
     image = load_image_encoder(settings.vae, settings.dtype, sharding)
     for resolution in settings.resolutions:
         if resolution % image.downsample:
-            raise UserError(f"Resolution {resolution} is not a multiple of {image.downsample}: choose another.")
+            raise UserError(
+                f"Resolution {resolution} is not a multiple of {image.downsample}, the downsampling factor of the "
+                "image encoder. Correct --resolutions."
+            )
     text = load_text_encoder(settings.text_encoder, settings.caption_tokens, settings.dtype, sharding)
     return Encoders(image, text)
 
 
 def describe(source: Source, settings: PreparationSettings, encoders: Encoders) -> Manifest:
-    """Returns the manifest without what is known only when all parts are done: files, counts and statistics."""
+    """Returns the manifest without files, counts and statistics, which are known only after all parts are done."""
     image, text = encoders
     vae = ImageEncoderInfo(image.name, image.fingerprint, image.channels, image.downsample)
     text_encoder = TextEncoderInfo(text.name, text.fingerprint, text.tokens, text.channels)
@@ -145,10 +160,10 @@ def describe(source: Source, settings: PreparationSettings, encoders: Encoders) 
 def open_journal(
     out: str, settings: PreparationSettings, manifest: Manifest, jobs: Sequence[Job], process_index: int
 ) -> Journal:
-    """Opens the folder's journal with every setting that its content depends on; the batch size may change."""
+    """Opens the journal of the folder with all settings that the records depend on (not the batch size)."""
     parts = {split: [job.part for job in jobs if job.split == split] for split in manifest.splits}
     names = {split: [part.name for part in of_split] for split, of_split in parts.items()}
-    # In a listing each part changes if something is added.
+    # Adding an item to a listing changes its slices, so the number of items must stay the same.
     listed = {split: sum(len(part) for part in own if isinstance(part, Slice)) for split, own in parts.items()}
     wanted = {
         "format_version": FORMAT_VERSION,
@@ -168,7 +183,7 @@ def open_journal(
 
 
 def summary(manifest: Manifest, out: str, seconds: float) -> str:
-    """Returns lines on the records made, and on the inputs dropped and altered."""
+    """Returns a summary of the records written and the inputs dropped and altered."""
     splits = ", ".join(f"{split} {manifest.records(split):,}" for split in manifest.splits)
     dropped = sum(tally.count for tally in manifest.dropped.values())
     seen = dropped + sum(manifest.records(split) for split in manifest.splits)

@@ -1,4 +1,4 @@
-"""Settings of a preparation: what is prepared, with which encoders, and how."""
+"""Settings of a preparation: the source, the encoders and their options."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,24 +10,25 @@ from micro_dit.files import hash_to_unit
 
 @dataclasses.dataclass(frozen=True)
 class PreparationSettings:
-    """How a data set becomes shards.
+    """Settings that determine the contents of shards.
 
     Attributes:
-        source: Name of the source and its argument, as in 'openmoji:smileys-emotion,animals-nature'.
-        resolutions: Sides of the square images in pixels, ascending; a record holds the latents of all of them.
-        vae: Image encoder: a folder in diffusers' format, or a name on the Hugging Face hub.
+        source: Name of the source and its argument, such as 'openmoji:smileys-emotion,animals-nature'.
+        resolutions: Sides of the square images in pixels, ascending; a record contains the latents of all of them.
+        vae: Image encoder: a folder in Diffusers format, or a model on the Hugging Face Hub.
         text_encoder: Name of the text encoder.
-        posterior: 'mean_std' stores the distribution of the latents, 'sample' one sample of it, in half the space.
-        minimum_side: Images with a smaller side are dropped; by default the smallest resolution. Images between this
-            and a larger resolution are enlarged, and counted.
-        caption_tokens: Tokens of a caption embedding, by default the encoder's own number; longer captions are cut,
-            and counted.
+        posterior: 'mean_std' stores the mean and standard deviation of the latents; 'sample' stores one sample, which
+            needs half the space.
+        minimum_side: Images with a smaller side are dropped; by default the smallest resolution. Images that are
+            smaller than another resolution are enlarged and counted.
+        caption_tokens: Tokens per caption embedding, by default the maximum of the encoder; longer captions are
+            truncated and counted.
         clean_captions: Whether to apply `micro_dit.data.captions.clean_caption`.
-        validation: Share of the examples that go to a split 'validation', by a hash of their ids; for a source whose
-            only split is 'train'.
-        dtype: Dtype of the encoders' matrix products, 'float32' or 'bfloat16'.
-        seed: Seed of the posterior's samples; a sample depends only on it, the resolution and the example's id.
-        batch_size: Images encoded at once, on all devices of this host together.
+        validation: Fraction of the examples assigned to the split 'validation' by a hash of their ids; only for sources
+            whose only split is 'train'.
+        dtype: Dtype of the matrix products of the encoders, 'float32' or 'bfloat16'.
+        seed: Seed of the posterior samples; a sample depends only on the seed, the resolution and the id.
+        batch_size: Images per encoder batch, over all devices of this host.
 
     Raises:
         UserError: A value is out of range.
@@ -49,17 +50,19 @@ class PreparationSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "resolutions", tuple(sorted(set(self.resolutions))))
         if not self.resolutions or min(*self.resolutions, self.batch_size) < 1:
-            raise UserError("Resolutions and batch size must be positive: correct the one that is not.")
+            raise UserError(
+                f"--resolutions and --batch_size must be positive, not {list(self.resolutions)} and {self.batch_size}."
+            )
         if self.posterior not in POSTERIORS:
-            raise UserError(f"Unknown posterior '{self.posterior}': choose one of {', '.join(POSTERIORS)}.")
+            raise UserError(f"Unknown posterior '{self.posterior}'. Set --posterior to one of {', '.join(POSTERIORS)}.")
         if not 0 <= self.validation < 1:
-            raise UserError(f"The share for validation must be at least 0 and less than 1, not {self.validation}.")
+            raise UserError(f"--validation must be at least 0 and less than 1, not {self.validation}.")
 
     @property
     def smallest_side(self) -> int:
-        """The side in pixels below which an image is dropped."""
+        """The minimum side of an image in pixels, below which it is dropped."""
         return self.resolutions[0] if self.minimum_side is None else self.minimum_side
 
     def split_of(self, id: str, split: str) -> str:
-        """Returns the split that an example goes to."""
+        """Returns the output split of an example, given its id and its split in the source."""
         return "validation" if hash_to_unit(id) < self.validation else split

@@ -1,9 +1,9 @@
-"""The stages from a part of a source to its shard files: read, decode, encode, write, all at the same time.
+"""Processes the parts of a source in pipelined stages that run concurrently.
 
-    read → decode and crop → batch → dispatch to the device → fetch from it → write
+    read → decode and crop → batch → dispatch to the device → fetch from the device → write
 
-Each stage runs in a thread of its own, a bounded number of items ahead of the next one; decoding runs in processes.
-Nothing here imports jax: the encoders come as arguments.
+Each stage runs in its own thread and prefetches a bounded number of items; decoding runs in worker processes. This
+module does not import jax, because worker processes import it: the encoders are passed as arguments.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from micro_dit.encoders.image import ImageEncoder
     from micro_dit.encoders.text import TextEncoder
 
-BATCHES_TO_WRITE = 16  # encoded, but not yet written: time enough for the disk to finish a file
+BATCHES_TO_WRITE = 16  # encoded batches buffered while the disk finishes a file
 REPEATED = "id appears twice in the part"
-ENDED_WORKER = "decoding it ended the worker process"
+ENDED_WORKER = "decoding crashed the worker process"
 
 
 class Encoders(NamedTuple):
-    """The two encoders of a data set."""
+    """The image and text encoder of a preparation."""
 
     image: "ImageEncoder"
     text: "TextEncoder"
@@ -43,7 +43,7 @@ class Encoders(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A part to be made, the `index`-th of `count` in its split."""
+    """A part to process, which is number `index` of `count` in its split."""
 
     split: str
     index: int
@@ -60,7 +60,7 @@ def make_parts(
     decoders: Decoders,
     progress: PreparationProgress,
 ) -> None:
-    """Makes parts, one after the other, in stages that work at the same time."""
+    """Processes parts in order, with all stages running concurrently."""
     prepare = partial(
         prepare_example,
         resolutions=settings.resolutions,
@@ -80,14 +80,14 @@ def make_parts(
 
 
 class Label(NamedTuple):
-    """An item of a part, or its end if there is no id; `rejected` is why the item cannot be used."""
+    """The id of an item, or None for the end of a part; `rejected` is the reason why the item cannot be used."""
 
     id: str | None
     rejected: str | None = None
 
 
 def read(jobs: Iterable[Job], progress: PreparationProgress) -> Iterator[tuple[Label, tuple[Any, ...] | None]]:
-    """Yields every item's label with the image file and captions, if it has any; and a label for the end of a part."""
+    """Yields (label, (image file, captions)) for each item, (label, None) for rejects, and Label(None) after a part."""
     for job in jobs:
         progress.begin_part(len(job.part))
         seen: set[str] = set()
@@ -103,12 +103,12 @@ def read(jobs: Iterable[Job], progress: PreparationProgress) -> Iterator[tuple[L
 
 
 class Batch(NamedTuple):
-    """Examples of one part: at most `batch_size` that can be used, and those in between that cannot.
+    """Consecutive examples of one part, of which at most `batch_size` are usable.
 
     Attributes:
-        examples: Ids and what is known of them; the images are in `pixels`.
-        pixels: By resolution r, (batch_size, r, r, 3) uint8, a row for each usable example; empty if there is none.
-        last: Whether the part ends here.
+        examples: Ids and prepared examples, without their images.
+        pixels: By resolution r, (batch_size, r, r, 3) uint8 with one row per usable example; empty if there are none.
+        last: Whether this is the last batch of the part.
     """
 
     examples: list[tuple[str, Prepared]]
@@ -117,7 +117,7 @@ class Batch(NamedTuple):
 
 
 def make_batches(decoded: Iterable[tuple[Label, Prepared | None]], settings: PreparationSettings) -> Iterator[Batch]:
-    """Batches do not cross the end of a part, so that a part's records do not depend on what was made before it."""
+    """Groups examples into batches that do not span parts, so that the records of a part are reproducible."""
     batch: list[tuple[str, Prepared]] = []
     pixels: dict[int, np.ndarray] = {}
     rows = 0
@@ -125,7 +125,7 @@ def make_batches(decoded: Iterable[tuple[Label, Prepared | None]], settings: Pre
         if label.id is not None:
             prepared = prepared or Prepared(dropped=label.rejected or ENDED_WORKER)
             for side, image in prepared.images.items():
-                if side not in pixels:  # always a full batch: the encoder compiles once for each shape
+                if side not in pixels:  # always a full batch: the encoder is compiled once per shape
                     pixels[side] = np.zeros((settings.batch_size, side, side, 3), np.uint8)
                 pixels[side][rows] = image
             batch.append((label.id, prepared._replace(images={})))
@@ -136,23 +136,23 @@ def make_batches(decoded: Iterable[tuple[Label, Prepared | None]], settings: Pre
 
 
 class OnDevice(NamedTuple):
-    """A batch whose results are being computed."""
+    """A batch that has been dispatched to the encoders."""
 
     batch: Batch
-    since: float  # seconds on the monotonic clock
+    since: float  # dispatch time in seconds on the monotonic clock
     moments: dict[int, tuple[Any, Any]]
     captions: "Future[Captions]"
 
 
 class Captions(NamedTuple):
-    """Embeddings (n, L, Y) float16 of all captions of a batch, and whether each of them was cut."""
+    """Embeddings (n, L, Y) float16 of all captions of a batch, and whether each caption was truncated."""
 
     embeddings: np.ndarray
     cut: list[bool]
 
 
 def dispatch(batches: Iterable[Batch], encoders: Encoders) -> Iterator[OnDevice]:
-    """Starts the encoders, and does not wait for them."""
+    """Dispatches each batch to the encoders without waiting for the results."""
     with ThreadPoolExecutor(1, "captions") as thread:
         for batch in batches:
             since = time.monotonic()
@@ -162,7 +162,7 @@ def dispatch(batches: Iterable[Batch], encoders: Encoders) -> Iterator[OnDevice]
 
 def encode_captions(batch: Batch, encoder: "TextEncoder") -> Captions:
     """Embeds all captions of a batch."""
-    captions = [caption for _, prepared in batch.examples for caption in prepared.captions]  # none of a dropped one
+    captions = [caption for _, prepared in batch.examples for caption in prepared.captions]  # excludes dropped examples
     if not captions:
         return Captions(np.empty((0, encoder.tokens, encoder.channels), np.float16), [])
     cut = [count > encoder.tokens for count in encoder.count_tokens(captions)]
@@ -178,7 +178,7 @@ class Encoded(NamedTuple):
 
 
 def fetch(batches: Iterable[OnDevice], progress: PreparationProgress) -> Iterator[Encoded]:
-    """Waits for the results of each batch; by then the next one is on the device."""
+    """Waits for the results of each batch while the next batch runs on the device."""
     for batch, since, moments, captions in batches:
         arrays = {side: (np.asarray(mean), np.asarray(std)) for side, (mean, std) in moments.items()}
         if arrays:
@@ -194,7 +194,7 @@ def write_part(
     settings: PreparationSettings,
     progress: PreparationProgress,
 ) -> PartReport:
-    """Writes the files of a part from the next batches, up to its last one."""
+    """Writes the shard files of a part from its batches, and returns its report."""
     report = PartReport(job.split, job.index, job.part.name)
     with contextlib.ExitStack() as stack:
         writers = {}
@@ -222,14 +222,14 @@ def write_part(
             if encoded.batch.last:
                 break
         else:
-            raise RuntimeError("a part has no end: its last batch was lost on the way")
+            raise RuntimeError("The last batch of the part is missing.")
     report.files = {split: writer.info for split, writer in writers.items()}
     report.latent_sums = [writer.latent_sums for writer in writers.values()]
     return report
 
 
 def latents(encoded: Encoded, row: int, id: str, settings: PreparationSettings) -> dict[str, np.ndarray]:
-    """The latent fields of a record, float16."""
+    """Returns the latent fields of a record, float16."""
     arrays = {}
     for side, (means, stds) in encoded.moments.items():
         if settings.posterior == "sample":
@@ -242,11 +242,11 @@ def latents(encoded: Encoded, row: int, id: str, settings: PreparationSettings) 
 
 
 def noise_of(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal noise that depends on a name alone, not on the order or the batch of the examples."""
+    """Returns standard normal noise that depends only on a name, not on the order or batch of the examples."""
     return np.random.default_rng(list(hashlib.sha256(name.encode()).digest())).standard_normal(shape)
 
 
 def to_float16(array: np.ndarray) -> np.ndarray:
-    """Casts; what is too large becomes infinite, and is looked for before writing."""
+    """Casts to float16. Values out of range become infinite, and `write_part` rejects such examples."""
     with np.errstate(over="ignore"):
         return array.astype(np.float16)

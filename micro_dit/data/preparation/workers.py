@@ -1,4 +1,4 @@
-"""Work that runs ahead of whoever needs its results: decoding in worker processes, and stages in threads."""
+"""Runs work ahead of its consumer: decoding in worker processes, and other stages in threads."""
 
 import contextlib
 import os
@@ -24,19 +24,19 @@ from micro_dit.errors import UserError
 T = TypeVar("T")
 R = TypeVar("R")
 
-THREADS = 4  # that decode where there are no worker processes
-EMPTY_CAPTION = "caption is empty, and trains the unconditional model"
-LONGEST_CAPTION = 5_000  # characters; no encoder reads that far, and cleaning takes time with the square of the length
+THREADS = 4  # decoding threads if there are no worker processes
+EMPTY_CAPTION = "caption is empty (used for unconditional training)"
+LONGEST_CAPTION = 5_000  # characters; no encoder uses more, and the time for cleaning is quadratic in the length
 
 
 class Prepared(NamedTuple):
-    """What becomes of an example before it is encoded.
+    """An example that is ready to be encoded, or the reason why it is dropped.
 
     Attributes:
-        captions: one or more.
-        images: by resolution r, (r, r, 3) uint8.
-        altered: what was changed, in words that can be counted.
-        dropped: why it cannot be used; None if it can.
+        captions: One or more captions.
+        images: By resolution r, (r, r, 3) uint8.
+        altered: Kinds of changes that were applied.
+        dropped: Reason why the example cannot be used; None if it can.
     """
 
     captions: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Prepared(NamedTuple):
 def prepare_example(
     image: bytes, captions: Sequence[str], resolutions: Sequence[int], minimum_side: int, clean: bool
 ) -> Prepared:
-    """Crops the image at every resolution and cleans the captions; an example that cannot be used says why."""
+    """Crops the image at every resolution and cleans the captions; sets `dropped` if the image cannot be used."""
     try:
         images, side = crop_image(image, resolutions, minimum_side)
     except UnusableImage as error:
@@ -66,17 +66,16 @@ def prepare_example(
 
 
 class Decoders:
-    """Maps a function over items in worker processes, in order, and survives a worker that dies of an item.
+    """A pool of worker processes that maps a function over items in order and survives crashes of its workers.
 
-    Use as a context manager, which ends and reaps every worker process that it has started. The processes import what
-    the function needs and the main module again, so both should be light; they end with this process, also if it is
-    killed.
+    Use it as a context manager, which ends all worker processes. Each process imports the main module and the module of
+    the function, so both should import quickly. The processes end with this process, even if it is killed.
     """
 
     def __init__(self, workers: int):
-        """Takes the number of processes; 0 decodes in threads of this one, which suits a few hundred images."""
+        """Sets the number of processes; 0 uses threads of this process, which suffices for a few hundred images."""
         self.workers = workers
-        self._threads = ThreadPoolExecutor(workers or THREADS, "decode")  # one for each worker process
+        self._threads = ThreadPoolExecutor(workers or THREADS, "decode")  # one per worker process
         self._workers: list[_Worker] = []
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
@@ -89,14 +88,14 @@ class Decoders:
             self._idle.put(self._workers[-1])
         if self._call(os.getpid) is None:
             self.close()
-            raise UserError("No process to decode images can be started: run with --workers=0, without any.")
+            raise UserError("Cannot start processes to decode images. Set --workers=0 to decode in threads.")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Drops the items that wait, lets those at work finish, and ends all threads and processes."""
+        """Cancels waiting items, waits for running ones, and ends all threads and processes."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._workers:
             worker.close()
@@ -104,10 +103,16 @@ class Decoders:
     def map(
         self, function: Callable[..., R], items: Iterable[tuple[T, tuple[Any, ...] | None]], ahead: int
     ) -> Iterator[tuple[T, R | None]]:
-        """Calls an importable function for each item, and keeps the order; at most `ahead` items are held at once.
+        """Calls a function for each item and yields the results in order.
 
-        An item is a label and the arguments, or None in their place. Yields the label and the result, which is None
-        without arguments, or if two worker processes died of them.
+        Args:
+            function: Function to call; it must be importable.
+            items: Pairs of a label and the arguments, or None instead of arguments.
+            ahead: Maximum number of items in progress.
+
+        Yields:
+            The label and the result. The result is None if the arguments are None, or if they crashed two worker
+            processes in a row.
         """
         pending: deque[tuple[T, Future[R | None] | None]] = deque()
         call: Callable[..., R | None] = partial(self._call, function) if self.workers else function
@@ -123,14 +128,14 @@ class Decoders:
                 if len(pending) >= ahead:
                     yield result()
         except Exception:
-            while pending:  # what came before the error is good
+            while pending:  # results of the items before the error
                 yield result()
             raise
         while pending:
             yield result()
 
     def _call(self, function: Callable[..., R], *arguments: Any) -> R | None:
-        """Calls a function in an idle worker; once more if that dies, since the item may not be to blame."""
+        """Calls a function in an idle worker, and retries once if the worker dies, as the item may not be the cause."""
         worker = self._idle.get()
         try:
             for _ in range(2):
@@ -142,30 +147,30 @@ class Decoders:
 
 
 class WorkerDied(Exception):
-    """A worker process ended before it answered."""
+    """A worker process ended before it returned a result."""
 
 
 class _Worker:
-    """A worker process with a pipe of its own, replaced by a new process when it dies.
+    """A worker process with its own pipe, which is replaced by a new process when it dies.
 
-    `concurrent.futures.ProcessPoolExecutor` does not serve here. A worker that dies takes the whole pool and all items
-    at work with it, and on Python 3.11 a pool that breaks while `submit` starts a process leaves that process behind.
+    `concurrent.futures.ProcessPoolExecutor` is not suitable: a worker that dies breaks the whole pool and fails all
+    running items, and on Python 3.11 a pool that breaks while `submit` starts a process leaves that process running.
     """
 
     def __init__(self) -> None:
         self._start()
 
     def _start(self) -> None:
-        spawn = get_context("spawn")  # not forked: JAX has threads by now
+        spawn = get_context("spawn")  # not fork, because JAX has started threads
         self._connection, theirs = spawn.Pipe()
-        # Started with its own end of the pipe only: either side reads the end of the file when the other dies.
+        # The process inherits only its own end of the pipe, so that either side reads EOF when the other dies.
         self._process = spawn.Process(target=_serve, args=(theirs, start_worker), daemon=True)
         self._process.start()
         theirs.close()
 
     def call(self, function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
-        """Calls a function in the process; raises WorkerDied if it has ended: a new one is there for the next call."""
-        request = pickle.dumps((function, arguments), pickle.HIGHEST_PROTOCOL)  # may raise, with the worker unharmed
+        """Calls a function in the process. If the process dies, starts a new one and raises WorkerDied."""
+        request = pickle.dumps((function, arguments), pickle.HIGHEST_PROTOCOL)  # may raise before anything is sent
         try:
             self._connection.send_bytes(request)
             returned, result = self._connection.recv()
@@ -178,14 +183,14 @@ class _Worker:
         return result
 
     def close(self) -> None:
-        """Ends the process and waits for its end."""
+        """Ends the process and waits for it."""
         self._connection.close()
-        self._process.kill()  # a worker owns nothing that it would have to put away
+        self._process.kill()  # a worker has no state to clean up
         self._process.join()
 
 
 def _serve(requests: connection.Connection, initialize: Callable[[], None]) -> None:
-    """Runs in a worker process: answers each request with (True, result) or (False, error)."""
+    """Runs the loop of a worker process, which answers each request with (True, result) or (False, error)."""
     initialize()
     with contextlib.suppress(EOFError):
         while True:
@@ -200,19 +205,19 @@ def _serve(requests: connection.Connection, initialize: Callable[[], None]) -> N
 
 
 def start_worker() -> None:
-    """Prepares a worker process."""
+    """Initializes a worker process."""
     silence_pillow()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to all processes; the main process ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def silence_pillow() -> None:
-    """Ignores Pillow's warnings: an image is used, or dropped and named."""
+    """Ignores warnings of Pillow, because unusable images are reported as rejects."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _end_with_parent() -> None:
-    """Ends this process with its parent, also in the middle of an item."""
+    """Ends this process when its parent ends, even while it processes an item."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
@@ -220,9 +225,10 @@ def _end_with_parent() -> None:
 
 
 def run_ahead(items: Iterable[T], count: int) -> Generator[T, None, None]:
-    """Yields items that a thread of its own takes from `items`, up to `count` in advance; errors arrive in their place.
+    """Yields items that a background thread prefetches from `items`, at most `count` in advance.
 
-    Closing it ends the thread and closes `items`, so that a chain of stages stops from its end.
+    An exception of `items` is raised after the items before it. Closing the generator ends the thread and closes
+    `items`, so that closing the last stage of a chain closes all stages.
     """
     ready: queue.Queue[Any] = queue.Queue(count)
     stopped = threading.Event()

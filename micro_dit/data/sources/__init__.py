@@ -1,12 +1,12 @@
-"""Captioned images: what a source is, and the table of those that can be opened by name.
+"""Defines the interface of data sources of captioned images, and opens them by name.
 
-A source is cut into splits, a split into parts, and a part yields examples and rejects in a fixed order:
+A source has splits, a split has parts, and a part yields examples and rejects in a fixed order:
 
     source.parts("train") → [Part, Part, ...]        a part is an archive, or a slice of a listing
-    for item in part: → Example | Reject             nothing that is missing or broken is skipped in silence
+    for item in part: → Example | Reject             missing or damaged items are never skipped silently
 
-Parts are cheap to make, hold plain attributes only (they are sent to worker processes), and open files when they are
-iterated, indexed or counted.
+Parts are cheap to create, have only picklable attributes (they are sent to worker processes), and open files only when
+they are iterated, indexed or counted.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from micro_dit.errors import UserError
 SLICE_SIZE = 4096  # examples in a part of a source that has no archives
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 
-# Why a source rejects an item. Kept few, and free of ids and numbers: rejects are counted by reason.
+# Reasons for rejects. They contain no ids or numbers, because rejects are counted by reason.
 NO_CAPTION = "no caption"
 NO_IMAGE = "caption without an image"
 NOT_UTF8 = "caption is not valid UTF-8"
@@ -33,15 +33,15 @@ DAMAGED = "archive is truncated or damaged"
 
 
 class Example(NamedTuple):
-    """One captioned image; its texts are valid Unicode."""
+    """One captioned image; all strings are valid Unicode."""
 
-    id: str  # unique within the split and stable between runs and machines
-    image: bytes  # an encoded image file (PNG, JPEG, ...), not looked into
-    captions: tuple[str, ...]  # one or more versions, perhaps empty
+    id: str  # unique within the split, and the same in every run and on every machine
+    image: bytes  # contents of an image file (PNG, JPEG, ...), not validated
+    captions: tuple[str, ...]  # one or more captions, which may be empty strings
 
 
 class Reject(NamedTuple):
-    """An item, or a broken archive, that the source cannot yield as an example; the reason is one of those above."""
+    """An item or a damaged archive that cannot be used; the reason is one of the constants above."""
 
     id: str
     reason: str
@@ -51,25 +51,25 @@ Item = Example | Reject
 
 
 class Part(Protocol):
-    """A piece of a split that is read on its own, in a fixed order.
+    """A piece of a split that is read independently, in a fixed order.
 
-    Parts of listings and of archives with random access can be indexed as well: `part[3]` is the fourth item.
+    Parts of listings and of archives with random access also support indexing: `part[3]` is the fourth item.
     """
 
-    name: str  # unique within the split and stable: the archive's name without its ending, or 'slice-00003'
+    name: str  # unique within the split and stable: the name of the archive without its suffix, or 'slice-00003'
 
     def __len__(self) -> int:
-        """Returns the number of items with rejects, estimated if a compressed archive would have to be read."""
+        """Returns the number of items including rejects; an estimate for compressed archives."""
         ...
 
     def __iter__(self) -> Iterator[Item]: ...
 
 
 class Source(Protocol):
-    """A data set of captioned images, cut into named splits."""
+    """A data set of captioned images with named splits."""
 
-    name: str  # in `SOURCES`
-    attribution: str  # one line: whose data it is, and under which license
+    name: str  # key in `SOURCES`
+    attribution: str  # one line with the credit and the license of the data
     splits: tuple[str, ...]
 
     def parts(self, split: str) -> Sequence[Part]:
@@ -82,7 +82,7 @@ class Source(Protocol):
 
 
 class Items(Protocol):
-    """A sequence of items, each read only when it is indexed; what `Slice` cuts."""
+    """A sequence of items that are read when they are indexed; the basis of `Slice`."""
 
     def __len__(self) -> int: ...
     @overload
@@ -92,7 +92,7 @@ class Items(Protocol):
 
 
 class Slice:
-    """A part that is a range of a sequence; it travels to another process without the rest of the sequence."""
+    """A part that is a range of a sequence. Pickling it includes only this range."""
 
     def __init__(self, name: str, items: Items, start: int, stop: int):
         self.name, self.items, self.start, self.stop = name, items, start, stop
@@ -111,15 +111,18 @@ class Slice:
 
 
 def slices(items: Items, size: int = SLICE_SIZE) -> list[Slice]:
-    """Cuts a sequence into parts of `size` items, the last one shorter: 'slice-00000', 'slice-00001', ..."""
+    """Divides a sequence into parts of up to `size` items, named 'slice-00000', 'slice-00001', ..."""
     starts = range(0, len(items), size)
     return [Slice(f"slice-{n:05d}", items, start, min(start + size, len(items))) for n, start in enumerate(starts)]
 
 
 def make_item(id: str, image: bytes, captions: object) -> Item:
-    """Makes an example of what was read, or a reject if its captions are missing or not valid Unicode.
+    """Returns an example, or a reject if the captions are missing or not valid Unicode.
 
-    `captions` is a string or a sequence of strings as found in the data; anything else counts as no caption.
+    Args:
+        id: Id of the item.
+        image: Contents of the image file.
+        captions: A string or a list of strings; values of other types count as missing captions.
     """
     texts = [captions] if isinstance(captions, str) else captions if isinstance(captions, list | tuple) else []
     texts = [text for text in texts if isinstance(text, str)]
@@ -127,39 +130,44 @@ def make_item(id: str, image: bytes, captions: object) -> Item:
         return Reject(escape(id), NO_CAPTION)
     if any(escape(text) != text for text in texts):
         return Reject(escape(id), NOT_UTF8)
-    return Example(escape(id), image, tuple(dict.fromkeys(texts)))  # the same caption twice is one caption
+    return Example(escape(id), image, tuple(dict.fromkeys(texts)))  # without duplicates
 
 
 def escape(text: str) -> str:
-    """Replaces what cannot be written as UTF-8 (lone surrogates) by backslash escapes."""
+    """Replaces lone surrogates, which cannot be encoded as UTF-8, with backslash escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def is_image_name(name: str) -> bool:
-    """Says whether a file name ends like an image's."""
+    """Returns whether a file name has the suffix of an image."""
     return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
 
 def existing_path(path: str, what: str) -> Path:
-    """Returns the path of a file or folder that the user named.
+    """Returns the path of an existing file or folder; `what` describes it in the error.
 
     Raises:
-        UserError: It is not there.
+        UserError: The path does not exist.
     """
     found = Path(path).expanduser()
     if not found.exists():
-        raise UserError(f"There is no {what} at {found}: correct the path.")
+        raise UserError(f"There is no {what} at {found}. Correct the path in --source.")
     return found
 
 
 def check_split(source: Source, split: str) -> None:
-    """Raises a UserError if the source has no such split."""
+    """Raises UserError if the source does not have the split."""
     if split not in source.splits:
-        raise UserError(f"The source {source.name} has no split '{split}'; known ones: {', '.join(source.splits)}.")
+        raise UserError(f"The source {source.name} has no split '{split}'. Its splits are {', '.join(source.splits)}.")
 
 
 def parse_argument(spec: str, argument: str, options: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """Splits 'path,key=value,...' into the path and the options; the path may hold commas. Errors name `spec`.
+    """Parses 'path,key=value,...' into the path, which may contain commas, and the options.
+
+    Args:
+        spec: The whole value of --source, for error messages.
+        argument: The part of `spec` after the colon.
+        options: Names of the valid options.
 
     Raises:
         UserError: The path is missing, or an option is unknown.
@@ -168,10 +176,10 @@ def parse_argument(spec: str, argument: str, options: Sequence[str]) -> tuple[st
     values = dict(pair.split("=", 1) for pair in pairs)
     known = ", ".join(f"{option}=..." for option in options)
     if not path:
-        raise UserError(f"The source '{spec}' needs a path after the colon (options, after a comma: {known}).")
+        raise UserError(f"--source={spec} has no path. Write the path after the colon. Options: {known or 'none'}.")
     for key in values:
         if key not in options:
-            raise UserError(f"The source '{spec}' has no option '{key}'; known ones: {known}.")
+            raise UserError(f"--source={spec} has the unknown option '{key}'. Valid options: {known or 'none'}.")
     return path, values
 
 
@@ -182,7 +190,7 @@ def _open_openmoji(spec: str, argument: str, px: int) -> Source:
 
 
 def _opener(module: str, name: str) -> Callable[[str, str, int], Source]:
-    """Opens a class by 'path,key=value,...'; its options are the keyword-only arguments of its constructor."""
+    """Returns a function that opens a source class; its options are the keyword-only arguments of the constructor."""
 
     def open_by_path(spec: str, argument: str, px: int) -> Source:
         source = getattr(importlib.import_module(f"micro_dit.data.sources.{module}"), name)
@@ -211,14 +219,15 @@ def open_source(spec: str, px: int) -> Source:
     """Opens a source by name.
 
     Args:
-        spec: `name`, or `name:argument`. OpenMoji takes groups and subgroups (`openmoji:smileys-emotion,animal-bird`),
-            all others a path and options (`folder:photos`, `listing:photos.csv,caption=title`).
-        px: Side in pixels at which vector images are drawn; sources of pixel images keep their own sizes.
+        spec: `name` or `name:argument`. The argument of OpenMoji is a list of groups and subgroups
+            (`openmoji:smileys-emotion,animal-bird`); all other sources have a path and options (`folder:photos`,
+            `listing:photos.csv,caption=title`).
+        px: Side in pixels at which vector images are rasterized; raster images keep their sizes.
 
     Raises:
-        UserError: The name is not known, or the source refuses the argument.
+        UserError: The name is unknown, or the argument is invalid.
     """
     name, _, argument = spec.partition(":")
     if name not in SOURCES:
-        raise UserError(f"There is no data source '{name}' (asked for by '{spec}'); known ones: {', '.join(SOURCES)}.")
+        raise UserError(f"Unknown data source '{name}' in --source={spec}. Known sources are {', '.join(SOURCES)}.")
     return SOURCES[name](spec, argument, px)

@@ -1,7 +1,7 @@
-"""Captions by image, for sets that keep them apart from the images: millions of rows, in an SQLite file.
+"""Looks up captions by image in an SQLite file, for data sets that store captions separately from the images.
 
-Ten million captions of a paragraph each are gigabytes, too many to hold in every process that reads images. The file is
-written once (a few minutes for ten million); any number of processes then find a caption in under a millisecond.
+Ten million long captions need gigabytes, which is too much to keep in memory in every process that reads images. The
+file is written once, in a few minutes for ten million captions. A lookup then takes less than a millisecond.
 """
 
 import sqlite3
@@ -15,21 +15,24 @@ from micro_dit.files import replacing
 
 
 class CaptionIndex:
-    """Captions by key; an image may have several. Holds nothing but the path of the file."""
+    """An index of captions by key, with one or more captions per key. Stores only the path of the file."""
 
     def __init__(self, file: Path):
         self.file = file
 
     @classmethod
     def beside(cls, captions: Path, file: str = "") -> "CaptionIndex":
-        """The index of a file or folder of captions: beside it, or in a file that the user prefers."""
+        """Returns the index of a file or folder of captions, stored beside it or, if given, in `file`."""
         captions = captions.absolute()
         return cls(Path(file).expanduser() if file else captions.with_name(f"{captions.name}.index.sqlite"))
 
     def ensure(self, inputs: Iterable[Path], settings: str, rows: Callable[[], Iterable[tuple[str, str]]]) -> None:
-        """Writes the (key, caption) pairs of `rows`, unless the file was written from the same inputs and settings.
+        """Writes the index, unless it was already written from the same inputs and settings.
 
-        Inputs count as the same while their size and time do; settings are names of columns and the like.
+        Args:
+            inputs: Input files, compared by size and modification time.
+            settings: Description of the settings that affect the rows, such as column names.
+            rows: Returns the (key, caption) pairs.
 
         Raises:
             UserError: The file cannot be written.
@@ -43,22 +46,25 @@ class CaptionIndex:
                 database.execute("PRAGMA journal_mode = OFF")
                 database.execute("CREATE TABLE captions (key TEXT, caption BLOB)")
                 database.execute("CREATE TABLE origin (text TEXT)")
-                # As bytes: SQLite refuses text with surrogates, which stand for what is not UTF-8 in the data.
+                # Stored as bytes, because SQLite rejects text with surrogates, which represent invalid UTF-8.
                 encoded = ((escape(key), caption.encode("utf-8", "surrogatepass")) for key, caption in rows())
                 database.executemany("INSERT INTO captions VALUES (?, ?)", encoded)
                 database.execute("INSERT INTO origin VALUES (?)", (origin,))
-                database.execute("CREATE INDEX by_key ON captions (key)")  # sorts once, which beats sorted insertion
+                database.execute("CREATE INDEX by_key ON captions (key)")  # faster than inserting into an index
                 database.commit()
         except (sqlite3.OperationalError, OSError) as error:
-            raise UserError(f"{self.file} cannot be written ({error}): give another place by index=...") from error
+            raise UserError(
+                f"Cannot write the caption index {self.file} ({error}). Set another path with the option index=... in "
+                "--source."
+            ) from error
 
     def captions(self, key: str) -> list[str]:
-        """Returns the captions of a key, in the order of the data; what is not UTF-8 in them is surrogates."""
+        """Returns the captions of a key, in the order of the data; invalid UTF-8 is decoded to surrogates."""
         found = self._query("SELECT caption FROM captions WHERE key = ? ORDER BY rowid", key)
         return [caption.decode("utf-8", "surrogatepass") for (caption,) in found]
 
     def keys(self, prefix: str) -> list[str]:
-        """Returns the keys that begin with a prefix, sorted."""
+        """Returns the sorted keys that start with a prefix."""
         after = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         found = self._query("SELECT DISTINCT key FROM captions WHERE key >= ? AND key < ? ORDER BY key", prefix, after)
         return [key for (key,) in found]
@@ -67,9 +73,9 @@ class CaptionIndex:
         try:
             return self._query("SELECT text FROM origin")[0][0]
         except (sqlite3.DatabaseError, IndexError):
-            return None  # not ours, or damaged: made anew
+            return None  # damaged or another file, which `ensure` replaces
 
     def _query(self, question: str, *values: str) -> list[tuple]:
-        # Immutable: no locks, which network file systems do badly.
+        # `immutable` avoids file locks, which are unreliable on network file systems.
         with closing(sqlite3.connect(f"{self.file.absolute().as_uri()}?immutable=1", uri=True)) as database:
             return database.execute(question, values).fetchall()

@@ -1,10 +1,10 @@
-"""Your own images: a folder of image files, each with its caption in a text file beside it.
+"""Reads your own images: a folder of image files, each with its caption in a text file beside it.
 
-    folder:PHOTOS               photos/cat.jpg with photos/cat.txt, and so on in all folders below
-    folder:PHOTOS,split=test    the split gets another name than 'train'
+    folder:PHOTOS               photos/cat.jpg with photos/cat.txt, including all sub-folders
+    folder:PHOTOS,split=test    sets the name of the split; default: train
 
-The whole text file is one caption, without the blanks around it. An empty file is an empty caption; an image without
-a text file is rejected, and so is a text file without an image. Files of other kinds and hidden files are ignored.
+The contents of the text file are one caption, without surrounding whitespace. An empty file is an empty caption. Images
+without a text file and text files without an image are rejected. Other files and hidden files are ignored.
 """
 
 import os
@@ -30,32 +30,36 @@ from micro_dit.errors import UserError
 
 
 class Folder:
-    """A folder of images with `.txt` files; see `micro_dit.data.sources.Source`. Ids are paths within the folder."""
+    """A folder of images with `.txt` files; see `micro_dit.data.sources.Source`. Ids are relative paths."""
 
     name = "folder"
 
     def __init__(self, path: str, *, split: str = "train"):
-        """Raises UserError if there is no such folder; reads nothing."""
+        """Checks that the folder exists without reading it; raises UserError otherwise."""
         self.folder = existing_path(path, "folder of images")
         if not self.folder.is_dir():
-            raise UserError(f"{self.folder} is not a folder: 'folder:' takes a folder of images with .txt files.")
+            raise UserError(
+                f"{self.folder} is not a folder. Set --source=folder:PATH to a folder of images with .txt files."
+            )
         self.splits: tuple[str, ...] = (split,)
         self.attribution = f"your own data: {self.folder}"
 
     def parts(self, split: str) -> list[Part]:
-        """Lists the folder, in the order of the paths."""
+        """Lists the folder and returns slices of its files, sorted by path."""
         check_split(self, split)
         names = relative_files(self.folder)
         images = [name for name in names if is_image_name(name)]
         if not images:
-            raise UserError(f"There are no images in {self.folder} or below: correct the path.")
+            raise UserError(
+                f"There are no images in {self.folder} and its sub-folders. Correct the path in --source=folder:PATH."
+            )
         stems = {name.rpartition(".")[0] for name in images}
-        alone = [name for name in names if name.endswith(".txt") and name.removesuffix(".txt") not in stems]
-        return [*slices(_CaptionedFiles(self.folder, sorted(images + alone)))]
+        unmatched = [name for name in names if name.endswith(".txt") and name.removesuffix(".txt") not in stems]
+        return [*slices(_CaptionedFiles(self.folder, sorted(images + unmatched)))]
 
 
 class _CaptionedFiles:
-    """Images with the text beside them (and texts without an image), read on demand."""
+    """Images with their text files, and text files without an image, read on demand."""
 
     def __init__(self, folder: Path, names: list[str]):
         self.folder, self.names = folder, names
@@ -84,7 +88,7 @@ class _CaptionedFiles:
 
 
 def relative_files(folder: Path) -> list[str]:
-    """Paths of all files in a folder and below, relative to it; hidden files and folders are left out."""
+    """Returns the relative paths of all files in a folder and its sub-folders, except hidden files and folders."""
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

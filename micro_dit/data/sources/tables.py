@@ -1,7 +1,7 @@
-"""Reads rows of CSV, TSV, JSON, JSONL and Parquet files, whatever bytes their strings hold.
+"""Reads rows of CSV, TSV, JSON, JSONL and Parquet files, including strings that are not valid UTF-8.
 
-One caption that is not UTF-8 must not lose the millions of others: its bytes are kept as surrogates (Python's
-'surrogateescape'), and the item is rejected later, by its own id.
+A caption that is not valid UTF-8 must not make the whole file unreadable. Its bytes are decoded to surrogates (Python's
+'surrogateescape'), and the item is rejected later.
 """
 
 import csv
@@ -14,13 +14,17 @@ from micro_dit.errors import UserError
 
 
 def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a table, JSON objects as they are; of Parquet, reads the given columns only.
+    """Yields the rows of a table as dictionaries.
 
-    A JSON file, read into memory whole, holds a list of objects, or one object {key: value}, whose values are captions
-    or objects: its rows get the key as 'key', and a caption as 'caption'.
+    A JSON file is read into memory. It contains a list of objects, or an object {key: value} whose values are captions
+    or objects; the rows of the latter have the key as 'key', and the caption as 'caption'.
+
+    Args:
+        file: A .csv, .tsv, .jsonl, .json or .parquet file.
+        columns: Columns to read from a Parquet file; all columns of other formats are read.
 
     Raises:
-        UserError: The file is damaged, of another kind, or lacks a column.
+        UserError: The file is damaged, of another format, or lacks a column.
     """
     if file.suffix == ".parquet":
         return _read_parquet(file, columns)
@@ -33,17 +37,20 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_bytes().decode("utf-8-sig", "surrogateescape"))
     except FileNotFoundError as error:
-        raise UserError(f"There is no file {file}: correct the path.") from error
+        raise UserError(f"The file {file} does not exist. Correct the path in --source.") from error
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}): correct it or download it again.") from error
+        raise UserError(f"{file} is not valid JSON ({error}). Correct it or download it again.") from error
 
 
 def pick_column(file: Path, row: dict[str, Any], names: Sequence[str]) -> str:
-    """Returns the first of the names that is a column of the row; raises UserError if none is."""
+    """Returns the first of `names` that is a column of the row; raises UserError if there is none."""
     for name in names:
         if name in row:
             return name
-    raise UserError(f"{file} has no column {' or '.join(names)}, only {', '.join(map(str, row))}: name the right one.")
+    columns = ", ".join(map(str, row))
+    raise UserError(
+        f"{file} has no column {' or '.join(names)}. Set the column names in --source; the columns are {columns}."
+    )
 
 
 def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
@@ -52,7 +59,7 @@ def _read_csv(file: Path) -> Iterator[dict[str, Any]]:
         try:
             yield from rows
         except csv.Error as error:
-            raise UserError(f"{file} cannot be read at line {rows.line_num} ({error}): correct the line.") from error
+            raise UserError(f"Cannot read line {rows.line_num} of {file} ({error}). Correct the line.") from error
 
 
 def _read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -63,7 +70,9 @@ def _read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
                 try:
                     yield _object(json.loads(line), where)
                 except ValueError as error:
-                    raise UserError(f"{where} is not valid JSON ({error}): correct it or download it again.") from error
+                    raise UserError(
+                        f"{where} is not valid JSON ({error}). Correct it or download the file again."
+                    ) from error
 
 
 def _read_json_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -75,12 +84,12 @@ def _read_json_rows(file: Path) -> Iterator[dict[str, Any]]:
         for number, row in enumerate(content, 1):
             yield _object(row, f"Entry {number} of {file}")
     else:
-        raise UserError(f"{file} is neither a list nor an object: correct it or download it again.")
+        raise UserError(f"{file} contains neither a JSON list nor a JSON object. Correct it or download it again.")
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object: correct it or download it again.")
+        raise UserError(f"{where} is not a JSON object. Correct it or download the file again.")
     return row
 
 
@@ -89,7 +98,7 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> Iterator[dict[st
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(f"{file} cannot be read without a package: run `pip install pyarrow`.") from error
+        raise UserError(f"Reading {file} requires the package pyarrow. Run pip install pyarrow.") from error
     try:
         with parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
@@ -99,11 +108,12 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> Iterator[dict[st
                 values = [_values(column) for column in batch.columns]
                 yield from (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*values, strict=True))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}): download or write it again.") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Cannot read {file} ({reason}). Download or create the file again.") from error
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of an Arrow column; strings, and lists of them, are read as bytes and decoded here."""
+    """Returns the values of an Arrow column; strings and lists of strings are decoded with 'surrogateescape'."""
     import pyarrow
 
     types = pyarrow.types

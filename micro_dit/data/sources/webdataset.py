@@ -1,12 +1,12 @@
-"""Webdataset tars: CC12M as `pixparse/cc12m-wds`, and whatever img2dataset has written.
+"""Reads WebDataset tars, such as CC12M (`pixparse/cc12m-wds`) and the output of img2dataset.
 
     webdataset:FOLDER                    all .tar files of a folder
-    webdataset:'FOLDER/*/train-*.tar'    a pattern
-    webdataset:FOLDER,split=validation   the split gets another name than 'train'
+    webdataset:'FOLDER/*/train-*.tar'    a glob pattern
+    webdataset:FOLDER,split=validation   sets the name of the split; default: train
 
-The members of a sample share a key: the member's name up to the first dot of its last part. An image needs a caption,
-`KEY.txt`, or else the entry 'caption' of `KEY.json`. Each tar is a part; tars must be uncompressed, so that they can be
-counted and indexed without being read. Hidden members are ignored.
+The members of a sample share a key: the path of the member up to the first dot of its file name. The caption is in
+`KEY.txt`, or else in the entry 'caption' of `KEY.json`. Each tar is a part. Tars must be uncompressed, so that only
+their headers are read to count and index them. Hidden members are ignored.
 """
 
 import functools
@@ -38,12 +38,12 @@ from micro_dit.errors import UserError
 
 
 class WebDataset:
-    """A folder of webdataset tars; see `micro_dit.data.sources.Source`. Ids are 'TAR/KEY'."""
+    """A folder of WebDataset tars; see `micro_dit.data.sources.Source`. Ids are 'TAR/KEY'."""
 
     name = "webdataset"
 
     def __init__(self, path: str, *, split: str = "train"):
-        """Lists the archives, opens none; raises UserError if there are no tars, or some are compressed."""
+        """Lists the archives without opening them; raises UserError if there are no tars, or some are compressed."""
         self.tars = find_tars(path)
         self.splits: tuple[str, ...] = (split,)
         self.attribution = f"your own data: {path}"
@@ -51,13 +51,13 @@ class WebDataset:
             self.attribution = "Conceptual 12M (https://github.com/google-research-datasets/conceptual-12m)"
 
     def parts(self, split: str) -> list[Part]:
-        """Returns a part for each tar, in the order of their names."""
+        """Returns one part per tar, sorted by name."""
         check_split(self, split)
         return [TarPart(name, path) for name, path in self.tars.items()]
 
 
 class TarPart:
-    """The samples of a tar, in their order, then the members that belong to none."""
+    """The samples of a tar in stored order, followed by its rejects."""
 
     def __init__(self, name: str, path: str):
         self.name, self.path = name, path
@@ -82,7 +82,7 @@ class TarPart:
         yield from map(self._reject, rejects)
 
     def read(self, tar: BinaryIO, sample: "TarSample") -> Item:
-        """Reads a sample from the open tar: of its members the image and the text only."""
+        """Reads the image and the captions of a sample from an open tar."""
         id = f"{self.name}/{sample.key}"
         image = next((member for suffix, member in sample.members.items() if suffix in IMAGE_SUFFIXES), None)
         try:
@@ -96,7 +96,7 @@ class TarPart:
         return make_item(id, image.read(tar), captions)
 
     def captions(self, tar: BinaryIO, sample: "TarSample") -> object:
-        """The captions of a sample, as `make_item` takes them; UnicodeDecodeError or ValueError if they are damaged."""
+        """Returns the captions of a sample for `make_item`; raises UnicodeDecodeError or ValueError if damaged."""
         if text := sample.members.get("txt"):
             return text.read(tar).decode("utf-8-sig").strip()
         if record := sample.members.get("json"):
@@ -109,35 +109,35 @@ class TarPart:
 
 
 class Member(NamedTuple):
-    """Where the bytes of a file lie in a tar."""
+    """The location of a file in a tar, in bytes."""
 
     offset: int
     size: int
 
     def read(self, tar: BinaryIO) -> bytes:
-        """Returns the bytes."""
+        """Returns the contents of the file."""
         tar.seek(self.offset)
         return tar.read(self.size)
 
 
 class TarSample(NamedTuple):
-    """The members of a tar that share a key, by what follows the key, in lower case ('jpg', 'txt', 'seg.png')."""
+    """The members of a tar that share a key, by lower-case suffix ('jpg', 'txt', 'seg.png')."""
 
     key: str
     members: dict[str, Member]
 
 
 class TarIndex(NamedTuple):
-    """The table of contents of a tar: its samples, and what is wrong with it (the id '' stands for the tar)."""
+    """The index of a tar: its samples and its rejects, where the id '' stands for the tar itself."""
 
     samples: list[TarSample]
     rejects: list[Reject]
 
 
 def index_tar(path: str) -> TarIndex:
-    """Reads the headers of a tar (10,000 samples take about a second); the latest few are kept in memory.
+    """Reads the headers of a tar (about one second for 10,000 samples) and caches the index.
 
-    A truncated or damaged tar is indexed as far as its members are whole, and its last reject says so.
+    A truncated or damaged tar is indexed up to its last complete member, and its last reject has the reason DAMAGED.
     """
     status = os.stat(path)
     return _index_tar(path, status.st_size, status.st_mtime_ns)
@@ -163,14 +163,14 @@ def _index_tar(path: str, size: int, modified: int) -> TarIndex:
                 else:
                     samples[key][suffix] = Member(info.offset_data, info.size)
             else:
-                with open(path, "rb") as file:  # tarfile takes the end of the file for the end of the archive
+                with open(path, "rb") as file:  # tarfile does not distinguish a truncated archive from its end
                     file.seek(tar.offset)
                     whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except tarfile.ReadError:
         pass
     if not whole:
         rejects.append(Reject("", DAMAGED))
-    # Samples without image and caption (a shard's statistics, say) are no samples.
+    # Keys with neither an image nor a caption, such as statistics of a shard, are not samples.
     kept = [
         TarSample(key, members)
         for key, members in samples.items()
@@ -180,18 +180,18 @@ def _index_tar(path: str, size: int, modified: int) -> TarIndex:
 
 
 def find_tars(path: str) -> dict[str, str]:
-    """Finds tars by a folder or a pattern: sorted paths by names, which are paths without the ending.
+    """Returns the sorted paths of tars in a folder or of a pattern, by name (the relative path without suffix).
 
     Raises:
-        UserError: There are none, or some are compressed.
+        UserError: There are no tars, or some are compressed.
     """
     path = os.path.expanduser(path)
     pattern = os.path.join(glob.escape(path), "*.tar*") if os.path.isdir(path) else path
     found = sorted(glob.glob(pattern, recursive=True))
     if compressed := [file for file in found if file.endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))]:
-        raise UserError(f"{compressed[0]} is compressed, so it cannot be indexed: decompress it to a plain .tar.")
+        raise UserError(f"{compressed[0]} is compressed and cannot be indexed. Decompress it to a .tar file.")
     tars = [file for file in found if file.endswith(".tar")]
     if not tars:
-        raise UserError(f"There are no .tar files at {path}: correct the folder or the pattern.")
+        raise UserError(f"There are no .tar files at {path}. Correct the folder or pattern in --source.")
     root = os.path.commonpath([os.path.dirname(tar) for tar in tars])
     return {os.path.relpath(tar, root).removesuffix(".tar"): tar for tar in tars}

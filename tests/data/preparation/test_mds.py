@@ -1,4 +1,4 @@
-"""Conversion of MDS latents; `tests/golden/mds` was written by the package mosaicml-streaming 0.13, with zstd."""
+"""Tests the conversion of MDS latents. `tests/golden/mds` was written by mosaicml-streaming 0.13 with zstd."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ COLUMNS = {"caption": "str", "caption_latents": "bytes", "latents_256": "bytes",
 
 
 def pattern(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """What the golden samples hold."""
+    """Returns the values of an array of a golden sample."""
     return ((np.arange(np.prod(shape)) * 5 + seed * 11) % 127 / 32 - 2).astype(np.float16).reshape(shape)
 
 
@@ -37,7 +37,7 @@ def make_sample(seed: int, channels: int = 4, caption: tuple[int, int] = (77, 10
 
 
 def encode_file(samples: list[dict[str, bytes]], description: dict) -> bytes:
-    """A file of samples, as MDSWriter lays it out."""
+    """Serializes samples in the file format of MDSWriter."""
     text = json.dumps(description, sort_keys=True).encode()
     bodies = []
     for sample in samples:
@@ -49,7 +49,7 @@ def encode_file(samples: list[dict[str, bytes]], description: dict) -> bytes:
 
 
 def write_mds(folder: Path, files: list[list[dict[str, bytes]]], compression: str | None = None) -> Path:
-    """Writes a folder of such files and its index."""
+    """Writes a folder of MDS files and its index."""
     folder.mkdir(parents=True)
     shards = []
     for index, samples in enumerate(files):
@@ -87,7 +87,7 @@ def read_all(out: Path) -> list[Record]:
 
 
 def assert_sample(record: Record, seed: int) -> None:
-    """Compares a record with what `make_sample` made, bit by bit."""
+    """Asserts that a record is bitwise equal to the output of `make_sample`."""
     assert record.captions == (f"photo caption №{seed}",)
     assert (record.arrays["caption_embedding"] == pattern(seed, (77, 1024))[None]).all()
     assert (record.arrays["latent_sample_256"] == pattern(seed + 1, (4, 32, 32)).transpose(1, 2, 0)).all()
@@ -99,8 +99,8 @@ def rejects_of(out: Path) -> dict[str, str]:
     return {reject["id"]: reject["reason"] for reject in map(json.loads, lines)}
 
 
-def test_golden(tmp_path: Path) -> None:
-    """Three files, listed both in their folders' indexes and in the merged one, become five records."""
+def test_golden_files(tmp_path: Path) -> None:
+    """Three files that are listed in the indexes of their folders and in the merged index contain five records."""
     manifest = convert(GOLDEN, tmp_path / "out")
     records = read_all(tmp_path / "out")
     names = ["0/shard.00000.mds:0", "0/shard.00000.mds:1", "0/shard.00001.mds:0", "1/shard.00000.mds:0"]
@@ -117,8 +117,8 @@ def test_golden(tmp_path: Path) -> None:
     np.testing.assert_allclose(manifest.statistics["256"]["std"], stored.std((0, 2, 3)), rtol=1e-9)
 
 
-def test_the_files_of_these_tests_are_those_of_the_package(tmp_path: Path) -> None:
-    """What `encode_file` makes is byte for byte what the real writer made."""
+def test_encode_file_matches_the_golden_files(tmp_path: Path) -> None:
+    """The output of `encode_file` must be identical to that of MDSWriter."""
     entries = json.loads((GOLDEN / "index.json").read_text())["shards"]
     seeds = iter(range(5))
     for entry in entries:
@@ -129,8 +129,8 @@ def test_the_files_of_these_tests_are_those_of_the_package(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("compression", [None, "zstd", "zstd:7"])
-def test_written_by_the_package_itself(tmp_path: Path, compression: str | None) -> None:
-    streaming = pytest.importorskip("streaming", reason="mosaicml-streaming is not installed; see test_golden")
+def test_files_written_by_mosaicml_streaming(tmp_path: Path, compression: str | None) -> None:
+    streaming = pytest.importorskip("streaming", reason="mosaicml-streaming is not installed; see test_golden_files")
     rng = np.random.default_rng(0)
     samples = []
     for folder in ("0", "1"):
@@ -151,11 +151,11 @@ def test_written_by_the_package_itself(tmp_path: Path, compression: str | None) 
             assert record.arrays[f"latent_sample_{side}"].transpose(2, 0, 1).tobytes() == sample[f"latents_{side}"]
 
 
-def test_uncompressed_is_the_same_and_comes_first(tmp_path: Path) -> None:
+def test_uncompressed_files_are_preferred(tmp_path: Path) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0), make_sample(1)], [make_sample(2)]], "zstd")
     raw = folder / "shard.00001.mds"
     raw.write_bytes(zstandard.decompress(raw.with_suffix(".mds.zstd").read_bytes(), 1 << 20))
-    raw.with_suffix(".mds.zstd").unlink()  # the package can leave either
+    raw.with_suffix(".mds.zstd").unlink()  # the package keeps either or both
     convert(folder, tmp_path / "out")
     plain = write_mds(tmp_path / "plain", [[make_sample(0), make_sample(1)], [make_sample(2)]])
     convert(plain, tmp_path / "out_plain")
@@ -164,30 +164,30 @@ def test_uncompressed_is_the_same_and_comes_first(tmp_path: Path) -> None:
             assert_sample(record, seed)
 
 
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(UserError, match="pip install zstandard"):
         convert(GOLDEN, tmp_path / "out")
 
 
-def test_one_resolution_of_two_or_of_one(tmp_path: Path) -> None:
+def test_selected_resolutions(tmp_path: Path) -> None:
     assert convert(GOLDEN, tmp_path / "a", resolutions=[512]).resolutions == (512,)
     sample = make_sample(0)
     del sample["latents_512"]
     folder = write_mds(tmp_path / "mds", [[sample]])
     assert convert(folder, tmp_path / "b").resolutions == (256,)
-    with pytest.raises(UserError, match="no column latents_512 among caption, caption_latents, latents_256"):
+    with pytest.raises(UserError, match="no column latents_512; its columns are caption, caption_latents, latents_256"):
         convert(folder, tmp_path / "c", resolutions=[256, 512])
 
 
-def test_sixteen_channels_and_t5(tmp_path: Path) -> None:
+def test_sixteen_channels_and_t5_embeddings(tmp_path: Path) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0, channels=16, caption=(120, 4096))]])
     manifest = convert(folder, tmp_path / "out")
     assert manifest.vae.channels == 16
     assert (manifest.text_encoder.tokens, manifest.text_encoder.channels) == (120, 4096)
 
 
-def test_bad_samples_are_counted_and_named(tmp_path: Path) -> None:
+def test_unusable_samples_are_counted_and_named(tmp_path: Path) -> None:
     samples = [make_sample(seed) for seed in range(6)]
     samples[1]["latents_256"] = samples[1]["latents_256"][:-2]
     samples[2]["caption"] = b"caf\xe9"
@@ -211,7 +211,7 @@ def test_bad_samples_are_counted_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("kept", [0.0, 0.00002, 0.5, 0.9999])
-def test_a_truncated_file(tmp_path: Path, compression: str | None, kept: int) -> None:
+def test_truncated_file(tmp_path: Path, compression: str | None, kept: int) -> None:
     rng = np.random.default_rng(1)  # incompressible, so that half of the file is half of the samples
     samples = [
         make_sample(seed) | {"latents_512": rng.standard_normal(4 * 64 * 64).astype("<f2").tobytes()}
@@ -231,8 +231,8 @@ def test_a_truncated_file(tmp_path: Path, compression: str | None, kept: int) ->
         assert record.arrays["latent_sample_512"].transpose(2, 0, 1).tobytes() == sample["latents_512"]
 
 
-def test_damage_in_the_middle(tmp_path: Path) -> None:
-    """Offsets that point anywhere, and sizes that do not add up, cost their own samples alone."""
+def test_damaged_offsets_and_sizes(tmp_path: Path) -> None:
+    """Invalid offsets and inconsistent sizes must drop only the affected samples."""
     folder = write_mds(tmp_path / "mds", [[make_sample(seed) for seed in range(5)]])
     path = folder / "shard.00000.mds"
     data = bytearray(path.read_bytes())
@@ -244,7 +244,7 @@ def test_damage_in_the_middle(tmp_path: Path) -> None:
     assert list(rejects_of(tmp_path / "out")) == [f"shard.00000.mds:{index}" for index in (1, 2, 4)]
 
 
-def test_another_number_of_samples_than_listed(tmp_path: Path) -> None:
+def test_wrong_number_of_samples_in_the_index(tmp_path: Path) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0), make_sample(1)], [make_sample(2)]])
     index = json.loads((folder / "index.json").read_text())
     index["shards"][0]["samples"] = 3
@@ -258,24 +258,24 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "plan.json"}
 
 
-def test_interrupted_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whenever it ends, what is done stays, and the result is the same, byte for byte."""
-    monkeypatch.setattr(mds, "BYTES_IN_A_PART", 500_000)  # two of these files
+def test_resumes_bitwise_after_interruptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished parts are kept, and the result is identical to that of an uninterrupted conversion."""
+    monkeypatch.setattr(mds, "BYTES_IN_A_PART", 500_000)  # size of two of these files
     folder = write_mds(tmp_path / "mds", [[make_sample(seed)] for seed in range(5)])
     convert(folder, tmp_path / "whole")
     assert len(read_manifest(tmp_path / "whole").splits["train"]) == 3
 
-    real, made = mds.read_records, []
+    real, parts = mds.read_records, []
 
     def interrupted(part: Any, layout: Any) -> Iterator[Any]:
         for number, record in enumerate(real(part, layout)):
-            if number == 1 and part.name not in made:
-                made.append(part.name)
+            if number == 1 and part.name not in parts:
+                parts.append(part.name)
                 raise KeyboardInterrupt
             yield record
 
     monkeypatch.setattr(mds, "read_records", interrupted)
-    for _ in range(2):  # the third part has but one sample
+    for _ in range(2):  # the third part has only one sample
         with pytest.raises(KeyboardInterrupt):
             convert(folder, tmp_path / "out")
         assert not (tmp_path / "out" / "manifest.json").exists()
@@ -283,12 +283,12 @@ def test_interrupted_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     lines: list[str] = []
     convert(folder, tmp_path / "out", report=lines.append)
-    assert "nothing is left to do" in lines[0]
-    with pytest.raises(UserError, match=r"begun with resolutions"):
+    assert "is already complete" in lines[0]
+    with pytest.raises(UserError, match=r"started with resolutions"):
         convert(folder, tmp_path / "out", resolutions=[256])
 
 
-def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mds, "BYTES_IN_A_PART", 1)
     folder = write_mds(tmp_path / "mds", [[make_sample(seed)] for seed in range(3)])
     assert convert(folder, tmp_path / "out", process_index=1, process_count=2) is None
@@ -296,20 +296,20 @@ def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         convert(folder, tmp_path / "out", process_index=2, process_count=2)
     manifest = convert(folder, tmp_path / "out", process_index=0, process_count=2)
     assert manifest.records("train") == 3
-    convert(folder, tmp_path / "alone")
-    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    convert(folder, tmp_path / "single")
+    assert contents(tmp_path / "out") == contents(tmp_path / "single")
 
 
-def test_the_fingerprint_of_a_folder(tmp_path: Path) -> None:
+def test_fingerprint_of_a_local_autoencoder(tmp_path: Path) -> None:
     shipped = Path(mds.__file__).parents[2] / "assets" / "openmoji_vae"
     config = json.loads((shipped / "config.json").read_text())
-    with pytest.raises(UserError, match="give the image encoder that made them"):
+    with pytest.raises(UserError, match="Set --vae to the image encoder that computed the latents"):
         mds.vae_fingerprint(str(shipped), channels=config["latent_channels"] + 1)
     fingerprint = json.loads((shipped / "metrics.json").read_text())["fingerprint"]
     (tmp_path / "vae").mkdir()
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
         shutil.copy(shipped / file, tmp_path / "vae")
-    for folder in (tmp_path, tmp_path / "vae"):  # of a pipeline, or of the autoencoder alone
+    for folder in (tmp_path, tmp_path / "vae"):  # a pipeline, and an autoencoder
         assert mds.vae_fingerprint(str(folder), config["latent_channels"]) == fingerprint
     assert mds.vae_fingerprint("owner/name", 4) == "unverified"
 
@@ -317,21 +317,21 @@ def test_the_fingerprint_of_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "index.json").unlink(), "no MDS files"),
-        (lambda folder: (folder / "index.json").write_text("{}"), "is not an index of MDS files"),
-        (lambda folder: (folder / "index.json").write_text("["), "is not an index of MDS files"),
-        (lambda folder: edit(folder, version=1), "only version 2 can be read"),
-        (lambda folder: edit_shard(folder, format="jsonl"), "is of the kind 'jsonl'"),
-        (lambda folder: edit_shard(folder, compression="gz"), "is of the kind 'gz'"),
+        (lambda folder: (folder / "index.json").unlink(), "No index.json in .* lists any MDS files"),
+        (lambda folder: (folder / "index.json").write_text("{}"), "is damaged or not an index of MDS files"),
+        (lambda folder: (folder / "index.json").write_text("["), "is damaged or not an index of MDS files"),
+        (lambda folder: edit(folder, version=1), "only version 2 is supported"),
+        (lambda folder: edit_shard(folder, format="jsonl"), "has format 'jsonl'"),
+        (lambda folder: edit_shard(folder, compression="gz"), "has format 'gz'"),
         (
             lambda folder: (folder / "shard.00000.mds.zstd").unlink(),
-            "1 MDS files .* are missing, the first is shard.00000",
+            "1 MDS files .* are missing, for example shard.00000",
         ),
         (lambda folder: edit_shard(folder, column_names=["jpg", "b", "c", "d"]), "no column caption"),
-        (lambda folder: (folder / "shard.00000.mds.zstd").write_bytes(b""), "all files are damaged"),
+        (lambda folder: (folder / "shard.00000.mds.zstd").write_bytes(b""), "All MDS files in .* are damaged"),
     ],
 )
-def test_folders_that_cannot_be_converted(tmp_path: Path, change: Any, message: str) -> None:
+def test_unsupported_folders_raise_a_user_error(tmp_path: Path, change: Any, message: str) -> None:
     folder = write_mds(tmp_path / "mds", [[make_sample(0)]], "zstd")
     change(folder)
     with pytest.raises(UserError, match=message):
@@ -351,17 +351,17 @@ def edit_shard(folder: Path, **values: Any) -> None:
     ("sample", "message"),
     [
         (make_sample(0) | {"caption_latents": bytes(100)}, "caption embeddings of 100 bytes"),
-        (make_sample(0) | {"latents_256": bytes(100)}, "no float16 latents"),
-        (make_sample(0, channels=16) | {"latents_256": pattern(0, (4, 32, 32)).tobytes()}, "no float16 latents"),
+        (make_sample(0) | {"latents_256": bytes(100)}, "not contain float16 latents"),
+        (make_sample(0, channels=16) | {"latents_256": pattern(0, (4, 32, 32)).tobytes()}, "not contain float16"),
     ],
 )
-def test_arrays_of_other_kinds(tmp_path: Path, sample: dict[str, Any], message: str) -> None:
+def test_unsupported_arrays_raise_a_user_error(tmp_path: Path, sample: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         convert(write_mds(tmp_path / "mds", [[sample]]), tmp_path / "out")
 
 
 def test_columns_of_fixed_size(tmp_path: Path) -> None:
-    """A column such as 'width' (int32) has no size in the sample."""
+    """The size of a column such as 'width' (int32) is not stored in the sample."""
     folder = write_mds(tmp_path / "mds", [[make_sample(0)]])
     sample = make_sample(0)
     names = ["caption", "caption_latents", "height", "latents_256", "latents_512"]
@@ -380,8 +380,8 @@ def test_columns_of_fixed_size(tmp_path: Path) -> None:
     assert_sample(read_all(tmp_path / "out")[0], 0)
 
 
-def test_layout_of_the_majority(tmp_path: Path) -> None:
-    """The first sample may be the broken one."""
+def test_layout_is_inferred_from_the_majority(tmp_path: Path) -> None:
+    """The first sample of a file may be damaged."""
     samples = [make_sample(seed) for seed in range(3)]
     samples[0]["latents_512"] = b""
     files = list_mds(write_mds(tmp_path / "mds", [samples]))

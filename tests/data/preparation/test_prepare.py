@@ -42,7 +42,7 @@ class ListPart(list):
 
 
 class ListSource:
-    """Each split is a list of parts, each a list of items."""
+    """A source in memory: each split is a list of parts, and each part is a list of items."""
 
     name, attribution = "list", "nobody, CC0"
 
@@ -55,7 +55,7 @@ class ListSource:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """make_shards() with stub encoders; `source` is a ListSource, or a name as in the command."""
+    """Returns `make_shards` with stub encoders; `source` is a ListSource, or a value of --source."""
 
     def run(
         source: ListSource | str, out: Path | None = None, image: object = None, text: object = None, **changed: Any
@@ -80,17 +80,17 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
 
 def rejects(folder: Path) -> dict[str, str]:
-    """Ids and reasons of rejects.jsonl."""
+    """Returns the reasons in rejects.jsonl by id."""
     lines = (folder / "rejects.jsonl").read_text(encoding="utf-8").splitlines()
     return {line["id"]: line["reason"] for line in map(json.loads, lines)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder."""
+    """Returns the contents of every file of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_images_and_captions_arrive_in_order(run: Run, tmp_path: Path) -> None:
+def test_images_and_captions_are_stored_in_order(run: Run, tmp_path: Path) -> None:
     colors = ["red", "lime", "blue", "white", "black"]
     items: list[Item] = [example(color, image=plain(16, 16, color)) for color in colors]
     manifest = run(ListSource(train=[items[:4], items[4:]], validation=[items[:1]], empty=[]))
@@ -124,21 +124,21 @@ def test_every_caption_is_embedded(run: Run, tmp_path: Path) -> None:
         expected = stub_encoders.Letters().encode(list(records[row].captions))
         np.testing.assert_array_equal(records[row].arrays["caption_embedding"], expected)
     assert {reason: tally.ids for reason, tally in manifest.altered.items()} == {
-        "caption is empty, and trains the unconditional model": ["b"]
+        "caption is empty (used for unconditional training)": ["b"]
     }
 
 
-def test_captions_are_cleaned_unless_told_otherwise(run: Run, tmp_path: Path) -> None:
+def test_captions_are_cleaned_by_default(run: Run, tmp_path: Path) -> None:
     captions = ("A <b>Cat</b> &amp; a dog @user", "@user", "ünï")
     manifest = run(ListSource(train=[[example("a", *captions)]]), clean_captions=True)
     assert manifest.caption_cleaning == CLEANING_VERSION
     held = SplitReader(tmp_path / "shards", manifest, "train")[0].captions
     assert held == (clean_caption(captions[0]), "ünï") == ("a cat a dog", "ünï")
-    with pytest.raises(UserError, match="was begun with caption_cleaning deepfloyd-2, not none"):
+    with pytest.raises(UserError, match="was started with caption_cleaning deepfloyd-2, but this run has none"):
         run(ListSource(train=[[example("a", *captions)]]))
 
 
-def test_what_cannot_be_used_is_named_and_counted(run: Run, tmp_path: Path) -> None:
+def test_unusable_inputs_are_named_and_counted(run: Run, tmp_path: Path) -> None:
     class Bright(stub_encoders.MeanColor):
         def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             mean, std = super().encode(images)
@@ -186,7 +186,7 @@ def test_altered_inputs_are_counted_and_named(run: Run, tmp_path: Path) -> None:
     assert load_split(tmp_path / "shards", "train", 32)["latent_mean"].shape == (3, 4, 4, 3)
 
 
-def test_samples_have_the_posteriors_moments_and_depend_on_the_id_alone(run: Run, tmp_path: Path) -> None:
+def test_posterior_samples_have_its_moments_and_depend_only_on_the_id(run: Run, tmp_path: Path) -> None:
     items = [example(str(number), image=plain(64, 64)) for number in range(20)]
 
     def samples(name: str, items: list[Example], **changed: Any) -> np.ndarray:
@@ -202,7 +202,7 @@ def test_samples_have_the_posteriors_moments_and_depend_on_the_id_alone(run: Run
     assert not np.array_equal(samples("seeded", items, seed=1), first)
 
 
-def test_a_share_is_held_out_by_id(run: Run, tmp_path: Path) -> None:
+def test_validation_fraction_is_held_out_by_id(run: Run, tmp_path: Path) -> None:
     items = [example(str(number)) for number in range(60)]
     run(ListSource(train=[items[:35], items[35:]]), validation=0.25)
     splits = {split: load_split(tmp_path / "shards", split, 16)["id"] for split in ("train", "validation")}
@@ -210,28 +210,28 @@ def test_a_share_is_held_out_by_id(run: Run, tmp_path: Path) -> None:
     assert 8 <= len(splits["validation"]) <= 22
     run(ListSource(train=[items[::-1]]), tmp_path / "reversed", validation=0.25)
     assert load_split(tmp_path / "reversed", "validation", 16)["id"] == splits["validation"][::-1]
-    with pytest.raises(UserError, match=r"has splits of its own \(train, test\): leave out --validation"):
+    with pytest.raises(UserError, match=r"already has the splits train, test\. Remove --validation"):
         run(ListSource(train=[items], test=[]), tmp_path / "other", validation=0.25)
 
 
-def test_a_second_run_changes_nothing_and_other_settings_are_refused(run: Run, tmp_path: Path) -> None:
+def test_second_run_changes_nothing_and_rejects_other_settings(run: Run, tmp_path: Path) -> None:
     source, out, lines = ListSource(train=[[example("a")], [example("b")]]), tmp_path / "shards", list[str]()
     manifest = run(source)
     before = contents(out)
     assert run(source, batch_size=8, report=lines.append) == manifest
-    assert "nothing is left to do" in lines[-1]
+    assert "is already complete" in lines[-1]
     for source_now, changed, message in (
-        (source, {"minimum_side": 8}, r"was begun with minimum_side 16, not 8: use the same"),
-        (source, {"resolutions": (16, 32)}, r"was begun with resolutions 16, not 16,32: "),
+        (source, {"minimum_side": 8}, r"was started with minimum_side 16, but this run has 8\. Use the original"),
+        (source, {"resolutions": (16, 32)}, r"was started with resolutions 16, but this run has 16,32\. "),
         (source, {"text": type("Other", (stub_encoders.Letters,), {"fingerprint": "9"})()}, "text_encoder.fingerprint"),
-        (ListSource(train=[[example("a")]]), {}, "was begun with length of parts.train 2, not 1"),
+        (ListSource(train=[[example("a")]]), {}, "was started with length of parts.train 2, but this run has 1"),
     ):
         with pytest.raises(UserError, match=message):
             run(source_now, **changed)
     assert contents(out) == before
 
 
-def test_a_folder_that_has_grown_is_refused(run: Run, tmp_path: Path) -> None:
+def test_source_folder_that_has_grown_is_rejected(run: Run, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in "ab":
@@ -239,11 +239,11 @@ def test_a_folder_that_has_grown_is_refused(run: Run, tmp_path: Path) -> None:
         (photos / f"{name}.txt").write_text(name)
         if name == "a":
             run(f"folder:{photos}")
-    with pytest.raises(UserError, match=r"was begun with examples listed\.train 1, not 2"):
+    with pytest.raises(UserError, match=r"was started with examples listed\.train 1, but this run has 2"):
         run(f"folder:{photos}")
 
 
-def test_a_folder_of_something_else_is_left_alone(run: Run, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_not_changed(run: Run, tmp_path: Path) -> None:
     source = ListSource(train=[[example("a")]])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(plain(16, 16))
@@ -252,14 +252,14 @@ def test_a_folder_of_something_else_is_left_alone(run: Run, tmp_path: Path) -> N
     with pytest.raises(UserError, match="is a file"):
         run(source, tmp_path / "photos" / "cat.jpg")
     (tmp_path / "photos" / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="finished shards of unknown settings"):
+    with pytest.raises(UserError, match=r"has finished shards but no plan\.json"):
         run(source, tmp_path / "photos")
-    with pytest.raises(UserError, match="gs://bucket/shards is not on a disk"):
+    with pytest.raises(UserError, match="gs://bucket/shards is not a local folder"):
         Journal("gs://bucket/shards", {}, {})
     assert len(list((tmp_path / "photos").iterdir())) == 2
 
 
-def test_only_what_is_missing_is_made_again(run: Run, tmp_path: Path) -> None:
+def test_only_missing_parts_are_processed_again(run: Run, tmp_path: Path) -> None:
     source = ListSource(train=[[example("a"), example("b")], [example("c")], [example("bad", image=b"")]])
     run(source, tmp_path / "whole")
     whole, out = contents(tmp_path / "whole"), tmp_path / "torn"
@@ -278,38 +278,38 @@ def test_only_what_is_missing_is_made_again(run: Run, tmp_path: Path) -> None:
     assert not (out / "manifest.json").exists()
     assert not list(out.rglob("*.partial"))
     first = out / "train-00000-of-00003.array_record"
-    made = first.stat().st_mtime_ns
+    written = first.stat().st_mtime_ns
     lines: list[str] = []
     run(source, out, report=lines.append)
-    assert "1 of 3 parts are done already" in lines
-    assert first.stat().st_mtime_ns == made
+    assert "resuming: 1 of 3 parts are done" in lines
+    assert first.stat().st_mtime_ns == written
     assert contents(out) == whole
 
     (out / "manifest.json").unlink()
-    first.write_bytes(b"")  # lost by the disk: the part is made again
-    first.with_name(f"{first.name}.partial").write_bytes(b"left by a process that was killed")
+    first.write_bytes(b"")  # damaged on disk, so the part is processed again
+    first.with_name(f"{first.name}.partial").write_bytes(b"left by a killed process")
     (out / "parts" / "process-0").mkdir()
-    (out / "parts" / "process-0" / "manifest.json.partial").write_bytes(b"likewise")
+    (out / "parts" / "process-0" / "manifest.json.partial").write_bytes(b"left by a killed process")
     run(source, out)
     assert contents(out) == whole
 
 
-def test_two_hosts_make_what_one_makes(run: Run, tmp_path: Path) -> None:
+def test_two_hosts_write_the_same_bytes_as_one(run: Run, tmp_path: Path) -> None:
     source = ListSource(train=[[example(f"{part} {n}") for n in range(part)] for part in range(5)], test=[[]])
     run(source, tmp_path / "one")
     lines: list[str] = []
     assert run(source, tmp_path / "two", process_index=1, process_count=2, report=lines.append) is None
-    assert "the last of the 2 processes completes" in lines[-1]
+    assert "is complete when all 2 are done" in lines[-1]
     parts = ["test-00000.json", "train-00001.json", "train-00003.json"]
     assert sorted(path.name for path in (tmp_path / "two" / "parts").iterdir()) == parts
     assert run(source, tmp_path / "two", process_index=0, process_count=2) is not None
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_nothing_usable_is_an_error(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"No example of list is usable: image file is empty \(2\)\.$"):
+def test_source_without_usable_examples_raises_a_user_error(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"The source list has no usable examples: image file is empty \(2\)\."):
         run(ListSource(train=[[example("1", image=b""), example("2", image=b"")]]))
-    with pytest.raises(UserError, match="it is empty"):
+    with pytest.raises(UserError, match="no items found"):
         run(ListSource(train=[]), tmp_path / "empty")
     assert not (tmp_path / "empty" / "manifest.json").exists()
 
@@ -317,48 +317,48 @@ def test_nothing_usable_is_an_error(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"resolutions": ()}, "must be positive"),
+        ({"resolutions": ()}, "--resolutions and --batch_size must be positive"),
         ({"resolutions": (0,)}, "must be positive"),
         ({"batch_size": 0}, "must be positive"),
         ({"resolutions": (16, 20)}, "Resolution 20 is not a multiple of 8"),
-        ({"posterior": "mode"}, "Unknown posterior 'mode': choose one of mean_std, sample"),
+        ({"posterior": "mode"}, r"Unknown posterior 'mode'\. Set --posterior to one of mean_std, sample"),
         ({"validation": 1.0}, "at least 0 and less than 1"),
         ({"process_index": 2, "process_count": 2}, "from 0 to 1, not 2"),
     ],
 )
-def test_wrong_arguments_are_refused(run: Run, tmp_path: Path, changed: dict, message: str) -> None:
+def test_invalid_arguments_raise_a_user_error(run: Run, tmp_path: Path, changed: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(ListSource(train=[[example("a")]]), **changed)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_device_without_memory_is_an_error(run: Run) -> None:
+def test_out_of_memory_raises_a_user_error(run: Run) -> None:
     import jax
 
     class Full(stub_encoders.MeanColor):
         def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    with pytest.raises(UserError, match="too small for batches of 3 images"):
+    with pytest.raises(UserError, match="out of memory with batches of 3 images"):
         run(ListSource(train=[[example("a")]]), image=Full())
 
 
-def test_an_example_that_ends_its_worker_is_dropped() -> None:
+def test_example_that_crashes_its_worker_is_dropped() -> None:
     settings = PreparationSettings("list", (16,), "stub", batch_size=2)
     (batch,) = make_batches([(Label("deadly"), None), (Label(None), None)], settings)
     assert (batch.pixels, batch.last) == ({}, True)
     assert [(id, prepared.dropped) for id, prepared in batch.examples] == [("deadly", ENDED_WORKER)]
 
 
-def test_progress_tells_rate_waiting_time_and_price(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_reports_rate_idle_time_and_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     lines: list[str] = []
     shown = PreparationProgress(4, dollars_per_hour=36.0, report=lines.append)
     shown.begin_part(1000)
     shown.encoded(1001.0, 1003.0)
-    shown.encoded(1002.0, 1005.0)  # was there in time
-    shown.encoded(1007.0, 1009.0)  # two of eight seconds with nothing to do
+    shown.encoded(1002.0, 1005.0)  # dispatched before the previous batch was finished
+    shown.encoded(1007.0, 1009.0)  # the device was idle for two of eight seconds
     now = 1002.0
     shown.advance(100)
     assert lines == []
@@ -366,7 +366,7 @@ def test_progress_tells_rate_waiting_time_and_price(monkeypatch: pytest.MonkeyPa
     shown.advance(300)
     shown.begin_part(3000)
     assert lines == [
-        "part 1 of 4: 400 of 4,000 images, 40.0 images/s, device waited 25% of the time, 90 s left, $0.10 of $1.00"
+        "part 1 of 4: 400 of 4,000 images, 40.0 images/s, device idle 25% of the time, 90 s left, $0.10 of $1.00"
     ]
     shown.finish_part()
     shown.close()
@@ -377,7 +377,7 @@ def test_progress_tells_rate_waiting_time_and_price(monkeypatch: pytest.MonkeyPa
     assert "2.5 min left" in lines[1]
 
 
-def test_the_summary_says_what_was_made_dropped_and_altered(run: Run) -> None:
+def test_summary_counts_written_dropped_and_altered_inputs(run: Run) -> None:
     lines: list[str] = []
     items = [example("good", "ok"), example("bad", image=b""), example("long", "abcdef")]
     run(ListSource(train=[items]), report=lines.append)
@@ -387,9 +387,9 @@ def test_the_summary_says_what_was_made_dropped_and_altered(run: Run) -> None:
     assert altered == "altered 1: caption was cut to 5 tokens: long"
 
 
-# 500 images, most of them odd: what each must become.
+# ---- 500 images in many formats --------------------------------------------------------------------------------------
 
-UPRIGHT_OF = {  # how an upright image is stored under each EXIF orientation
+UPRIGHT_OF = {  # EXIF orientation to the transform of an upright image that is stored with it
     1: lambda image: image,
     2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     3: lambda image: image.transpose(Image.Transpose.ROTATE_180),
@@ -408,7 +408,7 @@ def oriented(orientation: int) -> bytes:
 
 
 def kinds_of_images() -> dict[str, tuple[str, bytes, np.ndarray | str]]:
-    """By kind: the ending of its file, the file, and the colors of its four quadrants or the reason of its reject."""
+    """Returns, by kind, the file suffix, the file contents, and the expected quadrant colors or reject reason."""
     base, frames = quadrants(), {"save_all": True, "append_images": [Image.new("RGB", (32, 32))], "duration": 9}
     grays = QUADRANTS[..., 0]
     as_gray = np.repeat(grays[..., None], 3, -1)
@@ -437,19 +437,19 @@ def kinds_of_images() -> dict[str, tuple[str, bytes, np.ndarray | str]]:
         "truncated": (".jpg", whole[: len(whole) // 2], "image is damaged (OSError)"),
         "truncated-png": (".png", encoded(base)[:-60], "image is damaged (OSError)"),
         "zero-bytes": (".jpg", b"", "image file is empty"),
-        "text": (".jpg", b"I am not a picture\n", "file is not an image of a known format"),
+        "text": (".jpg", b"This is not an image.\n", "file is not an image of a known format"),
         "bomb": (".png", png_of_zeros(16_000), "image has more than 178 megapixels"),
     }
     return good | bad
 
 
 def write_odd_folder(folder: Path) -> dict[str, np.ndarray | str]:
-    """500 images with captions beside them; returns what must become of each, by id."""
+    """Writes 500 images with captions; returns the expected quadrant colors or reject reason by id."""
     kinds, expected = kinds_of_images(), {}
     for number in range(488):
         kind = list(kinds)[number % len(kinds)]
         ending, data, result = kinds[kind]
-        name = f"{number % 3}/{kind}-{number // 3 * 3}"  # the same names in three folders
+        name = f"{number % 3}/{kind}-{number // 3 * 3}"  # the same names occur in three folders
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / f"{name}{ending}").write_bytes(data)
         (folder / f"{name}.txt").write_text(f"a {kind}")
@@ -464,23 +464,23 @@ def write_odd_folder(folder: Path) -> dict[str, np.ndarray | str]:
             caption, result = choices[number % 4]
             (folder / f"{name}.txt").write_bytes(caption)
         else:
-            result = "caption"  # there is none
+            result = "caption"  # there is no text file
         expected[f"{name}.png"] = result
     return expected
 
 
-def test_a_folder_of_500_odd_images(run: Run, tmp_path: Path) -> None:
+def test_folder_of_500_unusual_images(run: Run, tmp_path: Path) -> None:
     expected = write_odd_folder(tmp_path / "photos")
     assert len(expected) == 500
     manifest = run(f"folder:{tmp_path / 'photos'}", batch_size=32, workers=2)
     loaded = load_split(tmp_path / "shards", "train", 16)
-    left_out = rejects(tmp_path / "shards")
-    assert len(loaded["id"]) + len(left_out) == 500
-    assert set(loaded["id"]) | set(left_out) == set(expected)
+    dropped = rejects(tmp_path / "shards")
+    assert len(loaded["id"]) + len(dropped) == 500
+    assert set(loaded["id"]) | set(dropped) == set(expected)
     assert manifest.records("train") == len(loaded["id"])
-    assert {reason: tally.count for reason, tally in manifest.dropped.items()} == Counter(left_out.values())
-    assert manifest.altered["caption is empty, and trains the unconditional model"].count == 4
-    for id, reason in left_out.items():
+    assert {reason: tally.count for reason, tally in manifest.dropped.items()} == Counter(dropped.values())
+    assert manifest.altered["caption is empty (used for unconditional training)"].count == 4
+    for id, reason in dropped.items():
         assert isinstance(expected[id], str), id
         assert expected[id] in reason, id
     for id, latent in zip(loaded["id"], loaded["latent_mean"], strict=True):

@@ -39,12 +39,12 @@ def imported_modules() -> set[str]:
 
 
 def numbered(count: int) -> list[tuple[int, tuple[int] | None]]:
-    """Every fifth item has nothing to compute."""
+    """Returns numbered items, of which every fifth has no arguments."""
     return [(number, None if number % 5 == 0 else (number,)) for number in range(count)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_results_come_in_order(workers: int) -> None:
+def test_results_are_in_order(workers: int) -> None:
     with Decoders(workers) as decoders:
         expected = [(n, None if n % 5 == 0 else n**2) for n in range(50)]
         assert list(decoders.map(square, numbered(50), ahead=7)) == expected
@@ -53,7 +53,7 @@ def test_results_come_in_order(workers: int) -> None:
             list(decoders.map(fail, numbered(3), ahead=7))
 
 
-def test_an_error_of_the_items_comes_after_the_results_of_those_before() -> None:
+def test_error_of_the_items_is_raised_after_earlier_results() -> None:
     def items() -> Iterator[tuple[int, tuple[int]]]:
         yield 1, (1,)
         yield 2, (2,)
@@ -66,7 +66,7 @@ def test_an_error_of_the_items_comes_after_the_results_of_those_before() -> None
             next(results)
 
 
-def test_a_bounded_number_of_items_is_held() -> None:
+def test_number_of_items_in_progress_is_bounded() -> None:
     taken = 0
 
     def items() -> Iterator[tuple[int, tuple[int]]]:
@@ -79,39 +79,39 @@ def test_a_bounded_number_of_items_is_held() -> None:
             assert taken - number < 6
 
 
-def test_a_dying_worker_takes_nothing_with_it_but_the_item_to_blame() -> None:
+def test_crashing_worker_loses_only_its_item() -> None:
     with Decoders(2) as decoders:
         results = dict(decoders.map(square_or_die, [(n, (n,)) for n in range(30)], ahead=8))
     assert results == {n: None if n in (3, 4, 11) else n**2 for n in range(30)}
     assert multiprocessing.active_children() == []
 
 
-def test_a_worker_that_is_still_starting_is_ended_too() -> None:
+def test_starting_workers_are_ended() -> None:
     with Decoders(3) as decoders:
         assert list(decoders.map(square_or_die, [(3, (3,))], ahead=1)) == [(3, None)]
     assert multiprocessing.active_children() == []
 
 
-def test_workers_import_nothing_heavy() -> None:
+def test_workers_do_not_import_jax_or_torch() -> None:
     with Decoders(1) as decoders:
         ((_, modules),) = decoders.map(imported_modules, [("", ())], ahead=1)
     assert modules is not None
     assert "numpy" in modules
     assert not modules & {"jax", "torch", "flax", "transformers"}
-    # The main module is imported by each worker once more.
+    # Each worker imports the main module.
     code = "import sys, micro_dit.precompute; print({'jax', 'torch', 'flax'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert ran.stdout == "set()\n"
 
 
-def test_workers_that_do_not_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_do_not_start_raise_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "start_worker", os.abort)
     with pytest.raises(UserError, match="--workers=0"), Decoders(1):
         pass
     assert multiprocessing.active_children() == []
 
 
-def test_an_example_is_prepared_or_dropped() -> None:
+def test_example_is_prepared_or_dropped() -> None:
     file = io.BytesIO()
     Image.new("RGB", (40, 30), "red").save(file, "PNG")
     image = file.getvalue()
@@ -123,7 +123,7 @@ def test_an_example_is_prepared_or_dropped() -> None:
     assert prepare_example(image, ("x",), [16], 31, clean=False).dropped == "image is smaller than 31 px"
 
 
-def test_captions_are_cleaned_if_asked() -> None:
+def test_captions_are_cleaned_if_requested() -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "PNG")
     captions = ("A cat (SOLD OUT)", "@user", "a cat sold out")
@@ -131,7 +131,7 @@ def test_captions_are_cleaned_if_asked() -> None:
     assert cleaned == (clean_caption(captions[0]),) == ("a cat sold out",)
 
 
-def test_an_endless_caption_is_cut_before_it_is_cleaned() -> None:
+def test_very_long_caption_is_truncated_before_cleaning() -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "PNG")
     prepared = prepare_example(file.getvalue(), ["a " * 10_000], [16], 16, clean=True)
@@ -139,7 +139,7 @@ def test_an_endless_caption_is_cut_before_it_is_cleaned() -> None:
     assert prepared.altered == ("caption was cut to 5,000 characters",)
 
 
-def test_run_ahead_is_bounded_ordered_and_passes_errors_on() -> None:
+def test_run_ahead_is_bounded_ordered_and_raises_errors() -> None:
     taken = 0
 
     def items() -> Iterator[int]:
@@ -158,7 +158,7 @@ def test_run_ahead_is_bounded_ordered_and_passes_errors_on() -> None:
         next(ahead)
 
 
-def test_closing_a_chain_ends_every_stage() -> None:
+def test_closing_a_chain_closes_every_stage() -> None:
     closed = []
 
     def endless() -> Iterator[int]:

@@ -5,15 +5,15 @@ import pytest
 
 from micro_dit.data.sources import NO_CAPTION, NO_IMAGE, NOT_UTF8, UNREADABLE_FILE, open_source
 from micro_dit.errors import UserError
-from tests.helpers.source_files import captions_of, examples_of, picture, read_source, rejects_of, write_files
+from tests.helpers.source_files import captions_of, examples_of, image_file, read_source, rejects_of, write_files
 
 
-def test_images_with_the_text_beside_them(tmp_path: Path) -> None:
+def test_images_with_text_files(tmp_path: Path) -> None:
     files = {
-        "b.jpg": picture("red"), "b.txt": b"  A red card.\nSecond line.\n",
-        "a/x.PNG": picture("blue", "PNG"), "a/x.txt": "\ufeffblå".encode(),
-        "a/x.webp": picture("green", "WEBP"),
-        "c.v2.jpeg": picture("red"), "c.v2.txt": b"dots",
+        "b.jpg": image_file("red"), "b.txt": b"  A red card.\nSecond line.\n",
+        "a/x.PNG": image_file("blue", "PNG"), "a/x.txt": "\ufeffblå".encode(),
+        "a/x.webp": image_file("green", "WEBP"),
+        "c.v2.jpeg": image_file("red"), "c.v2.txt": b"dots",
         "empty.jpg": b"", "empty.txt": b"",
         "notes.md": b"ignored", ".hidden.jpg": b"ignored", ".cache/y.jpg": b"ignored",
     }  # fmt: skip
@@ -21,31 +21,36 @@ def test_images_with_the_text_beside_them(tmp_path: Path) -> None:
     items = read_source(f"folder:{tmp_path}")
     assert captions_of(items) == {
         "a/x.PNG": ("blå",),
-        "a/x.webp": ("blå",),  # two images of one stem share the text
+        "a/x.webp": ("blå",),  # two images with the same stem share the text file
         "b.jpg": ("A red card.\nSecond line.",),
         "c.v2.jpeg": ("dots",),
         "empty.jpg": ("",),
     }
     assert [item.id for item in items] == sorted(captions_of(items))
-    assert examples_of(items)[2].image == picture("red")
-    assert examples_of(items)[-1].image == b""  # whether an image can be decoded is not for the source to say
+    assert examples_of(items)[2].image == image_file("red")
+    assert examples_of(items)[-1].image == b""  # sources do not decode images
     assert not rejects_of(items)
 
 
-def test_what_is_missing_or_broken_is_named(tmp_path: Path) -> None:
-    files = {"alone.jpg": picture("red"), "latin.jpg": picture("red"), "latin.txt": b"caf\xe9", "text.txt": b"no image"}
+def test_missing_and_damaged_items_are_rejects(tmp_path: Path) -> None:
+    files = {
+        "alone.jpg": image_file("red"),
+        "latin.jpg": image_file("red"),
+        "latin.txt": b"caf\xe9",
+        "text.txt": b"no image",
+    }
     write_files(tmp_path, files)
-    (tmp_path / "locked.jpg").symlink_to("locked.jpg")  # a link to itself cannot be read
+    (tmp_path / "locked.jpg").symlink_to("locked.jpg")  # a link to itself is unreadable
     (tmp_path / "locked.txt").write_text("locked")
     name = os.fsdecode(b"na\xefve")
-    write_files(tmp_path, {f"{name}.jpg": picture("red"), f"{name}.txt": b"naive"})
+    write_files(tmp_path, {f"{name}.jpg": image_file("red"), f"{name}.txt": b"naive"})
     items = read_source(f"folder:{tmp_path},split=dev", "dev")
     assert captions_of(items) == {"na\\udcefve.jpg": ("naive",)}
     reasons = {"alone.jpg": NO_CAPTION, "latin.jpg": NOT_UTF8, "text.txt": NO_IMAGE, "locked.jpg": UNREADABLE_FILE}
     assert rejects_of(items) == reasons
 
 
-def test_errors_are_one_sentence(tmp_path: Path) -> None:
+def test_invalid_sources_raise_a_user_error(tmp_path: Path) -> None:
     write_files(tmp_path, {"only.txt": b"x"})
     for spec, message in {
         f"folder:{tmp_path}/missing": "no folder of images at",

@@ -5,20 +5,20 @@ import pytest
 
 from micro_dit.data.sources import MISSING_FILE, NO_CAPTION, open_source
 from micro_dit.errors import UserError
-from tests.helpers.source_files import captions_of, examples_of, picture, read_source, rejects_of
+from tests.helpers.source_files import captions_of, examples_of, image_file, read_source, rejects_of
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set that `save_to_disk` wrote, with images stored, in files and missing, and captions of all kinds."""
+    """Writes data sets with embedded, linked and missing images, and with several types of captions."""
     import datasets
 
     folder = tmp_path_factory.mktemp("hf")
     file = str(folder / "file.png")
-    (folder / "file.png").write_bytes(picture("green", "PNG"))
+    (folder / "file.png").write_bytes(image_file("green", "PNG"))
     columns = {
         "image": [
-            {"bytes": picture("red"), "path": None},
+            {"bytes": image_file("red"), "path": None},
             {"bytes": None, "path": file},
             None,
             {"bytes": b"not an image", "path": "name.jpg"},
@@ -39,10 +39,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_saved_data_set_gives_bytes_as_they_were_stored(saved: Path) -> None:
+def test_saved_data_set_yields_the_stored_bytes(saved: Path) -> None:
     items = read_source(f"hf:{saved}/plain")
     assert captions_of(items) == {"000000000": ("red",), "000000001": ("green",)}
-    assert [example.image for example in examples_of(items)] == [picture("red"), picture("green", "PNG")]
+    assert [example.image for example in examples_of(items)] == [image_file("red"), image_file("green", "PNG")]
     assert rejects_of(items) == {"000000002": MISSING_FILE, "000000003": NO_CAPTION}
     items = read_source(f"hf:{saved}/plain,image=file")  # a column of paths
     assert captions_of(items) == {"000000000": ("red",)}
@@ -55,17 +55,17 @@ def test_splits_columns_and_lists_of_captions(saved: Path) -> None:
     assert captions_of(items) == {"000000000": ("one", "two"), "000000001": ("three",)}
 
 
-def test_slices_keep_the_numbers_of_their_rows(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_keep_row_numbers(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("micro_dit.data.sources.slices.__defaults__", (2,))
     items = read_source(f"hf:{saved}/plain")
     assert [item.id for item in items] == [f"{number:09d}" for number in range(4)]
 
 
-def test_errors_are_one_sentence(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_sources_raise_a_user_error(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for spec, message in {
-        f"hf:{saved}/plain,caption=title": "no column 'title', only image, text, other, file",
-        f"hf:{saved}/splits,split=dev": "no split 'dev', only train, test",
-        f"hf:{saved}/missing": "cannot be opened",
+        f"hf:{saved}/plain,caption=title": "no column 'title'.* image, text, other, file",
+        f"hf:{saved}/splits,split=dev": "no split 'dev'.* one of train, test",
+        f"hf:{saved}/missing": "Cannot open the data set",
     }.items():
         source = open_source(spec, px=1)
         with pytest.raises(UserError, match=message):

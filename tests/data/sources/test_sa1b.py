@@ -10,7 +10,7 @@ from micro_dit.errors import UserError
 from tests.helpers.source_files import (
     captions_of,
     examples_of,
-    picture,
+    image_file,
     read_source,
     rejects_of,
     write_files,
@@ -27,12 +27,12 @@ EXPECTED = {
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    """Two tars of images and masks; there is no caption for image 3."""
+    """Writes two tars of images and masks. Image 3 has no caption."""
     masks = json.dumps({"image": {"image_id": 1}, "annotations": [{"segmentation": {"counts": "x"}}]}).encode()
     for tar, numbers in {"sa_000000": (1, 2, 3), "sa_000001": (5,)}.items():
         members: dict[str, bytes] = {}
         for number in numbers:
-            members |= {f"./sa_{number}.jpg": picture("red"), f"./sa_{number}.json": masks}
+            members |= {f"./sa_{number}.jpg": image_file("red"), f"./sa_{number}.json": masks}
         write_tar(tmp_path / "sa1b" / f"{tar}.tar", members)
     return tmp_path / "sa1b"
 
@@ -41,10 +41,10 @@ def check(tars: Path, captions: Path, options: str = "") -> None:
     items = read_source(f"sa1b:{tars},captions={captions}{options}")
     assert captions_of(items) == EXPECTED
     assert rejects_of(items) == {"sa_000000/sa_3": NO_CAPTION}
-    assert examples_of(items)[0].image == picture("red")
+    assert examples_of(items)[0].image == image_file("red")
 
 
-def test_parquet_with_the_key_of_pixart(tars: Path, tmp_path: Path) -> None:
+def test_parquet_with_pixart_captions(tars: Path, tmp_path: Path) -> None:
     for half, numbers in enumerate(((2, 1), (5,))):
         table = {
             "image_path": [f"images/sa_{number}.jpg" for number in numbers],
@@ -55,11 +55,11 @@ def test_parquet_with_the_key_of_pixart(tars: Path, tmp_path: Path) -> None:
         parquet.write_table(pyarrow.table(table), tmp_path / "captions" / f"{half}.parquet")
     check(tars, tmp_path / "captions")
     assert (tmp_path / "captions.index.sqlite").exists()
-    with pytest.raises(UserError, match=r"has no column id, only image_path, caption, caption_syn"):
+    with pytest.raises(UserError, match=r"has no column id\..* columns are image_path, caption, caption_syn"):
         open_source(f"sa1b:{tars},captions={tmp_path / 'captions'},key=id", px=1).parts("train")
 
 
-def test_json_and_text_in_every_shape(tars: Path, tmp_path: Path) -> None:
+def test_json_and_text_captions_in_every_format(tars: Path, tmp_path: Path) -> None:
     rows = [{"image_id": number, "llava": caption} for number, caption in CAPTIONS.items()]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     check(tars, tmp_path / "a.json", ",caption=llava,key=image_id")
@@ -78,7 +78,7 @@ def test_json_and_text_in_every_shape(tars: Path, tmp_path: Path) -> None:
     check(tars, tmp_path / "f.parquet")
 
 
-def test_several_captions_of_an_image_and_captions_that_are_not_utf8(tars: Path, tmp_path: Path) -> None:
+def test_several_captions_per_image_and_invalid_utf8(tars: Path, tmp_path: Path) -> None:
     lines = b'{"id": 1, "caption": ["first", "second"]}\n{"id": 1, "caption": "third"}\n{"id": 2, "caption": "\xe9"}\n'
     (tmp_path / "captions.jsonl").write_bytes(lines)
     items = read_source(f"sa1b:{tars},captions={tmp_path / 'captions.jsonl'}")
@@ -86,14 +86,14 @@ def test_several_captions_of_an_image_and_captions_that_are_not_utf8(tars: Path,
     assert rejects_of(items)["sa_000000/sa_2"] == NOT_UTF8
 
 
-def test_the_index_is_made_once_and_again_when_the_captions_change(tars: Path, tmp_path: Path) -> None:
+def test_index_is_rewritten_only_when_the_captions_change(tars: Path, tmp_path: Path) -> None:
     captions, index = tmp_path / "captions.json", tmp_path / "elsewhere.sqlite"
     spec = f"sa1b:{tars},captions={captions},index={index}"
     captions.write_text('{"1": "old"}')
     assert captions_of(read_source(spec)) == {"sa_000000/sa_1": ("old",)}
-    made = index.stat().st_mtime_ns
+    written = index.stat().st_mtime_ns
     read_source(spec)
-    assert index.stat().st_mtime_ns == made
+    assert index.stat().st_mtime_ns == written
     captions.write_text('{"1": "newer"}')
     assert captions_of(read_source(spec)) == {"sa_000000/sa_1": ("newer",)}
     index.write_bytes(b"not a database")
@@ -101,16 +101,16 @@ def test_the_index_is_made_once_and_again_when_the_captions_change(tars: Path, t
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
-def test_errors_are_one_sentence(tars: Path, tmp_path: Path) -> None:
+def test_invalid_sources_raise_a_user_error(tars: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "half.jsonl").write_text('{"id": 1, "caption": "x"}\n{"id": 2, "cap')
     for spec, message in {
-        f"sa1b:{tars}": "no captions of its own",
+        f"sa1b:{tars}": "SA-1B does not include captions",
         f"sa1b:{tars},captions={tmp_path}/missing": "no file or folder of captions at",
         f"sa1b:{tmp_path}/empty,captions={tars}": "no .tar files at",
         f"sa1b:{tars},captions={tmp_path}/empty": "no captions at",
         f"sa1b:{tars},captions={tmp_path}/half.jsonl": "Line 2 of .* is not valid JSON",
-        f"sa1b:{tars},captions={tars}/sa_000000.tar,index={tmp_path}/half.jsonl/index": "cannot be written",
+        f"sa1b:{tars},captions={tars}/sa_000000.tar,index={tmp_path}/half.jsonl/index": "Cannot write",
     }.items():
         with pytest.raises(UserError, match=message):
             open_source(spec, px=1).parts("train")

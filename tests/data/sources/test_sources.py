@@ -9,7 +9,7 @@ from micro_dit.errors import UserError
 
 
 class Numbers:
-    """A sequence of items that counts what is pickled of it."""
+    """A sequence of items whose slices contain only the selected numbers."""
 
     def __init__(self, numbers: Any) -> None:
         self.numbers = numbers
@@ -34,14 +34,14 @@ def test_slices_cover_a_sequence_in_order() -> None:
     assert len(slices(Numbers(range(SLICE_SIZE + 1)))) == 2
 
 
-def test_a_slice_travels_without_the_rest() -> None:
+def test_pickled_slice_contains_only_its_range() -> None:
     part = slices(Numbers(list(range(100_000))), size=10)[-1]
     data = pickle.dumps(part)
     assert len(data) < 500
     assert list(pickle.loads(data)) == list(part)
 
 
-def test_make_item_keeps_captions_that_are_text() -> None:
+def test_make_item_keeps_string_captions() -> None:
     assert make_item("1", b"x", "a") == Example("1", b"x", ("a",))
     assert make_item("1", b"x", "") == Example("1", b"x", ("",))
     assert make_item("1", b"x", ["a", None, "b", 3, "a"]) == Example("1", b"x", ("a", "b"))
@@ -51,17 +51,17 @@ def test_make_item_keeps_captions_that_are_text() -> None:
     assert make_item("\udce9", b"x", ["fine", "\ud83d"]) == Reject("\\udce9", "caption is not valid UTF-8")
 
 
-def test_arguments_are_a_path_and_options() -> None:
+def test_parse_argument() -> None:
     assert parse_argument("s", "/a,b/c", ("x",)) == ("/a,b/c", {})
     assert parse_argument("s", "/a,b,x=1,y=p=q,r", ("x", "y")) == ("/a,b", {"x": "1", "y": "p=q,r"})
-    with pytest.raises(UserError, match=r"no option 'z'; known ones: x=\.\.\., y=\.\.\."):
+    with pytest.raises(UserError, match=r"unknown option 'z'\. Valid options: x=\.\.\., y=\.\.\."):
         parse_argument("s", "/a,z=1", ("x", "y"))
-    with pytest.raises(UserError, match="needs a path"):
+    with pytest.raises(UserError, match="has no path"):
         parse_argument("s", "", ("x",))
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_source_refuses_a_path_that_is_not_there(name: str, tmp_path: Path) -> None:
+def test_every_source_raises_a_user_error_for_a_missing_path(name: str, tmp_path: Path) -> None:
     def read() -> None:
         source = open_source(f"{name}:{tmp_path}/missing", px=8)
         source.parts(source.splits[0])
@@ -70,6 +70,6 @@ def test_every_source_refuses_a_path_that_is_not_there(name: str, tmp_path: Path
         read()
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"no data source 'imagenet'.*webdataset.*listing"):
+def test_unknown_source_raises_an_error_with_known_names() -> None:
+    with pytest.raises(UserError, match=r"Unknown data source 'imagenet'.*webdataset.*listing"):
         open_source("imagenet", px=8)

@@ -37,7 +37,7 @@ class Sampling:
         sampler: One of SAMPLERS.
         interval: (low, high), noise levels between which guidance is applied. None applies it at all noise levels.
         strength: How much of a start image is resampled, from 0 (nothing) to 1 (everything). 1 without a start image.
-        path_drop: Whether to use path-drop guidance, which extrapolates from the network without its backbone.
+        path_drop: Whether to use path-drop guidance, which steers away from the network without its backbone.
 
     Raises:
         UserError: A setting is invalid.

@@ -349,7 +349,7 @@ class Model:
                 f"The mask has {found} pixels, but the model needs {side * f}×{side * f}. Resize or crop the mask."
             )
         if not pixels.any():
-            raise UserError("The mask is completely black. Paint the parts of the image to resample white.")
+            raise UserError("The mask is completely black. Make it white where the image is to be resampled.")
         return np.any(pixels.reshape(side, f, side, f, 1), axis=(1, 3))
 
 

@@ -36,7 +36,7 @@ class Sampling:
         guidance: Guidance scale. 1 turns guidance off.
         sampler: One of SAMPLERS.
         interval: (low, high), noise levels between which guidance is applied. None applies it at all noise levels.
-        strength: How much of a start image is resampled, from 0 (nothing) to 1 (everything). 1 without a start image.
+        strength: How much of a start image is resampled, from 0 (nothing) to 1 (everything, or no start image).
         path_drop: Whether to use path-drop guidance, which steers away from the network without its backbone.
 
     Raises:

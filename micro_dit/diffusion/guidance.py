@@ -1,6 +1,6 @@
 """Guidance: combines two network outputs so that samples follow the caption more closely.
 
-Each function takes and returns networks F(x, t, y).
+Networks are functions F(x, t, y).
 """
 
 import jax

@@ -293,14 +293,14 @@ def figure(sample: "Sample | None") -> str:
     return f'<figure><img src="{source}" alt="{html.escape(sample.request.prompt)}">{caption}</figure>'
 
 
-def about(request: "Request", alone: bool = True) -> str:
+def about(request: "Request", show_checkpoint: bool = True) -> str:
     """Returns a line with prompt and settings."""
     settings = request.settings
     parts = [f"<q>{html.escape(request.prompt)}</q>" if request.prompt else "no prompt"]
     if settings.negative_prompt:
         parts.append(f"negative prompt <q>{html.escape(settings.negative_prompt)}</q>")
     parts.append(f"{html.escape(settings.sampler)}, {settings.steps} steps, guidance scale {settings.guidance:g}")
-    if alone:
+    if show_checkpoint:
         parts.append(html.escape(request.checkpoint))
     return f'<p class="about">{" · ".join(parts)}</p>'
 
@@ -317,7 +317,7 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Work directory of a run, or a model folder.", required=True)
     flags.DEFINE_multi_string("compare", [], "Work directory or model folder whose checkpoints can be selected too.")
-    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on. 0.0.0.0 gives access to other machines.")
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on. 0.0.0.0 lets other machines connect.")
     flags.DEFINE_integer("port", 7860, "Port to listen on.", lower_bound=1, upper_bound=65535)
 
 

@@ -1,4 +1,4 @@
-"""Samples with a trained model from Python.
+"""Python API: loads a trained model and generates images with it.
 
 >>> from micro_dit import load
 >>> model = load("runs/mask75")
@@ -28,58 +28,59 @@ from micro_dit.interop.model_folder import VAE, read_config
 from micro_dit.models.config import DiTConfig
 from micro_dit.training.pretrained import read_model
 
-BATCH_SIZE = 4  # images at once
+BATCH_SIZE = 4  # default number of images per batch
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """Description of a model: origin, encoders and defaults."""
+    """Description of a model: origin, encoders and default settings."""
 
-    name: str  # of the run or model folder
-    config_hash: str  # twelve hexadecimal digits of config.json
+    name: str  # name of the run or model folder
+    config_hash: str  # first 12 hexadecimal digits of the hash of config.json
     source: str  # attribution of the training images, or origin of the weights; may be empty
     sigma_data: float  # standard deviation of the latents, as in training
-    vae: str
-    text_encoder: str
+    vae: str  # name of the image encoder
+    text_encoder: str  # name of the text encoder
     caption_tokens: int  # L
     caption_cleaning: str  # see data/captions.py
-    step: int | None = None  # of the checkpoint; None if it is not known to be from a run
-    vae_fingerprint: str = ""  # of the encoder it was trained with; empty if not known
-    text_fingerprint: str = ""
-    guidance: float = 5.0
-    steps: int = 30
-    path_drop: bool = False  # whether guidance skips the backbone by default
-    vae_folder: str = ""  # of the VAE's files; empty if `vae` names them
-    params: str = ""  # 'raw', or empty for the checkpoint's default: EMA weights where there are some
+    step: int | None = None  # step of the checkpoint; None for a model folder without a known step
+    vae_fingerprint: str = ""  # fingerprint of the image encoder in training; empty if unknown
+    text_fingerprint: str = ""  # fingerprint of the text encoder in training; empty if unknown
+    guidance: float = 5.0  # default guidance scale
+    steps: int = 30  # default number of sampler steps
+    path_drop: bool = False  # whether path-drop guidance is the default
+    vae_folder: str = ""  # folder of the VAE's files; if empty, `vae` is loaded by name
+    params: str = ""  # 'raw', or empty for the default: the EMA weights if the checkpoint has them
 
     @property
     def where(self) -> str:
-        """Description of where the parameters come from."""
+        """Description of the origin of the parameters, such as 'step 1200 of mask75'."""
         raw = ", raw parameters" if self.params == "raw" else ""
         return self.name if self.step is None else f"step {self.step} of {self.name}{raw}"
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
-    """Everything besides model and prompts that images depend on.
+    """Settings that, together with the model and the prompts, determine the images.
 
     Attributes:
-        num: Images per prompt.
-        seed: Seed of a prompt's first image; the next ones have `seed` + 1 ….
+        num: Number of images per prompt.
+        seed: Seed of the first image of each prompt. The next images have `seed` + 1, `seed` + 2 ….
         steps: Number of sampler steps; by default the model's.
-        guidance: Guidance scale, by default the model's; 1 turns guidance off.
-        sampler: 'heun' (two calls of the network per step), 'euler' (which is DDIM) or 'dpmpp_2m' (one call per step).
-        guidance_interval: (low, high) noise levels between which guidance is applied; None applies it at all levels.
-        path_drop: Whether guidance leads away from the network without its backbone (path-drop guidance), which costs
-            little; by default the model's. Needs a network with `fusion`.
-        negative_prompt: Prompt that guidance leads away from, instead of the empty one.
-        autoguidance: Weaker model that guidance leads away from: an earlier checkpoint, or a smaller network.
-        image: Image to start from instead of noise, of the model's size.
-        strength: How much of the image is resampled, from 0 (nothing) to 1; by default 0.6, with a mask 1.
-        mask: Mask of the image's size; the image is resampled where it is white (or True).
+        guidance: Guidance scale; by default the model's. 1 turns guidance off.
+        sampler: 'heun' (two network calls per step), 'euler' (equivalent to DDIM) or 'dpmpp_2m' (one call per step).
+        guidance_interval: (low, high), noise levels between which guidance is applied. None applies it at all levels.
+        path_drop: Whether to use path-drop guidance, which steers away from the network without its backbone and
+            costs less than classifier-free guidance; by default the model's setting. Needs a model with `fusion`.
+        negative_prompt: Prompt that guidance steers away from, instead of the empty prompt.
+        autoguidance: Weaker model that guidance steers away from: an earlier checkpoint or a smaller network.
+        image: Start image of the model's size.
+        strength: How much of the start image is resampled, from 0 (nothing) to 1 (everything); by default 0.6, or 1
+            with a mask.
+        mask: Mask of the same size as the image. The image is resampled where the mask is white or True.
 
     Raises:
-        UserError: A setting makes no sense.
+        UserError: A setting is invalid.
     """
 
     num: int = 1
@@ -97,18 +98,18 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         if self.num < 1:
-            raise UserError(f"the number of images is {self.num}: use at least 1.")
+            raise UserError(f"The number of images is {self.num}. Set num to at least 1.")
         if not 0 <= self.seed <= 2**32 - self.num:
-            raise UserError(f"the seed is {self.seed}: use a whole number from 0 to {2**32 - self.num}.")
+            raise UserError(f"The seed is {self.seed}. Set seed to an integer from 0 to {2**32 - self.num}.")
         if self.image is None and (self.mask is not None or self.strength is not None):
-            raise UserError("a mask or a strength needs an image to start from.")
+            raise UserError("A mask or strength needs a start image. Set image, or remove mask and strength.")
         if self.autoguidance and self.negative_prompt.strip():
-            raise UserError("autoguidance leads away from another model, not from a negative prompt: leave one out.")
+            raise UserError("Autoguidance can't be combined with a negative prompt. Remove one of the two.")
         if self.autoguidance and self.path_drop:
-            raise UserError("autoguidance leads away from another model, not from a dropped path: leave one out.")
+            raise UserError("Autoguidance can't be combined with path-drop guidance. Remove one of the two.")
 
     def sampling(self, about: About) -> Sampling:
-        """Returns the settings of the sampler, with a model's defaults."""
+        """Returns the sampler settings, with the model's defaults for those that are None."""
         strength = 0.6 if self.image is not None and self.mask is None else 1.0
         return Sampling(
             steps=about.steps if self.steps is None else self.steps,
@@ -121,32 +122,40 @@ class GenerationSettings:
 
 
 def load(path: str | Path, step: int | None = None, batch_size: int = BATCH_SIZE, params: str | None = None) -> "Model":
-    """Loads a model; its encoders are loaded when they are needed.
+    """Loads a model. Its encoders are loaded on first use.
 
     Args:
         path: Work directory of a run, or a model folder.
-        step: Checkpoint of the run; by default the newest.
-        batch_size: Number of images sampled at once; an image does not depend on it.
-        params: 'ema' or 'raw' parameters of the checkpoint; by default the EMA weights where there are some.
+        step: Step of the checkpoint; by default the newest.
+        batch_size: Number of images per batch. Images do not depend on it.
+        params: Weights to load, 'ema' or 'raw'; by default the EMA weights if the checkpoint has them.
 
     Raises:
         UserError: The model or checkpoint does not exist, or the checkpoint has no EMA weights.
     """
     path = Path(path)
-    values, config, told = read_model(path, step, params)
+    values, config, fields = read_model(path, step, params)
     config_hash = hash_text(json.dumps(read_config(path / "config.json"), sort_keys=True))[:12]
-    vae_folder = str(path / VAE) if told.pop("vae_included", False) else ""
-    told["source"] = str(told["source"])
-    about = About(name=path.resolve().name, config_hash=config_hash, vae_folder=vae_folder, **told)
+    vae_folder = str(path / VAE) if fields.pop("vae_included", False) else ""
+    fields["source"] = str(fields["source"])
+    about = About(name=path.resolve().name, config_hash=config_hash, vae_folder=vae_folder, **fields)
     return Model(values, config, about, batch_size)
 
 
 class Model:
-    """A trained network with its encoders; `warn` is called with warnings, as of a prompt that is too long."""
+    """A trained network with its encoders.
+
+    Attributes:
+        config: Network configuration.
+        about: Origin, encoders and default settings.
+        params: Network parameters by name.
+        batch_size: Number of images per batch.
+        warn: Called with the text of each warning, for example if a prompt is too long.
+    """
 
     def __init__(self, params: dict[str, np.ndarray], config: DiTConfig, about: About, batch_size: int = BATCH_SIZE):
         if batch_size < 1:
-            raise UserError(f"a batch of {batch_size} images: use at least 1.")
+            raise UserError(f"The batch size is {batch_size}. Set batch_size to at least 1.")
         self.config, self.about, self.batch_size = config, about, batch_size
         self.params = {name: jnp.asarray(value) for name, value in params.items()}
         self.warn: Callable[[str], object] = warnings.warn
@@ -155,7 +164,7 @@ class Model:
         self._embeddings: dict[str, np.ndarray] = {}
 
     def share(self, other: "Model") -> None:
-        """Uses the encoders and compiled programs of the other model if its network and encoders are the same."""
+        """Shares the encoders and compiled programs of another model if it has the same network and encoders."""
         own = ("name", "step", "config_hash", "source", "guidance", "steps", "path_drop", "params")
         about = dataclasses.replace(other.about, **{name: getattr(self.about, name) for name in own})
         if (self.config, self.about) == (other.config, about):
@@ -164,7 +173,7 @@ class Model:
     # ---- Images ------------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: str | Sequence[str], *args: Any, **kwargs: Any) -> list[Image.Image]:
-        """Generates images for prompts; takes the arguments of `latents`."""
+        """Generates images for prompts. The arguments are the same as for `latents`."""
         return self.decode(self.latents(prompts, *args, **kwargs))
 
     def latents(
@@ -176,22 +185,25 @@ class Model:
         watch: Callable[[float, np.ndarray, np.ndarray], object] | None = None,
         **changes: Any,
     ) -> np.ndarray:
-        """Samples latents (n, H, W, C) float32 for prompts.
+        """Samples latents for prompts.
 
         Args:
-            prompts: One prompt or several; an empty one is unconditional.
+            prompts: One prompt or several. An empty prompt is unconditional.
             settings: Settings; by default those of the model.
             progress: Whether to show a progress bar.
-            watch: Called after each call of the network with the fraction done, from 0 to 1, the indices (B,) of the
-                images it was for, and their denoised latents (B, H, W, C).
-            **changes: Fields of GenerationSettings, in place of those of `settings`.
+            watch: Called after each denoiser call with the fraction done, from 0 to 1, the indices (B,) of the images
+                in the batch, and their denoised latents (B, H, W, C).
+            **changes: Fields of GenerationSettings that replace those of `settings`.
+
+        Returns:
+            (n, H, W, C) float32, latents of `num` images per prompt, in the order of the prompts.
 
         Raises:
-            UserError: A setting makes no sense, or an encoder does not belong to the model.
+            UserError: A setting is invalid, or an encoder does not match the model.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
-            raise UserError("there are no prompts: use at least 1.")
+            raise UserError("The list of prompts is empty. Add at least one prompt.")
         settings = dataclasses.replace(settings or GenerationSettings(), **changes)
         sampling, weak = settings.sampling(self.about), settings.autoguidance
         if weak:
@@ -226,7 +238,7 @@ class Model:
         return sampled if known is None else np.where(known[1], sampled, known[0])
 
     def png_metadata(self, settings: GenerationSettings, image: str = "", mask: str = "") -> dict[str, str]:
-        """Returns what an image's file records besides prompt and seed; `image` and `mask` are names of files."""
+        """Returns the PNG metadata other than prompt and seed. `image` and `mask` are the names of the input files."""
         about, sampling, interval = self.about, settings.sampling(self.about), settings.guidance_interval
         recorded = {
             "sampler": f"{sampling.sampler}, {sampling.steps} steps", "guidance": str(float(sampling.guidance)),
@@ -239,26 +251,31 @@ class Model:
         return {name: value for name, value in recorded.items() if value}
 
     def decode(self, latents: np.ndarray) -> list[Image.Image]:
-        """Decodes latents (n, H, W, C) to images."""
+        """Decodes latents (n, H, W, C) to n images."""
         n, decode = len(latents), self.image_encoder.decode
         images = (image for rows in batches(n, self.batch_size) for image in to_uint8(decode(latents[rows])))
         return list(map(Image.fromarray, itertools.islice(images, n)))
 
     def encode(self, image: Image.Image) -> np.ndarray:
-        """Encodes an image of the model's size to latents (H, W, C), the mean of the encoder's posterior."""
+        """Encodes an image of the model's size to latents (H, W, C) float32, the mean of the encoder's posterior."""
         side = self.config.input_size * self.image_encoder.downsample
         if image.size != (side, side):
             width, height = image.size
-            raise UserError(f"the image has {width}×{height} pixels, the model draws {side}×{side}: resize or crop it.")
+            raise UserError(
+                f"The image has {width}×{height} pixels, but the model needs {side}×{side}. Resize or crop the image."
+            )
         mean, _ = self.image_encoder.encode(np.asarray(image.convert("RGB"))[None])
         return np.asarray(mean[0], np.float32)
 
     # ---- Prompts -----------------------------------------------------------------------------------------------------
 
     def embed(self, prompts: Sequence[str]) -> np.ndarray:
-        """Embeds prompts one by one, (n, L, Y) float32, and warns of those that are too long and are cut."""
+        """Embeds prompts as (n, L, Y) float32, and warns if a prompt is too long and will be truncated.
+
+        Each prompt is encoded separately, so its embedding does not depend on the other prompts.
+        """
         for prompt in dict.fromkeys(prompts):
-            (caption,) = clean_captions([prompt], self.about.caption_cleaning)  # as those it was trained with
+            (caption,) = clean_captions([prompt], self.about.caption_cleaning)  # as in training
             if not caption.strip():
                 shape = (self.about.caption_tokens, self.config.caption_channels)
                 self._embeddings[prompt] = np.zeros(shape, np.float32)
@@ -266,15 +283,15 @@ class Model:
             if cut := self._cut(caption):
                 count, kept = cut
                 self.warn(
-                    f"the prompt has {count} tokens, the text encoder takes {self.about.caption_tokens}: it reads "
-                    f"only {kept!r}, and not {caption[len(kept) :].strip()!r}."
+                    f"The prompt has {count} tokens, but the limit of the text encoder is {self.about.caption_tokens}. "
+                    f"It is truncated to {kept!r}, without {caption[len(kept) :].strip()!r}."
                 )
             if prompt not in self._embeddings:
                 self._embeddings[prompt] = np.asarray(self.text_encoder.encode([caption])[0], np.float32)
         return np.stack([self._embeddings[prompt] for prompt in prompts])
 
     def _cut(self, caption: str) -> tuple[int, str] | None:
-        """Returns the tokens of a too long caption and the part that is read, in whole words; None if it fits."""
+        """Returns the token count of a caption that is too long and the words that fit; None if all of it fits."""
         (count,) = self.text_encoder.count_tokens([caption])
         most = self.about.caption_tokens
         if count <= most:
@@ -286,7 +303,7 @@ class Model:
 
     @property
     def image_encoder(self) -> Any:
-        """The encoders.image.ImageEncoder; UserError if its latents are not the model's."""
+        """The `encoders.image.ImageEncoder`. Raises UserError if it does not match the model."""
         if "image" not in self._encoders:
             from micro_dit.encoders.image import load_image_encoder
 
@@ -298,7 +315,7 @@ class Model:
 
     @property
     def text_encoder(self) -> Any:
-        """The encoders.text.TextEncoder; UserError if its embeddings are not the model's."""
+        """The `encoders.text.TextEncoder`. Raises UserError if it does not match the model."""
         if "text" not in self._encoders:
             from micro_dit.encoders.text import load_text_encoder
 
@@ -311,37 +328,40 @@ class Model:
     # ---- Settings ----------------------------------------------------------------------------------------------------
 
     def _check_weak(self, weak: "Model") -> None:
-        """Raises UserError if another model can't be the weak one of autoguidance."""
+        """Raises UserError if another model can't be used for autoguidance of this one."""
         pairs = [(self.config, weak.config, name) for name in ("input_size", "in_channels", "caption_channels")]
         names = ("sigma_data", "text_encoder", "caption_tokens", "caption_cleaning", "vae")
         for ours, theirs, name in pairs + [(self.about, weak.about, name) for name in names]:  # type: ignore[operator]
             if getattr(ours, name) != getattr(theirs, name):
                 raise UserError(
-                    f"autoguidance by {weak.about.name}: its {name} is {getattr(theirs, name)}, "
-                    f"the model's is {getattr(ours, name)}."
+                    f"Autoguidance needs a model with {name} {getattr(ours, name)}, but {weak.about.name} has "
+                    f"{getattr(theirs, name)}. Set autoguidance to another model."
                 )
 
     def _latent_mask(self, mask: Image.Image | np.ndarray) -> np.ndarray:
-        """Returns the mask of the latents, (H, W, 1) bool: True where any pixel of a latent is resampled."""
+        """Returns the mask of the latents, (H, W, 1) bool, which is True if any pixel of a latent is resampled."""
         pixels: np.ndarray
         pixels = np.asarray(mask.convert("L")) > 127 if isinstance(mask, Image.Image) else np.asarray(mask, bool)
         side, f = self.config.input_size, self.image_encoder.downsample
         if pixels.shape != (side * f, side * f):
             found = "×".join(map(str, pixels.shape[::-1]))
-            raise UserError(f"the mask has {found} pixels, the model draws {side * f}×{side * f}: resize or crop it.")
+            raise UserError(
+                f"The mask has {found} pixels, but the model needs {side * f}×{side * f}. Resize or crop the mask."
+            )
         if not pixels.any():
-            raise UserError("the mask is black everywhere: make it white where the image is to be drawn anew.")
+            raise UserError("The mask is completely black. Make it white where the image is to be resampled.")
         return np.any(pixels.reshape(side, f, side, f, 1), axis=(1, 3))
 
 
 def _check_encoder(encoder: Any, name: str, output: str, channels: int, trained_with: str) -> None:
+    """Raises UserError if an encoder has the wrong number of channels or is not the one from training."""
     if encoder.channels != channels:
         raise UserError(
-            f"{name} has {output} of {encoder.channels} channels, the model of {channels}: "
-            "name the encoder that it was trained with in its config.json."
+            f"{name} has {output} with {encoder.channels} channels, but the model needs {channels}. Set the encoder in "
+            "the model's config.json to the one that it was trained with."
         )
     if trained_with not in ("", UNVERIFIED, encoder.fingerprint):
         raise UserError(
-            f"the model was trained with another {name} ({trained_with}) than is found now ({encoder.fingerprint}): "
-            "bring back the files that it was trained with."
+            f"The model was trained with another version of {name} (fingerprint {trained_with}, found "
+            f"{encoder.fingerprint}). Restore the encoder files from training."
         )

@@ -1,4 +1,4 @@
-"""Comparisons at equal FLOPs: how budgets become steps, and that runs are made once."""
+"""Comparisons at equal FLOPs: planning of runs, resuming, and reuse of results."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def get_config(kind="deferred"):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A config file for shards that say they went through the embedded autoencoder."""
+    """A config file, and shards with the embedded autoencoder in their manifest."""
     folder = tmp_path_factory.mktemp("compare")
     encoder = load_image_encoder("openmoji_vae")
     vae = ImageEncoderInfo(encoder.name, encoder.fingerprint, encoder.channels, encoder.downsample)
@@ -48,7 +48,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> str:
 # ---- Budgets ---------------------------------------------------------------------------------------------------------
 
 
-def test_steps_come_to_the_budget_less_a_part_of_a_step() -> None:
+def test_fitted_steps_use_up_the_budget_except_for_less_than_one_step() -> None:
     generator = np.random.default_rng(0)
     for _ in range(2000):
         phases = generator.integers(1, 5)
@@ -59,7 +59,7 @@ def test_steps_come_to_the_budget_less_a_part_of_a_step() -> None:
         assert budget - costs[-1] < sum(n * c for n, c in zip(fitted, costs, strict=True)) <= budget
 
 
-def test_phases_keep_their_shares_and_beginnings(file: str) -> None:
+def test_phases_warm_up_and_ema_are_scaled_in_proportion(file: str) -> None:
     assert fit_steps([1000, 200], [3, 7], 4400) == [1000, 200]
     assert fit_steps([1000, 200], [3, 7], 2200) == [500, 100]
     config = read_config(f"{file}:deferred")
@@ -72,10 +72,10 @@ def test_phases_keep_their_shares_and_beginnings(file: str) -> None:
     assert unmasked["ema_decay"] ** unmasked["steps"] == pytest.approx(0.9**36)
     assert whole.steps == masked["steps"] + unmasked["steps"]
     assert whole.images == 4 * whole.steps
-    assert config.phases[0]["steps"] == 48  # ours is left alone
+    assert config.phases[0]["steps"] == 48  # the original config is unchanged
 
 
-def test_runs_are_ordered_by_seed_and_each_has_its_folder(file: str) -> None:
+def test_runs_are_ordered_by_seed_and_have_separate_folders(file: str) -> None:
     configs = [read_config(f"{file}:{kind}") for kind in ("deferred", "naive")]
     runs = plan_runs(configs, [1e10, 3e10], (0, 7), Path("out"))
     assert [run.workdir.name for run in runs] == [
@@ -84,7 +84,7 @@ def test_runs_are_ordered_by_seed_and_each_has_its_folder(file: str) -> None:
     assert [run.config.seed for run in runs] == [0] * 4 + [7] * 4
     assert all(run.budget * 0.98 < run.flops <= run.budget for run in runs)
     assert runs[0].parameters > runs[1].parameters
-    assert runs[0].images < runs[1].images  # who spares the mixer sees more images
+    assert runs[0].images < runs[1].images  # without the mixer, the same FLOPs pay for more images
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------
@@ -93,26 +93,26 @@ def test_runs_are_ordered_by_seed_and_each_has_its_folder(file: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(configs=["configs/none.py"]), "there is no config file configs/none.py"),
+        (dict(configs=["configs/none.py"]), r"Config file configs/none\.py not found"),
         (dict(configs=[f"{tiny.CONFIGS / 'mask75.py'}:huge"]), "has no variant 'huge'; use one of demo, small"),
-        (dict(configs=["FILE:deferred", "FILE:deferred+seed=3"]), "several configs are named deferred"),
+        (dict(configs=["FILE:deferred", "FILE:deferred+seed=3"]), "Several configs have the name deferred"),
         (dict(configs=["FILE:deferred+masking.part=0.5"]), "has no field 'masking.part'"),
-        (dict(configs=["FILE:deferred+masking.ratio=much"]), "masking.ratio is of the wrong type"),
+        (dict(configs=["FILE:deferred+masking.ratio=much"]), "The value of masking.ratio in .* has the wrong type"),
         (dict(configs=["FILE:deferred+masking.ratio=0.99"]), "mask_ratio 0.99 keeps none of the 16 tokens"),
-        (dict(budgets=[1e3]), "a budget of 1000 FLOPs is too small for deferred"),
-        (dict(budgets=[-1.0]), "give a number above 0"),
-        (dict(budgets=[math.nan]), "give a number above 0"),
-        (dict(budgets=[1e9, 1e9]), "give each budget and each seed once"),
-        (dict(seeds=(-1,)), "seeds of at least 0"),
-        (dict(seeds=()), "nothing to compare"),
-        (dict(settings=dict(metrics=("fid",))), "there is no metric 'fid'"),
-        (dict(settings=dict(num_images=0)), "--num_images must be at least 1"),
-        (dict(settings=dict(guidance=math.inf)), "--guidance=inf: give a finite number"),
-        (dict(settings=dict(prompts="test")), "--prompts=test is not one of heldout, train"),
-        (dict(reuse=["no/such/folder"]), "--reuse=no/such/folder: the folder does not exist"),
+        (dict(budgets=[1e3]), "The budget of 1000 FLOPs is too small for deferred"),
+        (dict(budgets=[-1.0]), "--budget_flops=-1 is not a positive number"),
+        (dict(budgets=[math.nan]), "--budget_flops=nan is not a positive number"),
+        (dict(budgets=[1e9, 1e9]), "repeated values"),
+        (dict(seeds=(-1,)), "negative seeds"),
+        (dict(seeds=()), "no runs to compare"),
+        (dict(settings=dict(metrics=("fid",))), "Unknown metric 'fid'"),
+        (dict(settings=dict(num_images=0)), "--num_images=0 is below 1"),
+        (dict(settings=dict(guidance=math.inf)), "--guidance=inf is not finite"),
+        (dict(settings=dict(prompts="test")), "Set --prompts to one of heldout, train"),
+        (dict(reuse=["no/such/folder"]), "--reuse=no/such/folder does not exist"),
     ],
 )
-def test_bad_input_is_one_clear_error_before_anything_is_trained(
+def test_invalid_input_is_rejected_with_one_line_before_training(
     file: str, tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     arguments: dict[str, Any] = dict(configs=["FILE:deferred"], budgets=[1e9], out=tmp_path) | wrong
@@ -126,8 +126,10 @@ def test_bad_input_is_one_clear_error_before_anything_is_trained(
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_is_told_of_and_not_repeated(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two recipes that differ in name alone, so that they must come to the same, and compile once."""
+def test_comparison_is_reported_and_finished_runs_are_not_repeated(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compares two recipes that differ only in name, so their results have to be equal and they compile only once."""
     lines: list[str] = []
     configs = [f"{file}:short", f"{file}:short+name=other"]
 
@@ -156,28 +158,28 @@ def test_a_comparison_is_told_of_and_not_repeated(file: str, tmp_path: Path, mon
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[2:]]
     assert sorted(row[:2] for row in rows) == [["2e+08", "other"], ["2e+08", "short"]]
     assert 0 < float(rows[0][-1]) == float(rows[1][-1]) <= 1
-    with Image.open(tmp_path / "isoflop.png") as picture:
-        assert picture.size[0] > picture.size[1]
+    with Image.open(tmp_path / "isoflop.png") as plot:
+        assert plot.size[0] > plot.size[1]
 
     def refuse(config: Any, workdir: Path) -> None:
         raise AssertionError(f"{workdir} was trained again")
 
     assert again((0,), refuse) == first
-    assert "2 of 2 runs are done already" in lines
+    assert "2 of 2 runs are already finished" in lines
 
-    # A run that the user stops is told of as such, and those that were done are kept.
-    with pytest.raises(Stopped, match="short-2e08-5 is trained in part"):
+    # If the user stops a run, the results of the finished runs are kept.
+    with pytest.raises(Stopped, match=r"training of .*short-2e08-5 is not complete"):
         again((0, 5), lambda config, workdir: None)
     assert json.loads((tmp_path / "results.json").read_text()) == first
 
-    # A folder of another recipe is not taken over.
+    # A work directory of another recipe is not overwritten.
     monkeypatch.undo()
     changed = [f"{file}:short+adam.b1=0.5"]
     with pytest.raises(UserError, match=r"belongs to a run with another config: adam\.b1"):
         compare(changed, [BUDGET], tmp_path, settings=LOSS, say=lines.append)
 
 
-def test_a_curve_has_the_flops_of_each_phase_and_the_last_of_repeated_steps(file: str, tmp_path: Path) -> None:
+def test_curve_has_the_flops_of_each_phase_and_the_last_record_of_repeated_steps(file: str, tmp_path: Path) -> None:
     run = plan_runs([read_config(f"{file}:deferred")], [1e10], (0,), tmp_path)[0]
     (masked, cost), (unmasked, unmasked_cost) = run.phases
     assert cost < unmasked_cost
@@ -202,11 +204,11 @@ def test_a_curve_has_the_flops_of_each_phase_and_the_last_of_repeated_steps(file
 
 
 class Trained(Exception):
-    """Training was started."""
+    """Raised when training is started."""
 
 
 def finish(run: Any, folder: Path, settings: MeasurementSettings, **changed: Any) -> Path:
-    """Writes the result of a run into a folder of runs, with some fields of its config changed."""
+    """Writes the result of a run to a folder of runs, with some config fields changed."""
     path = folder / run.workdir.name / "result.json"
     fields = ("name", "budget", "seed", "flops", "images", "parameters")
     result = {name: getattr(run, name) for name in fields} | {"measures": {"heldout_loss": 0.5}}
@@ -218,7 +220,10 @@ def finish(run: Any, folder: Path, settings: MeasurementSettings, **changed: Any
 
 @pytest.fixture
 def reuse(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Compares 'short' in the folder 'out', reuses the folder 'done', and returns the lines; raises Trained."""
+    """A comparison of 'short' in the folder 'out' that reuses the folder 'done'.
+
+    Returns the progress lines; raises Trained if a run is not reused.
+    """
 
     def refuse(config: Any, workdir: Path) -> None:
         raise Trained
@@ -241,22 +246,22 @@ def short(file: str, tmp_path: Path) -> Any:
     return plan_runs([read_config(f"{file}:short")], [BUDGET], (0,), tmp_path / "out")[0]
 
 
-def test_a_finished_run_is_copied_and_not_trained(reuse: Callable[..., list[str]], short: Any, tmp_path: Path) -> None:
-    """Also one of an earlier version, without curve, LoRA and evaluations during training."""
+def test_result_of_a_finished_run_is_copied(reuse: Callable[..., list[str]], short: Any, tmp_path: Path) -> None:
+    """The result is from an earlier version, without a curve, LoRA and evaluations during training."""
     with pytest.raises(Trained):
         reuse()
-    there = finish(short, tmp_path / "done", LOSS, evaluate_every=0)
-    result = json.loads(there.read_text())
+    finished = finish(short, tmp_path / "done", LOSS, evaluate_every=0)
+    result = json.loads(finished.read_text())
     del result["config"]["lora"], result["config"]["init_from"]
-    there.write_text(json.dumps(result))
-    assert f"1 of 1 runs reused from {tmp_path / 'done'}" in reuse()
-    assert (short.workdir / "result.json").read_text() == there.read_text()
+    finished.write_text(json.dumps(result))
+    assert f"1 of 1 results reused from {tmp_path / 'done'}" in reuse()
+    assert (short.workdir / "result.json").read_text() == finished.read_text()
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == [result]
     assert (tmp_path / "out" / "isoflop.png").exists()
-    there.unlink()
+    finished.unlink()
     lines = reuse()
-    assert "1 of 1 runs are done already" in lines
-    assert f"0 of 1 runs reused from {tmp_path / 'done'}" in lines
+    assert "1 of 1 runs are already finished" in lines
+    assert f"0 of 1 results reused from {tmp_path / 'done'}" in lines
 
 
 @pytest.mark.parametrize(
@@ -271,7 +276,7 @@ def test_a_finished_run_is_copied_and_not_trained(reuse: Callable[..., list[str]
         ({}, MeasurementSettings(), MeasurementSettings(prompts="train"), False),
         ({}, MeasurementSettings(), MeasurementSettings(guidance=5.0), False),
         ({}, MeasurementSettings(guidance=5.0), MeasurementSettings(guidance=5.0), True),
-        # The metrics of images depend on how these are sampled.
+        # The domain metric depends on the sampler settings.
         (dict(sampling=dict(guidance=9.0, steps=30)), MeasurementSettings(), MeasurementSettings(), False),
         (dict(sampling=dict(guidance=5.0, steps=30)), MeasurementSettings(), MeasurementSettings(), True),
         (
@@ -280,7 +285,7 @@ def test_a_finished_run_is_copied_and_not_trained(reuse: Callable[..., list[str]
         ),
     ],
 )  # fmt: skip
-def test_only_the_same_config_and_settings_are_reused(
+def test_results_with_another_config_or_settings_are_not_reused(
     reuse: Callable[..., list[str]], short: Any, tmp_path: Path, changed: dict[str, Any],
     settings: MeasurementSettings, wanted: MeasurementSettings, reused: bool,
 ) -> None:  # fmt: skip
@@ -293,7 +298,7 @@ def test_only_the_same_config_and_settings_are_reused(
         assert not (short.workdir / "result.json").exists()
 
 
-def test_a_result_is_not_copied_into_the_work_directory_of_another_run(
+def test_result_is_not_copied_into_the_work_directory_of_another_run(
     reuse: Callable[..., list[str]], short: Any, tmp_path: Path
 ) -> None:
     finish(short, tmp_path / "done", LOSS)
@@ -306,13 +311,13 @@ def test_a_result_is_not_copied_into_the_work_directory_of_another_run(
     reuse()
 
 
-def test_a_damaged_result_is_named(reuse: Callable[..., list[str]], short: Any, tmp_path: Path) -> None:
+def test_damaged_result_is_an_error(reuse: Callable[..., list[str]], short: Any, tmp_path: Path) -> None:
     finish(short, tmp_path / "done", LOSS).write_text("{}")
-    with pytest.raises(UserError, match=r"short-2e08-0/result\.json can't be read as a result .* remove it"):
+    with pytest.raises(UserError, match=r"short-2e08-0/result\.json is damaged .* Delete it"):
         reuse()
 
 
-def test_guidance_and_prompts_reach_the_evaluation() -> None:
+def test_guidance_and_prompts_are_passed_to_the_evaluation() -> None:
     request = MeasurementSettings(guidance=1.5, prompts="train", num_images=7).request("raw")
     assert (request.guidance, request.prompts, request.num_images, request.params) == ((1.5,), "train", 7, "raw")
     assert MeasurementSettings().request("ema").guidance == ()

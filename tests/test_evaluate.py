@@ -1,4 +1,4 @@
-"""The command on a tiny run, with encoders that can be checked: what it draws, keeps, goes on with, and refuses."""
+"""The evaluate command on a tiny run with stub encoders."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def evaluate(
 
 @pytest.fixture
 def run(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the tiny run whose config names its held-out split, and small encoders in place of real ones."""
+    """A copy of the tiny run with a held-out split in its config. The encoders are replaced with small stubs."""
     monkeypatch.setattr(image, "load_image_encoder", lambda name: Blocks())
     monkeypatch.setattr(text, "load_text_encoder", lambda name, tokens: Words())
     shutil.copytree(finished_run, tmp_path / "run")
@@ -44,7 +44,7 @@ def run(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     config["config"]["data"]["heldout"] = "validation"
     config["config"]["sampling"].update(guidance=2.0, steps=2)
     for phase in config["config"]["phases"]:
-        phase["resolution"] = 64  # of the shards; the stand-in for an encoder draws 16 pixels
+        phase["resolution"] = 64  # the resolution of the shards; the stub encoder decodes to 16 pixels
     file.write_text(json.dumps(config))
     return tmp_path / "run"
 
@@ -58,49 +58,50 @@ def only_set(workdir: Path) -> Path:
     return folder
 
 
-def test_an_evaluation(run: Path) -> None:
-    said: list[str] = []
+def test_evaluation_writes_images_metrics_and_report(run: Path) -> None:
+    messages: list[str] = []
     found = evaluate(
-        run, ("heldout_loss", "domain"), num_images=7, **STEPS | {"guidance": (1.0, 2.0), "say": said.append}
+        run, ("heldout_loss", "domain"), num_images=7, **STEPS | {"guidance": (1.0, 2.0), "say": messages.append}
     )
     folder = run / "evaluation" / "84"
     saved = json.loads((folder / "metrics.json").read_text())
     assert saved["about"]["model"] == "run"
     assert saved["about"]["step"] == 84
     values = {(m["name"], m["images"].get("params"), m["images"].get("guidance")): m["value"] for m in saved["metrics"]}
-    assert len(values) == len(found) == 2 * 12 + 2 * 3  # the loss with 11 levels, averaged and raw; three of each set
+    # Mean loss and losses at 11 noise levels for EMA and raw weights, and three domain metrics for each set of images.
+    assert len(values) == len(found) == 2 * 12 + 2 * 3
     assert all(np.isfinite(value) for value in values.values())
     assert values["heldout_loss", "ema", None] != values["heldout_loss", "raw", None]
     assert values["latent_frechet", "ema", 1.0] != values["latent_frechet", "ema", 2.0]
     assert all(m["pipeline"] for m in saved["metrics"])
     assert len(list(folder.glob("images_*"))) == 2
-    assert any("too large" in line for line in said)
-    assert "report.html" in said[-1]
+    assert any("is overestimated" in line for line in messages)
+    assert "report.html" in messages[-1]
     page = (folder / "report.html").read_text()
     assert page.count("<img") == 7 + 2 * 7 + 3 + 1
     with Image.open(sorted(next(folder.glob("images_*")).glob("*.png"))[6]) as last:
-        assert last.info == {"prompt": "number 1", "seed": "6"}  # the five held-out captions in turn
+        assert last.info == {"prompt": "number 1", "seed": "6"}  # the five held-out captions repeat
 
 
-def test_images_do_not_depend_on_the_batch_and_more_of_them_begin_alike(run: Path) -> None:
-    evaluate(run, ("domain",), num_images=6, **STEPS)  # as the first of eight
+def test_images_do_not_depend_on_the_batch_size_and_a_set_can_be_extended(run: Path) -> None:
+    evaluate(run, ("domain",), num_images=6, **STEPS)  # less than the default batch size of 8
     six = pixels(only_set(run))
     assert len({image.tobytes() for image in six}) == 6
     shutil.rmtree(run / "evaluation")
     first = evaluate(run, ("domain",), num_images=6, batch_size=4, **STEPS)
     assert np.abs(pixels(only_set(run)).astype(int) - six).max() <= 1
-    said: list[str] = []
-    more = evaluate(run, ("domain",), num_images=8, batch_size=3, **STEPS | {"say": said.append})
-    assert "6 of 8 images are there already" in said[0]
+    messages: list[str] = []
+    more = evaluate(run, ("domain",), num_images=8, batch_size=3, **STEPS | {"say": messages.append})
+    assert "6 of 8 images already exist" in messages[0]
     assert np.abs(pixels(only_set(run))[:6].astype(int) - six).max() <= 1
-    assert [m.images["count"] for m in more] == [8, 8, 8]  # in place of those of six
+    assert [m.images["count"] for m in more] == [8, 8, 8]  # the metrics of six images are replaced
     assert [m.name for m in more] == [m.name for m in first]
 
 
-def test_an_interrupted_evaluation_goes_on(run: Path) -> None:
-    asked = iter([False, True])
+def test_interrupted_evaluation_is_resumed(run: Path) -> None:
+    stops = iter([False, True])
     with pytest.raises(Stopped, match="6 of 7 images are in"):
-        evaluate(run, ("domain",), num_images=7, batch_size=3, stops=lambda: next(asked), **STEPS)
+        evaluate(run, ("domain",), num_images=7, batch_size=3, stops=lambda: next(stops), **STEPS)
     folder = only_set(run)
     before = {file: file.stat().st_mtime_ns for file in folder.glob("*.png")}
     assert sorted(file.name for file in before) == [f"{number:06}.png" for number in range(6)]
@@ -110,7 +111,7 @@ def test_an_interrupted_evaluation_goes_on(run: Path) -> None:
     assert len(pixels(folder)) == 7
 
 
-def test_other_weights_are_another_set(run: Path) -> None:
+def test_other_weights_have_their_own_image_set(run: Path) -> None:
     evaluate(run, ("domain",), num_images=2, **STEPS)
     evaluate(run, ("domain",), num_images=2, params="raw", **STEPS)
     sets = sorted((run / "evaluation" / "84").glob("images_*"))
@@ -118,7 +119,7 @@ def test_other_weights_are_another_set(run: Path) -> None:
     assert np.abs(pixels(sets[0]).astype(int) - pixels(sets[1])).max() > 1
 
 
-def test_geneval(run: Path, tmp_path: Path) -> None:
+def test_geneval_images_are_sampled(run: Path, tmp_path: Path) -> None:
     prompts = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
                {"tag": "colors", "include": [], "prompt": "a photo of a red cake"}]  # fmt: skip
     file = tmp_path / "evaluation_metadata.jsonl"
@@ -138,32 +139,34 @@ def test_geneval(run: Path, tmp_path: Path) -> None:
         (
             ("fidd",),
             {},
-            "there is no metric 'fidd'; choose some of heldout_loss, fid, cmmd, clip_score, domain, geneval",
+            r"Unknown metric 'fidd'\. Choose from heldout_loss, fid, cmmd, clip_score, domain, geneval",
         ),
-        (("domain", "domain"), {}, "a metric is named twice"),
+        (("domain", "domain"), {}, "metrics domain, domain has duplicates"),
         (("domain",), {"step": 5}, "has no checkpoint of step 5"),
         (("domain",), {"num_images": 0}, "--batch_size and --num_images must be at least 1"),
         (
             ("fid",),
             {"inception": "nowhere.pth"},
-            "the weights of the FID network are not at nowhere.pth: download https",
+            r"Weights of the FID network not found at nowhere\.pth\. Download https",
         ),
-        (("clip_score",), {}, "need a CLIP model: give --clip"),
-        (("clip_score",), {"clip": "/nowhere"}, "no CLIP model at '/nowhere'"),
+        (("clip_score",), {}, r"need a CLIP model\. Set --clip"),
+        (("clip_score",), {"clip": "/nowhere"}, "The CLIP model '/nowhere' can't be loaded"),
         (("domain",), {"prompts": "nowhere.txt"}, r"prompts file nowhere.txt can't be read"),
-        (("domain",), {"prompts": "coco.json"}, r"the captions coco.json can't be read"),
-        (("geneval",), {}, "GenEval needs --geneval_prompts"),
+        (("domain",), {"prompts": "coco.json"}, r"The captions file coco.json can't be read"),
+        (("geneval",), {}, "Set --geneval_prompts"),
         (("domain",), {"shards": "/nowhere"}, "/nowhere"),
     ],
 )
-def test_what_is_refused(run: Path, metrics: tuple[str, ...], settings: dict[str, Any], message: str) -> None:
+def test_invalid_requests_are_rejected_before_sampling(
+    run: Path, metrics: tuple[str, ...], settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message) as raised:
         evaluate(run, metrics, **STEPS | settings)
     assert "\n" not in str(raised.value)
     assert not list((run / "evaluation").rglob("*.png"))
 
 
-def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
+def test_folders_without_a_model_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no work directory"):
         evaluate(tmp_path, ("domain",))
     (tmp_path / "config.json").write_text('{"config": {}, "shards": {}}')
@@ -171,25 +174,27 @@ def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
         evaluate(tmp_path, ("domain",))
 
 
-def test_prompts_that_are_no_captions(run: Path, tmp_path: Path) -> None:
+def test_domain_metric_rejects_prompts_that_are_not_captions(run: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("number 0\na lighthouse\n")
-    with pytest.raises(UserError, match="needs captions of the shards as prompts, and 'a lighthouse' is none"):
+    with pytest.raises(UserError, match="needs captions of the shards as prompts, but 'a lighthouse' is not one"):
         evaluate(run, ("domain",), prompts=str(tmp_path / "prompts.txt"), num_images=2, **STEPS)
     assert not list((run / "evaluation").rglob("*.png"))
 
 
-def test_a_file_of_another_model_is_kept(run: Path) -> None:
+def test_metrics_file_of_another_model_is_not_overwritten(run: Path) -> None:
     folder = run / "evaluation" / "84"
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text('{"about": {"model": "other"}, "metrics": []}')
-    with pytest.raises(UserError, match=r"metrics\.json is of another model"):
+    with pytest.raises(UserError, match=r"metrics\.json belongs to another model"):
         evaluate(run, ("domain",), **STEPS)
     (folder / "metrics.json").write_text("{")
     with pytest.raises(UserError, match=r"metrics\.json is damaged"):
         evaluate(run, ("domain",), **STEPS)
 
 
-def test_the_command(run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_parses_flags_and_prints_metrics(
+    run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", values)
     monkeypatch.setattr(command, "FLAGS", values)
@@ -202,11 +207,11 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture, monkeypatch: pyte
     printed = capsys.readouterr().out
     assert "caption_retrieval_top1" in printed
     assert "guidance=1.5 count=2" in printed
-    with pytest.raises(UserError, match=r"--guidance=3,a: give numbers"):
+    with pytest.raises(UserError, match=r"--guidance=3,a has a value that is not a number"):
         command.read_scales(["3", "a"])
 
 
-def test_while_training(run: Path, finished_run: Path) -> None:
+def test_domain_metric_during_training(run: Path, finished_run: Path) -> None:
     shards = json.loads((run / "config.json").read_text())["config"]["data"]["shards"]
     model = load(run)
     generator = Generator(model.config, sigma_data=0.9)
@@ -217,10 +222,10 @@ def test_while_training(run: Path, finished_run: Path) -> None:
     def evaluator(*metrics: str, num_images: int = 6) -> GeneratedImageMetrics:
         return GeneratedImageMetrics(
             ImageMetrics(metrics, num_images), Schedule(1, 1), sample, Blocks(), shards=shards,
-            split="validation", resolution=64, warn=told.append,
+            split="validation", resolution=64, warn=warnings.append,
         )  # fmt: skip
 
-    told: list[str] = []
+    warnings: list[str] = []
     weights = Weights(model.params, None, merge=lambda params: params)
     domain = evaluator("domain")
     found = domain.run(weights, 1).scalars
@@ -228,8 +233,8 @@ def test_while_training(run: Path, finished_run: Path) -> None:
         "evaluation/caption_retrieval_top1", "evaluation/caption_retrieval_top5", "evaluation/latent_frechet"
     }  # fmt: skip
     assert domain.run(weights, 1).scalars == found
-    assert len(told) == 1
-    with pytest.raises(UserError, match="there is no metric 'geneval'"):
+    assert len(warnings) == 1
+    with pytest.raises(UserError, match="Unknown metric 'geneval'"):
         evaluator("geneval")
-    with pytest.raises(UserError, match="num_images is 0: use at least 1"):
+    with pytest.raises(UserError, match=r"num_images is 0\. Set --config\.evaluation\.num_images to at least 1"):
         evaluator("domain", num_images=0)

@@ -183,9 +183,9 @@ def test_what_makes_no_sense_is_refused_and_leaves_nothing(run: Path, folder: Pa
         ({"workdir": run, "params": "ema", "step": 48}, "has no moving average: use raw"),
         ({"dtype": "int8"}, "choose float32, bfloat16, float16"),
         ({"vae": "nowhere"}, "nor a repository's name on the hub: give it as --vae"),
-        ({"vae": str(other)}, "the model was trained with another other_vae"),
-        ({"stablehlo": True, "steps": 0}, "0 sampling steps"),
-        ({"stablehlo": True, "sampler": "dpmpp_2m", "steps": 1}, "use at least 2 sampling steps"),
+        ({"vae": str(other)}, "was trained with another version of other_vae"),
+        ({"stablehlo": True, "steps": 0}, "number of sampling steps is 0"),
+        ({"stablehlo": True, "sampler": "dpmpp_2m", "steps": 1}, "dpmpp_2m needs at least 2 steps"),
     ]
     there = sorted(tmp_path.rglob("*"))
     for settings, message in wrong:

@@ -1,4 +1,4 @@
-"""Drawing from a trained model: the generator, the Python API, and the command, with encoders that can be checked."""
+"""Sampling with the generator, the Python API and the command, with stub encoders."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ CAPTIONS = np.random.default_rng(0).standard_normal((4, 4, 12)).astype(np.float3
 
 @pytest.fixture
 def words(monkeypatch: pytest.MonkeyPatch) -> Words:
-    """Puts small encoders in place of the real ones."""
+    """Replaces the encoders with small stubs."""
     encoder = Words()
     monkeypatch.setattr(image, "load_image_encoder", lambda name: Blocks())
     monkeypatch.setattr(text, "load_text_encoder", lambda name, tokens: encoder)
@@ -58,7 +58,7 @@ def images_of(
     return generator.images(params, captions, seeds, Sampling(3, 2.0), Blocks().decode, batch_size).astype(int)
 
 
-def test_an_image_depends_on_its_caption_and_seed_and_not_on_the_batch(
+def test_image_depends_on_its_caption_and_seed_but_not_on_the_batch(
     generator: Generator, params: dict[str, jax.Array]
 ) -> None:
     images = generator.images(params, CAPTIONS, [5, 6, 7, 8], Sampling(3, 2.0), Blocks().decode)
@@ -74,7 +74,7 @@ def test_an_image_depends_on_its_caption_and_seed_and_not_on_the_batch(
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_engine_is_the_sampler_over_the_guided_denoiser(
+def test_generator_matches_the_sampler_with_the_guided_denoiser(
     generator: Generator, params: dict[str, jax.Array], name: str
 ) -> None:
     noise, D_x = draw_noise(CONFIG, [5, 6]), list[Any]()
@@ -88,20 +88,20 @@ def test_the_engine_is_the_sampler_over_the_guided_denoiser(
     latents = generator.latents(params, CAPTIONS[:2], noise, Sampling(3, 2.0, name), after_call=D_x.append)
     tiny.assert_close(latents, expected)
     tiny.assert_close(D_x[0], denoise(80 * noise, np.float32([80])))
-    np.testing.assert_allclose(D_x[-1], latents, atol=1e-5)  # the last step goes to what was denoised
+    np.testing.assert_allclose(D_x[-1], latents, atol=1e-5)  # the last step returns the denoised latents
     assert len(D_x) == Sampling(3, 2.0, name).calls
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_what_is_rehearsed_is_what_is_compiled(params: dict[str, jax.Array], guidance: float) -> None:
+def test_abstract_denoiser_is_the_compiled_program(params: dict[str, jax.Array], guidance: float) -> None:
     generator, place = Generator(CONFIG, sigma_data=0.9), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     call, programs = generator._denoise, set()
 
-    def noted(*arguments: Any, **static: Any) -> Any:
+    def recording(*arguments: Any, **static: Any) -> Any:
         programs.add(call.lower(*arguments, **static).as_text())
         return call(*arguments, **static)
 
-    generator._denoise = noted  # type: ignore[assignment]
+    generator._denoise = recording  # type: ignore[assignment]
     noise = draw_noise(CONFIG, [5, 6, 7, 8])
     generator.latents(jax.device_put(params, place), CAPTIONS, noise, Sampling(2, guidance))
     abstract = {n: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=place) for n, p in params.items()}
@@ -109,7 +109,7 @@ def test_what_is_rehearsed_is_what_is_compiled(params: dict[str, jax.Array], gui
     assert programs == {jax.jit(function, out_shardings=place).lower(*arguments).as_text()}
 
 
-def test_steps_scales_and_samplers_recompile_nothing(
+def test_changing_steps_guidance_scale_or_sampler_does_not_recompile(
     params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     traced = []
@@ -125,19 +125,19 @@ def test_steps_scales_and_samplers_recompile_nothing(
     lower, higher = latents(3, 2.0, "euler"), latents(3, 4.0, "euler")
     assert len(traced) == 1
     assert np.abs(lower - higher).max() > 1e-3
-    # Guidance from 1 to 100 only: the lower levels are another program.
+    # With guidance only at noise levels 1 to 100, the lower levels need a second program.
     part = latents(3, 4.0, "euler", (1.0, 100.0))
     assert len(traced) == 2
     assert np.abs(part - higher).max() > 1e-3
     np.testing.assert_array_equal(latents(3, 4.0, "euler", (0.0, 100.0)), higher)
 
 
-def test_no_steps_are_refused() -> None:
-    with pytest.raises(UserError, match="0 sampling steps: use at least 1"):
+def test_zero_steps_are_rejected() -> None:
+    with pytest.raises(UserError, match=r"The number of sampling steps is 0\. Set steps to at least 1"):
         Sampling(0)
 
 
-def test_bytes_are_rounded_and_clipped() -> None:
+def test_pixels_are_rounded_and_clipped() -> None:
     assert to_uint8(jnp.asarray([-2.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
 
 
@@ -158,12 +158,12 @@ def model(loaded: Model, words: Words) -> Model:
 SHORT: dict[str, Any] = dict(steps=2, guidance=2.0)
 
 
-def picture(side: int = 16) -> Image.Image:
+def random_image(side: int = 16) -> Image.Image:
     colors = np.random.default_rng(3).integers(0, 256, (side // 2, side // 2, 3), np.uint8)
     return Image.fromarray(colors.repeat(2, 0).repeat(2, 1))
 
 
-def test_the_same_prompt_and_seed_give_the_same_image_in_every_batch(model: Model) -> None:
+def test_same_prompt_and_seed_produce_the_same_image_in_every_batch(model: Model) -> None:
     together = model.latents(["one", "two", "three"], num=2, seed=4, **SHORT)
     assert together.shape == (6, 8, 8, 4)
     np.testing.assert_array_equal(model.latents("two", seed=5, **SHORT)[0], together[3])
@@ -176,46 +176,46 @@ def test_the_same_prompt_and_seed_give_the_same_image_in_every_batch(model: Mode
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws(model: Model, sampler: str) -> None:
+def test_every_sampler_returns_finite_latents(model: Model, sampler: str) -> None:
     latents = model.latents("one", sampler=sampler, **SHORT)
     assert np.isfinite(latents).all()
 
 
-def test_an_empty_prompt_is_unconditional(model: Model, words: Words) -> None:
+def test_empty_prompt_is_unconditional(model: Model, words: Words) -> None:
     empty, unguided = model.latents("", steps=2, guidance=3.0), model.latents("one", steps=2, guidance=0.0)
     tiny.assert_close(empty, unguided)
     assert words.encoded == [["one"]]
 
 
-def test_a_negative_prompt_changes_the_image_unless_it_is_empty(model: Model) -> None:
+def test_negative_prompt_changes_the_image_unless_it_is_empty(model: Model) -> None:
     plain = model.latents("one", **SHORT)
     assert np.abs(model.latents("one", negative_prompt="two", **SHORT) - plain).max() > 1e-3
     np.testing.assert_array_equal(model.latents("one", negative_prompt=" ", **SHORT), plain)
-    # Away from the prompt itself leads nowhere: there is no guidance left.
+    # If the negative prompt is the prompt, guidance has no effect.
     same = model.latents("one", negative_prompt="one", **SHORT)
     tiny.assert_close(same, model.latents("one", steps=2, guidance=1.0))
 
 
-def test_autoguidance_leads_away_from_the_earlier_checkpoint(model: Model, finished_run: Path) -> None:
+def test_autoguidance_steers_away_from_the_earlier_checkpoint(model: Model, finished_run: Path) -> None:
     weak = load(finished_run, 48)
-    alone = model.latents("one", steps=2, guidance=1.0)
-    tiny.assert_close(model.latents("one", steps=2, guidance=1.0, autoguidance=weak), alone)
-    assert np.abs(model.latents("one", steps=2, guidance=2.0, autoguidance=weak) - alone).max() > 1e-4
+    unguided = model.latents("one", steps=2, guidance=1.0)
+    tiny.assert_close(model.latents("one", steps=2, guidance=1.0, autoguidance=weak), unguided)
+    assert np.abs(model.latents("one", steps=2, guidance=2.0, autoguidance=weak) - unguided).max() > 1e-4
     tiny.assert_close(
         model.latents("one", steps=2, guidance=0.0, autoguidance=weak),
         Model({n: np.asarray(v) for n, v in weak.params.items()}, weak.config, weak.about).latents(
             "one", steps=2, guidance=1.0
         ),
     )
-    with pytest.raises(UserError, match="not from a negative prompt: leave one out"):
+    with pytest.raises(UserError, match="Autoguidance can't be combined with a negative prompt"):
         model.latents("one", autoguidance=weak, negative_prompt="two", **SHORT)
 
 
-def test_an_image_changes_as_much_as_the_strength_says(model: Model) -> None:
-    original = model.encode(picture())
-    assert model.generate("one", image=picture(), strength=0.0)[0].tobytes() == picture().tobytes()
+def test_start_image_changes_more_with_higher_strength(model: Model) -> None:
+    original = model.encode(random_image())
+    assert model.generate("one", image=random_image(), strength=0.0)[0].tobytes() == random_image().tobytes()
     differences = [
-        np.abs(model.latents("one", image=picture(), strength=strength, steps=8, guidance=1.0) - original).mean()
+        np.abs(model.latents("one", image=random_image(), strength=strength, steps=8, guidance=1.0) - original).mean()
         for strength in (0.0, 0.01, 0.5, 1.0)
     ]
     assert differences[0] == 0
@@ -223,64 +223,66 @@ def test_an_image_changes_as_much_as_the_strength_says(model: Model) -> None:
     assert differences[1] < differences[2] < differences[3]
 
 
-def test_only_the_masked_part_is_drawn_anew(model: Model) -> None:
+def test_only_the_masked_part_is_resampled(model: Model) -> None:
     mask = np.zeros((16, 16), bool)
-    mask[5:, :3] = True  # latents from row 2 on, in columns 0 and 1
-    redrawn = model.latents(["one", "two"], image=picture(), mask=mask, **SHORT)
-    original = model.encode(picture())
+    mask[5:, :3] = True  # latents in rows 2 and above, columns 0 and 1
+    resampled = model.latents(["one", "two"], image=random_image(), mask=mask, **SHORT)
+    original = model.encode(random_image())
     kept = np.ones((8, 8), bool)
     kept[2:, :2] = False
-    for latents in redrawn:
+    for latents in resampled:
         np.testing.assert_array_equal(latents[kept], original[kept])
         assert np.abs(latents[~kept] - original[~kept]).min(axis=-1).max() > 1e-3
-    as_picture = Image.fromarray(255 * mask.astype(np.uint8))
-    np.testing.assert_array_equal(model.latents(["one", "two"], image=picture(), mask=as_picture, **SHORT), redrawn)
+    mask_image = Image.fromarray(255 * mask.astype(np.uint8))
+    from_mask_image = model.latents(["one", "two"], image=random_image(), mask=mask_image, **SHORT)
+    np.testing.assert_array_equal(from_mask_image, resampled)
 
 
-def test_a_long_prompt_is_cut_and_the_cut_is_shown(model: Model, words: Words) -> None:
-    said: list[str] = []
-    model.warn = said.append
+def test_long_prompt_is_truncated_with_a_warning(model: Model, words: Words) -> None:
+    warnings: list[str] = []
+    model.warn = warnings.append
     model.embed(["one two three", "one two three four five"])
-    assert said == [
-        "the prompt has 6 tokens, the text encoder takes 4: it reads only 'one two three', and not 'four five'."
+    assert warnings == [
+        "The prompt has 6 tokens, but the limit of the text encoder is 4. It is truncated to 'one two three', without "
+        "'four five'."
     ]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(steps=0), "0 sampling steps: use at least 1"),
-        (dict(steps=1, sampler="dpmpp_2m"), "use at least 2 sampling steps"),
-        (dict(sampler="ddim"), "no sampler 'ddim'; choose heun, euler, dpmpp_2m"),
-        (dict(num=0), "use at least 1"),
-        (dict(seed=-1), "use a whole number from 0"),
-        (dict(guidance_interval=(2.0, 1.0)), "interval 2 to 1 is empty"),
-        (dict(strength=0.5), "needs an image to start from"),
-        (dict(image=picture(18)), "the image has 18×18 pixels, the model draws 16×16"),
-        (dict(image=picture(), strength=1.5), "strength 1.5: use a number from 0"),
-        (dict(image=picture(), mask=np.ones((4, 4), bool)), "the mask has 4×4 pixels"),
-        (dict(image=picture(), mask=np.zeros((16, 16), bool)), "the mask is black everywhere"),
+        (dict(steps=0), "number of sampling steps is 0"),
+        (dict(steps=1, sampler="dpmpp_2m"), "dpmpp_2m needs at least 2 steps"),
+        (dict(sampler="ddim"), r"Unknown sampler 'ddim'\. Choose one of heun, euler, dpmpp_2m"),
+        (dict(num=0), r"number of images is 0\. Set num to at least 1"),
+        (dict(seed=-1), "Set seed to an integer from 0"),
+        (dict(guidance_interval=(2.0, 1.0)), "interval from 2 to 1 is empty"),
+        (dict(strength=0.5), "needs a start image"),
+        (dict(image=random_image(18)), "The image has 18×18 pixels, but the model needs 16×16"),
+        (dict(image=random_image(), strength=1.5), r"The strength is 1\.5\. Set strength to a number from 0 to 1"),
+        (dict(image=random_image(), mask=np.ones((4, 4), bool)), "The mask has 4×4 pixels"),
+        (dict(image=random_image(), mask=np.zeros((16, 16), bool)), "The mask is completely black"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(model: Model, settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(model: Model, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         model.generate("one", **settings)
 
 
-def test_encoders_that_do_not_belong_to_the_model_are_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoders_that_do_not_match_the_model_are_rejected(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Blocks, "channels", 16)
-    with pytest.raises(UserError, match="noise has latents of 16 channels, the model of 4"):
+    with pytest.raises(UserError, match="noise has latents with 16 channels, but the model needs 4"):
         model.decode(np.zeros((1, 8, 8, 4), np.float32))
     monkeypatch.setattr(Words, "fingerprint", "89ab")
-    with pytest.raises(UserError, match=r"trained with another noise \(4567\) than is found now \(89ab\)"):
+    with pytest.raises(UserError, match=r"another version of noise \(fingerprint 4567, found 89ab\)"):
         model.embed(["one"])
 
 
-def test_a_model_folder_draws_what_its_run_draws(model: Model, tmp_path: Path) -> None:
+def test_model_folder_samples_the_same_images_as_its_run(model: Model, tmp_path: Path) -> None:
     about = model.about
-    told = {name: getattr(about, name) for name in ("sigma_data", "vae", "text_encoder", "caption_tokens")}
-    told |= {"caption_cleaning": about.caption_cleaning, "source": "a test"}
-    save_model_folder(tmp_path / "model", {n: np.asarray(v) for n, v in model.params.items()}, model.config, told)
+    fields = {name: getattr(about, name) for name in ("sigma_data", "vae", "text_encoder", "caption_tokens")}
+    fields |= {"caption_cleaning": about.caption_cleaning, "source": "a test"}
+    save_model_folder(tmp_path / "model", {n: np.asarray(v) for n, v in model.params.items()}, model.config, fields)
     folder = load(tmp_path / "model")
     assert (folder.about.step, folder.about.source, folder.about.steps) == (None, "a test", 30)
     np.testing.assert_array_equal(folder.latents("one", **SHORT), model.latents("one", **SHORT))
@@ -288,7 +290,7 @@ def test_a_model_folder_draws_what_its_run_draws(model: Model, tmp_path: Path) -
         load(tmp_path / "model", 3)
 
 
-def test_a_model_that_is_not_there_is_named(finished_run: Path, tmp_path: Path) -> None:
+def test_missing_models_and_checkpoints_are_rejected(finished_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint of step 7 \(it has steps 48, 80, 84\)"):
         load(finished_run, 7)
     with pytest.raises(UserError, match="is no work directory of a run and no model folder"):
@@ -304,7 +306,7 @@ def test_a_model_that_is_not_there_is_named(finished_run: Path, tmp_path: Path) 
 
 @pytest.fixture
 def command(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Words) -> SimpleNamespace:
-    """The command's flags."""
+    """The flags of the command."""
     flags = SimpleNamespace(
         workdir=str(finished_run), prompt=["one", "two"], prompts_file="", out=str(tmp_path / "out.png"), num=2,
         guidance=2.0, steps=2, seed=3, step=None, sampler="heun", guidance_interval="", path_drop=None,
@@ -319,24 +321,24 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, str]]:
         return np.asarray(opened.convert("RGB")), dict(opened.text)
 
 
-def test_the_command_draws_what_the_api_draws(
+def test_command_writes_the_images_of_the_api(
     command: SimpleNamespace, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     sample.main()
     assert "4 images from step 84 of run: " in capsys.readouterr().out
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["000_one_seed_3.png", "001_one_seed_4.png", "002_two_seed_3.png", "003_two_seed_4.png"]
-    pixels, told = read(tmp_path / "out" / files[3])
+    pixels, metadata = read(tmp_path / "out" / files[3])
     np.testing.assert_array_equal(pixels, np.asarray(model.generate("two", seed=4, **SHORT)[0]))
-    assert told == {
+    assert metadata == {
         "prompt": "two", "seed": "4", "sampler": "heun, 2 steps", "guidance": "2.0", "checkpoint": "step 84 of run",
         "config": model.about.config_hash, "attribution": "nobody",
     }  # fmt: skip
-    _, told = read(tmp_path / "out.png")
-    assert (told["prompt"], told["seed"]) == ("one | two", "3 to 4")
+    _, metadata = read(tmp_path / "out.png")
+    assert (metadata["prompt"], metadata["seed"]) == ("one | two", "3 to 4")
 
 
-def test_the_command_samples_from_the_moving_average(loaded: Model, finished_run: Path) -> None:
+def test_ema_weights_are_loaded_if_the_checkpoint_has_them(loaded: Model, finished_run: Path) -> None:
     end = tiny.read_checkpoint(finished_run)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, end["ema"])
     assert any(not np.array_equal(end["ema"][name], end["params"][name]) for name in end["ema"])
@@ -344,19 +346,20 @@ def test_the_command_samples_from_the_moving_average(loaded: Model, finished_run
     jax.tree.map(np.testing.assert_array_equal, earlier, tiny.read_checkpoint(finished_run, 48)["params"])
 
 
-def test_settings_of_the_run_are_the_default(command: SimpleNamespace, finished_run: Path, tmp_path: Path) -> None:
+def test_default_settings_are_those_of_the_run(command: SimpleNamespace, finished_run: Path, tmp_path: Path) -> None:
     workdir = Path(shutil.copytree(finished_run, tmp_path / "run"))
     run = json.loads((workdir / "config.json").read_text())
     run["config"]["sampling"].update(guidance=0.5, steps=1)
     (workdir / "config.json").write_text(json.dumps(run))
     vars(command).update(workdir=str(workdir), guidance=None, steps=None, num=1, prompt=["one"], autoguidance="48")
     sample.main()
-    pixels, told = read(Path(command.out))
+    pixels, metadata = read(Path(command.out))
     assert pixels.shape == (16, 16, 3)
-    assert (told["sampler"], told["guidance"], told["autoguidance"]) == ("heun, 1 steps", "0.5", "step 48 of run")
+    recorded = [metadata[name] for name in ("sampler", "guidance", "autoguidance")]
+    assert recorded == ["heun, 1 steps", "0.5", "step 48 of run"]
 
 
-def test_prompts_are_cleaned_as_the_shards_captions_were(
+def test_prompts_are_cleaned_like_the_captions_of_the_shards(
     command: SimpleNamespace, finished_run: Path, tmp_path: Path, words: Words
 ) -> None:
     run = json.loads((finished_run / "config.json").read_text())
@@ -369,32 +372,32 @@ def test_prompts_are_cleaned_as_the_shards_captions_were(
     vars(command).update(workdir=str(workdir), prompt=[], prompts_file=str(prompts), num=1)
     sample.main()
     assert words.encoded == [["a red heart"], ["plain"]]
-    assert read(Path(command.out))[1]["prompt"] == "A <b>Red</b> Heart #12 | plain"  # in the user's words
+    assert read(Path(command.out))[1]["prompt"] == "A <b>Red</b> Heart #12 | plain"  # the original prompts
 
 
-def test_a_picture_to_start_from(command: SimpleNamespace, tmp_path: Path) -> None:
-    picture().save(tmp_path / "start.png")
+def test_start_image_is_unchanged_at_strength_0(command: SimpleNamespace, tmp_path: Path) -> None:
+    random_image().save(tmp_path / "start.png")
     vars(command).update(image=str(tmp_path / "start.png"), strength=0.0, num=1, prompt=[""])
     sample.main()
-    pixels, told = read(Path(command.out))
-    np.testing.assert_array_equal(pixels, np.asarray(picture()))
-    assert told["strength"] == "0.0"
+    pixels, metadata = read(Path(command.out))
+    np.testing.assert_array_equal(pixels, np.asarray(random_image()))
+    assert metadata["strength"] == "0.0"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(prompt=[]), "there is nothing to draw"),
+        (dict(prompt=[]), "There are no prompts"),
         (dict(prompts_file="none.txt"), "prompts file none.txt can't be read"),
         (dict(prompts_file="blank"), "prompts file .*blank is empty"),
-        (dict(out="picture.jpg"), "must end in .png"),
+        (dict(out="image.jpg"), "--out=image.jpg does not end in .png"),
         (dict(guidance_interval="1"), "give two noise levels, as in 0.3,5"),
-        (dict(image="none.png"), "the image none.png can't be read"),
+        (dict(image="none.png"), "The image none.png can't be read"),
         (dict(workdir="nowhere"), "nowhere is no work directory"),
         (dict(autoguidance="7"), "no checkpoint of step 7"),
     ],
 )
-def test_what_is_missing_is_named(
+def test_missing_and_invalid_inputs_are_rejected(
     command: SimpleNamespace, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     if change.get("prompts_file") == "blank":
@@ -405,7 +408,7 @@ def test_what_is_missing_is_named(
         sample.main()
 
 
-def test_the_flags_are_defined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     from absl import flags
 
     values = flags.FlagValues()

@@ -1,7 +1,9 @@
-"""Samples latents and images from captions and seeds, on one device or many.
+"""Samples latents and images from caption embeddings and seeds, on one device or many.
 
-Commands, API, previews, evaluation and playground share it: equal captions, seeds and settings give equal pixels.
-L caption tokens · Y caption channels.
+The commands, the API, previews, evaluation and the playground all use this module, so the same captions, seeds and
+settings produce the same pixels everywhere.
+
+Shapes: B images in a batch, n images in total, H×W latents with C channels, L caption tokens with Y channels.
 """
 
 import dataclasses
@@ -22,23 +24,23 @@ from micro_dit.errors import UserError
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import Params, bind
 
-MAX_BATCH = 32  # images sampled at once
+MAX_BATCH = 32  # default batch size
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of a sampler under guidance.
+    """Sampler and guidance settings.
 
     Attributes:
         steps: Number of sampler steps.
-        guidance: Guidance scale; 1 turns guidance off.
+        guidance: Guidance scale. 1 turns guidance off.
         sampler: One of SAMPLERS.
-        interval: (low, high) noise levels between which guidance is applied; None applies it at all levels.
-        strength: Fraction of the way from noise to image that is sampled; below 1, sampling starts from an image.
-        path_drop: Whether guidance leads away from the network without its backbone (path-drop guidance).
+        interval: (low, high), noise levels between which guidance is applied. None applies it at all noise levels.
+        strength: How much of a start image is resampled, from 0 (nothing) to 1 (everything, or no start image).
+        path_drop: Whether to use path-drop guidance, which steers away from the network without its backbone.
 
     Raises:
-        UserError: A setting makes no sense.
+        UserError: A setting is invalid.
     """
 
     steps: int
@@ -50,43 +52,46 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
-            raise UserError(f"there is no sampler {self.sampler!r}; choose {', '.join(SAMPLERS)}.")
+            raise UserError(f"Unknown sampler {self.sampler!r}. Choose one of {', '.join(SAMPLERS)}.")
         if self.steps < 1:
-            raise UserError(f"{self.steps} sampling steps: use at least 1.")
+            raise UserError(f"The number of sampling steps is {self.steps}. Set steps to at least 1.")
         if self.sampler == "dpmpp_2m" and self.steps < 2:
-            raise UserError("dpmpp_2m needs the step before: use at least 2 sampling steps, or another sampler.")
+            raise UserError("The sampler dpmpp_2m needs at least 2 steps. Increase steps or choose another sampler.")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1]:
             low, high = self.interval
-            raise UserError(f"the guidance interval {low:g} to {high:g} is empty; use 0 <= low < high.")
+            raise UserError(
+                f"The guidance interval from {low:g} to {high:g} is empty. Set guidance_interval to two noise levels "
+                "with 0 <= low < high."
+            )
         if not 0 <= self.strength <= 1:
-            raise UserError(f"strength {self.strength:g}: use a number from 0 (the image as it is) to 1.")
+            raise UserError(f"The strength is {self.strength:g}. Set strength to a number from 0 to 1.")
 
     def check(self, config: DiTConfig) -> None:
-        """Raises UserError if a network can't be sampled with these settings."""
+        """Raises UserError if the network does not support these settings."""
         if self.path_drop and not config.fusion:
-            raise UserError("path-drop guidance needs a network with model.fusion: leave out --path_drop.")
+            raise UserError("Path-drop guidance needs a network with model.fusion=True. Remove --path_drop.")
 
     @property
     def sigmas(self) -> np.ndarray:
-        """Noise levels, descending to 0; only 0 at strength 0."""
+        """(steps + 1,) float64, noise levels that descend to 0. At strength 0 the only noise level is 0."""
         if self.strength in (0, 1):
             return noise_levels(self.steps) if self.strength else np.zeros(1)
         return partial_noise_levels(self.steps, self.strength)
 
     @property
     def calls(self) -> int:
-        """Number of calls of the denoiser."""
+        """Number of denoiser calls."""
         steps = len(self.sigmas) - 1
         return 2 * steps - 1 if self.sampler == "heun" and steps else steps
 
 
 class Inputs(NamedTuple):
-    """Inputs of the denoiser that stay the same in all steps."""
+    """Inputs of the denoiser that are the same in all steps."""
 
     params: Params
     captions: Any  # (B, L, Y) float32
-    negative: Any  # (L, Y) float32, embedding that guidance leads away from; zeros without a negative prompt
-    weak: Params | None = None  # parameters of the weak network of autoguidance
+    negative: Any  # (L, Y) float32, embedding of the negative prompt; zeros without one
+    weak: Params | None = None  # parameters of the weak network, for autoguidance
 
 
 Branches = Literal["conditional", "unconditional", "both", "path_drop"]
@@ -95,20 +100,22 @@ Branches = Literal["conditional", "unconditional", "both", "path_drop"]
 class Generator:
     """Samples latents and images with a network.
 
-    The guided denoiser is compiled once per batch size and branches of guidance, for all other settings.
+    The guided denoiser is compiled once for each batch size and value of `Branches`. All other settings share the
+    compiled program.
     """
 
     def __init__(
         self, config: DiTConfig, *, sigma_data: float, dtype: Any = jnp.float32, sharding: Sharding | None = None
     ):
-        """Sets up the denoiser of a network.
+        """Sets up the denoiser.
 
         Args:
             config: Network configuration.
-            sigma_data: Standard deviation of the latents, as in training.
-            dtype: dtype of the matrix products.
-            sharding: Placement of the latents; by default one device. Replicated latents allow any sharding of the
-                parameters. With latents split along the batch, each device has its own copy of the parameters.
+            sigma_data: Standard deviation of the latents that the network was trained with.
+            dtype: Dtype of the matrix products.
+            sharding: Sharding of the latents; by default they are on one device. If the latents are replicated, the
+                parameters may have any sharding. If they are split along the batch, the parameters have to be
+                replicated.
         """
         self.config, self.sigma_data, self.dtype = config, sigma_data, jnp.dtype(dtype)
         latents = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -124,21 +131,24 @@ class Generator:
         self, params: Params, captions: np.ndarray, seeds: Sequence[int], sampling: Sampling,
         decode: Callable[[np.ndarray], Any], batch_size: int = MAX_BATCH,
     ) -> np.ndarray:  # fmt: skip
-        """Samples images (n, f·H, f·W, 3) uint8; each depends on its own caption and seed, not on the batch.
+        """Samples images. Each image depends only on its own caption and seed, not on the batch.
 
         Args:
-            params: Parameters of the network, on the devices.
+            params: Network parameters, on the devices.
             captions: (n, L, Y) float, caption embeddings.
-            seeds: n whole numbers.
+            seeds: n integers, one seed per image.
             sampling: Sampler settings.
-            decode: Maps latents (B, H, W, C) to pixels in [-1, 1]; `ImageEncoder.decode`.
-            batch_size: Largest number of images sampled at once.
+            decode: Maps latents (B, H, W, C) to pixels in [-1, 1]; usually `ImageEncoder.decode`.
+            batch_size: Largest batch size.
+
+        Returns:
+            (n, f·H, f·W, 3) uint8, images, where f is the upsampling factor of `decode`.
         """
         n = len(seeds)
         noise, captions = draw_noise(self.config, seeds), np.asarray(captions, np.float32)
         images = []
         for rows in batches(n, math.ceil(n / math.ceil(n / batch_size))):
-            # Every process has all latents, and decodes them on its own devices.
+            # `latents` returns the whole batch in every process, so each process decodes it on its own devices.
             images.append(to_uint8(decode(self.latents(params, captions[rows], noise[rows], sampling))))
         return np.concatenate(images)[:n]
 
@@ -154,18 +164,22 @@ class Generator:
         known: tuple[np.ndarray, np.ndarray] | None = None,
         after_call: Callable[[np.ndarray], object] | None = None,
     ) -> np.ndarray:
-        """Samples latents (B, H, W, C) float32.
+        """Samples latents.
 
         Args:
-            params: Parameters of the network, on the devices.
+            params: Network parameters, on the devices.
             captions: (B, L, Y) float32, caption embeddings.
             noise: (B, H, W, C) float32, unit normal.
             sampling: Sampler settings.
             negative: (L, Y) float32, embedding of a negative prompt.
-            weak: Configuration and parameters of a weak network, for autoguidance by the guidance scale.
-            known: For inpainting: original latents, and a mask that is True where they are resampled.
-            after_call: Called after each call of the denoiser with the denoised latents (B, H, W, C). Without it, calls
-                are dispatched without waiting for the previous one.
+            weak: Configuration and parameters of a weak network. If given, autoguidance replaces classifier-free
+                guidance.
+            known: For inpainting: original latents and a boolean mask that is True where they are resampled.
+            after_call: Called with the denoised latents (B, H, W, C) after each denoiser call. If None, each call is
+                dispatched without waiting for the previous one.
+
+        Returns:
+            (B, H, W, C) float32, latents.
         """
         weak_config, weak_params = weak or (None, None)
         negative = np.zeros_like(captions[0]) if negative is None else negative
@@ -190,10 +204,18 @@ class Generator:
         self, inputs: Inputs, scale: Any, x: jax.Array, sigma: jax.Array, *, branches: Branches,
         weak_config: DiTConfig | None = None,
     ) -> jax.Array:  # fmt: skip
-        """Computes D(x; sigma) under guidance, (B, H, W, C) float32. Not compiled; can be traced.
+        """Computes D(x; sigma) with guidance. This method is not jitted, but can be traced.
 
-        scale is () float32, x (B, H, W, C) float32 and sigma (1,) float32. With a weak network, the branches 'both' are
-        the two networks.
+        Args:
+            inputs: Inputs that are the same in all steps.
+            scale: () float32, guidance scale.
+            x: (B, H, W, C) float32, noisy latents.
+            sigma: (1,) float32, noise level.
+            branches: Network outputs to compute. With a weak network, 'both' means this network and the weak one.
+            weak_config: Configuration of the weak network, for autoguidance.
+
+        Returns:
+            (B, H, W, C) float32, denoised latents.
         """
         network = bind(self.config, inputs.params, self.dtype)
         F: edm.Network = network
@@ -211,9 +233,14 @@ class Generator:
     def abstract_denoise(
         self, params: Params, images: int, text_tokens: int, sharding: Sharding, guided: bool = True
     ) -> tuple[Callable[..., jax.Array], tuple[Any, ...]]:
-        """Returns the denoiser and its abstract arguments, to compile it without any array.
+        """Returns the denoiser and its abstract arguments, so that it can be compiled without allocating arrays.
 
-        The abstract parameters have shardings; `sharding`, as given to `__init__`, is that of everything else.
+        Args:
+            params: Abstract network parameters with shardings.
+            images: Batch size.
+            text_tokens: Number of caption tokens.
+            sharding: Sharding of the captions and latents, the same as for `__init__`.
+            guided: Whether to use classifier-free guidance.
         """
         side, channels, width = self.config.input_size, self.config.in_channels, self.config.caption_channels
 
@@ -229,7 +256,7 @@ class Generator:
 def _denoise_rows(
     denoise: Callable[..., jax.Array], mesh: Any, rows: PartitionSpec, inputs: Inputs, *arrays: Any, **static: Any
 ) -> jax.Array:
-    """Denoises each device's own rows, so that no batch travels between devices."""
+    """Denoises the rows of the batch on the device that holds them, so that the devices do not communicate."""
     whole = PartitionSpec()
     specs = (Inputs(whole, rows, whole, whole), whole, rows, whole)  # type: ignore[arg-type]
     per_device = functools.partial(denoise, **static)
@@ -237,7 +264,7 @@ def _denoise_rows(
 
 
 def branches_of(scale: float, autoguidance: bool = False, path_drop: bool = False) -> Branches:
-    """Returns the branches that a guidance scale needs."""
+    """Returns the network outputs that a guidance scale needs."""
     if scale == 1:
         return "conditional"
     if path_drop:
@@ -246,13 +273,13 @@ def branches_of(scale: float, autoguidance: bool = False, path_drop: bool = Fals
 
 
 def draw_noise(config: DiTConfig, seeds: Sequence[int]) -> np.ndarray:
-    """Draws (n, H, W, C) float32 unit normal noise, each image's from its own seed."""
+    """Samples (n, H, W, C) float32 unit normal noise, with one seed per image."""
     shape = (config.input_size, config.input_size, config.in_channels)
     return np.stack([np.asarray(jax.random.normal(jax.random.key(seed), shape)) for seed in seeds])
 
 
 def batches(n: int, size: int) -> Iterator[np.ndarray]:
-    """Yields the indices below n in batches of one size; the last one is filled up with repeats."""
+    """Yields the indices 0 … n - 1 in batches of equal size; the last batch is filled up by starting again at 0."""
     for start in range(0, n, size):
         yield np.arange(start, start + size) % n
 

@@ -1,4 +1,7 @@
-"""Guidance: combines networks into one whose samples follow the caption more closely."""
+"""Guidance: combines two network outputs so that samples follow the caption more closely.
+
+Networks are functions F(x, t, y).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,13 @@ from micro_dit.diffusion.edm import Network
 def guide(F: Network, scale: float, negative: jax.Array | None = None) -> Network:
     """Returns the network u + scale·(c - u): classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
 
-    The conditional branch c sees the captions; the unconditional branch u sees `negative`, which is broadcast to the
-    captions' shape (B, L, Y), or zeros. Scales 1 and 0 compute one branch only.
+    Here c is the conditional output, F(x, t, y), and u the unconditional output, F(x, t, negative). At scales 1 and 0
+    only one of the two is computed.
+
+    Args:
+        F: The network.
+        scale: Guidance scale.
+        negative: Embedding of the negative prompt, broadcastable to (B, L, Y). None means zeros.
     """
     if scale == 1:
         return F
@@ -20,7 +28,7 @@ def guide(F: Network, scale: float, negative: jax.Array | None = None) -> Networ
 
 
 def extrapolate(F: Network, scale: float | jax.Array, negative: jax.Array | None = None) -> Network:
-    """Returns the network of `guide` with both branches in one batch at every scale; the scale may be traced."""
+    """Returns the same network as `guide`, but computes c and u in one batch at every scale, which may be traced."""
 
     def guided(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
         both = F(
@@ -41,8 +49,8 @@ def _unconditional(y: jax.Array, negative: jax.Array | None) -> jax.Array:
 def autoguide(F: Network, weak: Network, scale: float | jax.Array) -> Network:
     """Returns the network weak + scale·(F - weak): autoguidance (Karras et al. 2024, arXiv 2406.02507).
 
-    `weak` is smaller or trained for less time. Both networks have the same sigma_data and so the same preconditioning:
-    extrapolating their outputs is extrapolating denoised images.
+    `weak` is a smaller network or one that was trained for fewer steps. Both networks have the same sigma_data and
+    therefore the same preconditioning, so extrapolating their outputs also extrapolates the denoised images.
     """
 
     def guided(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
@@ -55,14 +63,15 @@ def autoguide(F: Network, weak: Network, scale: float | jax.Array) -> Network:
 def drop_path(F: Network, shallow: Network, scale: float | jax.Array, negative: jax.Array | None = None) -> Network:
     """Returns the network u + scale·(F - u): path-drop guidance (Park et al. 2025, arXiv 2510.21986).
 
-    `shallow` is F without its backbone, whose cost is that of a few blocks; u is its output for `negative` or zeros.
+    Here u is the output of `shallow` for the embedding `negative` (zeros if it is None). `shallow` is F without its
+    backbone, so u costs only a few transformer blocks.
     """
     return autoguide(F, lambda x, t, y: shallow(x, t, _unconditional(y, negative)), scale)
 
 
 def scale_at(sigma: float, scale: float, interval: tuple[float, float] | None) -> float:
-    """Returns the guidance scale at a noise level: 1, which is no guidance, outside of low < sigma <= high.
+    """Returns the guidance scale at a noise level: `scale` where low < sigma <= high, and 1 (no guidance) elsewhere.
 
-    Guidance is harmful at high noise levels and useless at low ones (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+    Guidance is harmful at high noise levels and unnecessary at low ones (Kynkäänniemi et al. 2024, arXiv 2404.07724).
     """
     return scale if interval is None or interval[0] < sigma <= interval[1] else 1.0

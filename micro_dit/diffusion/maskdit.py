@@ -1,4 +1,4 @@
-"""MaskDiT's loss, for comparison (Zheng et al. 2023, arXiv 2306.09305): denoising plus masked reconstruction."""
+"""The MaskDiT loss, denoising plus masked reconstruction, as a baseline (Zheng et al. 2023, arXiv 2306.09305)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from micro_dit.diffusion import edm
 from micro_dit.models.embeddings import patchify
 from micro_dit.models.masking import TokenMask
 
-RECONSTRUCTION = 0.1  # weight of the reconstruction term, as MaskDiT's release sets it
+RECONSTRUCTION = 0.1  # weight of the reconstruction loss; the value in the MaskDiT release
 
 
 def loss(
@@ -21,7 +21,13 @@ def loss(
     patch_size: int = 2,
     sigma_data: float = edm.SIGMA_DATA,
 ) -> jax.Array:
-    """Computes `edm.loss` and, with a mask, adds RECONSTRUCTION times the reconstruction loss; arguments as there."""
+    """Computes `edm.loss`, plus RECONSTRUCTION times the reconstruction loss if there is a mask.
+
+    See `edm.loss` for the arguments.
+
+    Returns:
+        (B,) float32, one loss per image.
+    """
     noisy = x + sigma[:, None, None, None] * noise
     D_x = edm.denoise(F, noisy, sigma, y, sigma_data)
     error = edm.weighted_error(D_x, x, sigma, mask=mask, patch_size=patch_size, sigma_data=sigma_data)
@@ -29,11 +35,19 @@ def loss(
 
 
 def reconstruction_loss(D_x: jax.Array, noisy: jax.Array, mask: TokenMask, patch_size: int = 2) -> jax.Array:
-    """Computes the squared error of the denoiser's output D_x as a reconstruction of the dropped patches, (B,).
+    """Computes the mean squared error between the denoiser's output and the noisy image over the dropped patches.
 
-    The target is the noisy image. As in the release (Anima-Lab/MaskDiT, train_utils/loss.py), each of its patches is
-    normalized by its own mean and unbiased variance, the denoiser's output is not, and the error has no weight by
-    noise level.
+    As in the release (Anima-Lab/MaskDiT, train_utils/loss.py), each target patch is normalized with its own mean and
+    unbiased variance, the denoiser's output is not normalized, and the error is not weighted by noise level.
+
+    Args:
+        D_x: (B, H, W, C) float32, output of the denoiser.
+        noisy: (B, H, W, C) float32, noisy latents.
+        mask: Kept tokens.
+        patch_size: Side of a token in latent pixels.
+
+    Returns:
+        (B,) float32, one loss per image.
     """
     target = patchify(noisy, patch_size)  # (B, N, p·p·C)
     deviation = jnp.sqrt(target.var(axis=-1, ddof=1, keepdims=True) + 1e-6)

@@ -1,9 +1,9 @@
-"""Deterministic samplers of the probability-flow ODE dx/dsigma = (x - D(x; sigma))/sigma: from noise to latents.
+"""Deterministic samplers for the probability-flow ODE dx/dsigma = (x - D(x; sigma))/sigma.
 
-Each method is a function from one noise level to the next, written as in its paper; `sample` goes through the levels.
-The loop runs on the host, so that only the denoiser D is compiled, once for all steps and samplers.
+Each `*_step` function computes one step between two noise levels, in the notation of its paper. `sample` loops over the
+noise levels on the host, so only the denoiser D has to be compiled, once for all steps and samplers.
 
-x, D_x: (B, H, W, C) float32 · sigma: noise level, a Python float.
+Shapes: x and D_x are (B, H, W, C) float32; sigma is a Python float.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Denoiser = Callable[[jax.Array, float], jax.Array]  # D(x, sigma)
-Previous = tuple[float, jax.Array]  # sigma and D_x of the step before
+Previous = tuple[float, jax.Array]  # sigma and D_x of the previous step
 
 SAMPLERS = ("heun", "euler", "dpmpp_2m")
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
@@ -26,31 +26,32 @@ def noise_levels(
 ) -> np.ndarray:
     """Returns (steps + 1,) float64 noise levels from sigma_max down to 0 (EDM, equation 5).
 
-    A single step goes straight to 0.
+    With a single step, the noise levels are sigma_max and 0.
 
     Raises:
         ValueError: `steps` is below 1.
     """
     if steps < 1:
-        raise ValueError(f"a sampler needs at least 1 step, not {steps}")
+        raise ValueError(f"The number of sampler steps must be at least 1, but is {steps}.")
     ramp = np.arange(steps) / max(steps - 1, 1)
     sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return np.append(sigmas, 0.0)
 
 
 def partial_noise_levels(steps: int, strength: float) -> np.ndarray:
-    """Returns the last part of the noise levels, for sampling that starts from an image instead of noise.
+    """Returns noise levels for sampling that starts from an image instead of pure noise.
 
     Args:
-        steps: Number of sampler steps from pure noise. The part takes `strength` of them, rounded up.
-        strength: Fraction of the way in sigma^(1/rho), above 0 (the image stays) and up to 1 (nothing of it is left).
+        steps: Number of sampler steps from pure noise; ⌈steps·strength⌉ of them are used.
+        strength: Position of the first noise level between SIGMA_MIN and SIGMA_MAX, linear in sigma^(1/rho). Near 0
+            the image is hardly changed; at 1 nothing of it is kept. Must be above 0.
     """
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
     return noise_levels(math.ceil(steps * strength), sigma_max=(low + strength * (high - low)) ** RHO)
 
 
 def heun_step(D: Denoiser, x: jax.Array, sigma: float, sigma_next: float) -> jax.Array:
-    """Takes a step of Heun's method (Karras et al. 2022, arXiv 2206.00364, algorithm 1; S_churn = 0 in algorithm 2)."""
+    """Computes a Heun step (Karras et al. 2022, arXiv 2206.00364, algorithm 1, or algorithm 2 with S_churn = 0)."""
     d = (x - D(x, sigma)) / sigma
     x_next = x + (sigma_next - sigma) * d
     if sigma_next != 0:
@@ -60,7 +61,7 @@ def heun_step(D: Denoiser, x: jax.Array, sigma: float, sigma_next: float) -> jax
 
 
 def euler_step(D: Denoiser, x: jax.Array, sigma: float, sigma_next: float) -> jax.Array:
-    """Takes a step of Euler's method, which in sigma is DDIM (Song et al. 2020, arXiv 2010.02502, equation 13)."""
+    """Computes an Euler step, which is equivalent to DDIM (Song et al. 2020, arXiv 2010.02502, equation 13)."""
     d = (x - D(x, sigma)) / sigma
     return x + (sigma_next - sigma) * d
 
@@ -68,12 +69,12 @@ def euler_step(D: Denoiser, x: jax.Array, sigma: float, sigma_next: float) -> ja
 def dpmpp_2m_step(
     D: Denoiser, x: jax.Array, sigma: float, sigma_next: float, previous: Previous | None
 ) -> tuple[jax.Array, Previous]:
-    """Takes a step of DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2; alpha = 1, lambda = -ln sigma).
+    """Computes a DPM-Solver++(2M) step (Lu et al. 2022, arXiv 2211.01095, algorithm 2, with alpha = 1).
 
-    The first step, and the last, which is infinitely long in lambda, are of first order.
+    With lambda = -ln sigma, the last step is infinitely long. The first and the last step are of first order.
 
     Returns:
-        x at `sigma_next`, and what the next step needs as `previous`.
+        x at `sigma_next`, and the argument `previous` of the next step.
     """
     D_x = D_bar = D(x, sigma)
     if previous is not None and sigma_next != 0:
@@ -88,13 +89,13 @@ def sample(D: Denoiser, noise: jax.Array, sigmas: np.ndarray, sampler: str = "he
     """Samples latents from unit normal noise.
 
     Args:
-        D: Denoiser, called with Python floats as noise levels.
+        D: The denoiser.
         noise: (B, H, W, C) float32, unit normal.
-        sigmas: (steps + 1,) descending noise levels that end with 0.
+        sigmas: (steps + 1,) float, descending noise levels that end with 0.
         sampler: One of SAMPLERS.
 
     Returns:
-        (B, H, W, C) float32 latents.
+        (B, H, W, C) float32, latents.
     """
     x, previous = noise * np.float32(sigmas[0]), None
     for sigma, sigma_next in itertools.pairwise(map(float, sigmas)):
@@ -108,12 +109,12 @@ def sample(D: Denoiser, noise: jax.Array, sigmas: np.ndarray, sampler: str = "he
 def keep_known(D: Denoiser, known: jax.Array | np.ndarray, redraw: jax.Array | np.ndarray) -> Denoiser:
     """Wraps a denoiser for inpainting: outside the mask it returns the original latents.
 
-    Every sampler then moves the known part on the straight line known + sigma·noise: at each noise level, that part of
-    x is the original under the noise of that level, and nothing else has to be done to x.
+    With these outputs, every sampler keeps the known part of x at known + sigma·noise, the original latents with noise
+    of the current level. The samplers therefore need no changes for inpainting.
 
     Args:
-        D: Denoiser.
+        D: The denoiser.
         known: Original latents, broadcastable to (B, H, W, C).
-        redraw: bool, broadcastable to (B, H, W, C), True where latents are resampled.
+        redraw: Boolean mask, broadcastable to (B, H, W, C). True where latents are resampled.
     """
     return lambda x, sigma: jnp.where(redraw, D(x, sigma), known)

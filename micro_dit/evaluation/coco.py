@@ -1,4 +1,4 @@
-"""COCO's zero-shot protocol: 30,000 captions of the 2014 validation images, one for an image, the same list for all."""
+"""Prompts of the zero-shot COCO protocol: 30,000 captions of the 2014 validation images, one caption per image."""
 
 import hashlib
 import json
@@ -11,25 +11,25 @@ IMAGES = 30_000
 
 
 class CocoPrompt(NamedTuple):
-    """A caption, and the image it is of."""
+    """A caption and the file name of its image."""
 
     prompt: str
     file_name: str
 
 
 def read_coco_prompts(path: str | Path, limit: int = IMAGES, seed: int = 0) -> list[CocoPrompt]:
-    """A fixed choice of captions out of `captions_val2014.json`.
+    """Returns a reproducible selection of captions from `captions_val2014.json`.
 
-    Which images, which of an image's captions, and their order follow from hashes of the ids and the seed, and so from
-    no library's random numbers. A shorter list is the beginning of a longer one.
+    Images, captions and their order are selected by hashes of the ids and the seed, so they do not depend on the random
+    numbers of any library. A shorter list is a prefix of a longer one.
 
     Args:
-        path: the file, with 'images' (id, file_name) and 'annotations' (image_id, id, caption).
-        limit: the most prompts.
-        seed: another one gives another choice.
+        path: JSON file with 'images' (id, file_name) and 'annotations' (image_id, id, caption).
+        limit: Largest number of prompts.
+        seed: Seed of the selection.
 
     Raises:
-        UserError: the file can't be read, or is another one.
+        UserError: The file can't be read or has another format.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -38,15 +38,17 @@ def read_coco_prompts(path: str | Path, limit: int = IMAGES, seed: int = 0) -> l
         for annotation in content["annotations"]:
             captions.setdefault(int(annotation["image_id"]), {})[int(annotation["id"])] = str(annotation["caption"])
     except OSError as error:
-        raise UserError(f"the captions {path} can't be read ({error.strerror}).") from error
+        raise UserError(f"The captions file {path} can't be read ({error.strerror}). Check --prompts.") from error
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is no file of COCO captions ({type(error).__name__}: {error}); take captions_val2014.json of "
-            "https://cocodataset.org (annotations_trainval2014.zip)."
+            f"{path} is not a COCO captions file ({type(error).__name__}: {error}). Set --prompts to "
+            "captions_val2014.json from https://cocodataset.org (annotations_trainval2014.zip)."
         ) from error
     chosen = sorted((image for image in captions if image in files), key=lambda image: _order(seed, "image", image))
     if not chosen:
-        raise UserError(f"{path} has no captions of its images.")
+        raise UserError(
+            f"{path} has no image with a caption. Set --prompts to captions_val2014.json from https://cocodataset.org."
+        )
 
     def caption_of(image: int) -> str:
         return captions[image][min(captions[image], key=lambda caption: _order(seed, "caption", caption))]

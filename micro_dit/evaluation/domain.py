@@ -1,13 +1,14 @@
-"""What can be said of drawings that no public network knows well, in the features of the autoencoder they came through.
+"""Metrics for domains that public feature networks do not cover well, such as drawings.
 
-Two numbers, for images whose prompts are captions of the shards:
+The features are the latents of the run's own autoencoder. The prompts have to be captions of the shards.
 
-Caption retrieval: of a generated image, the real ones are ranked by similarity; how often is the one whose caption it
-was drawn from the first, or among the first five? What a network has seen shows with captions of the training split,
-what it makes of new ones with those of the held-out split.
+Caption retrieval: real images are ranked by their similarity to a generated image. The metric is the fraction of
+generated images for which the real image with the same caption is ranked first, or among the first five. Captions of
+the training split measure memorization, captions of the held-out split measure generalization.
 
-Latent Fréchet distance: Fréchet distance between generated and real images, in latents averaged to 4×4. It is no FID:
-latents know shapes and colors, not what they mean; it compares runs on the same shards with the same autoencoder.
+Latent Fréchet distance: the Fréchet distance between the latents of generated and real images, averaged to 4×4. It is
+not comparable to FID, because latents represent shapes and colors but not their meaning. Use it to compare runs on the
+same shards with the same autoencoder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,8 @@ from micro_dit.evaluation.fid import frechet_distance, statistics
 from micro_dit.evaluation.image_sets import Images, fill_batch
 from micro_dit.evaluation.measures import Measure
 
-POOLED = 4  # rows and columns that latents are averaged to for the Fréchet distance
-MOST = 2000  # real images of a split
+POOLED = 4  # rows and columns of the averaged latents for the Fréchet distance
+MOST = 2000  # largest number of real images per split
 BATCH_SIZE = 16
 TOP = (1, 5)
 
@@ -32,16 +33,16 @@ TOP = (1, 5)
 def domain_measures(
     images: Images, real: Mapping[str, Any], image_encoder: Any, warn: Callable[[str], object] = lambda text: None
 ) -> list[Measure]:
-    """Computes caption retrieval and the latent Fréchet distance of images with prompts.
+    """Computes caption retrieval and the latent Fréchet distance of generated images.
 
     Args:
-        images: The images.
-        real: 'latent_mean' (m, h, w, C) and 'text', m captions, as `load_split` returns them.
-        image_encoder: The `ImageEncoder` of the real latents.
-        warn: Prints a warning of too few images.
+        images: Generated images with prompts.
+        real: 'latent_mean' (m, h, w, C) and 'text' (m captions), as returned by `load_split`.
+        image_encoder: The `ImageEncoder` that computed the real latents.
+        warn: Called with a warning if there are too few images for the Fréchet distance.
 
     Raises:
-        UserError: The prompts are not captions of the real images.
+        UserError: A prompt is not a caption of a real image.
     """
     check_prompts(images.prompts, real["text"])
     encoded = [(image_encoder.encode(fill_batch(b, BATCH_SIZE))[0], len(b)) for b in images.batches(BATCH_SIZE)]
@@ -53,7 +54,7 @@ def domain_measures(
     measures = []
     for k in TOP:
         pipeline = features | {
-            "ranking": "cosine similarity of latents, less the mean of the real ones",
+            "ranking": "cosine similarity of latents minus the mean of the real latents",
             "captions": len(set(images.prompts)),
             "by chance": round(min(k / len(theirs), 1), 4),
             "standard error over captions": round(_error(ranks <= k, images.prompts), 4),
@@ -62,10 +63,13 @@ def domain_measures(
     pooled = [pool(array) for array in (latents, theirs)]
     dimensions = pooled[0].shape[1]
     if min(len(latents), len(theirs)) <= dimensions:
-        sizes = f"{len(latents)} generated and {len(theirs)} real images"
-        warn(f"the latent Fréchet distance of {sizes} is too large, as their {dimensions} features need more images.")
+        warn(
+            f"The latent Fréchet distance is overestimated: it has {dimensions} features, but there are only "
+            f"{len(latents)} generated and {len(theirs)} real images. Increase the number of images with --num_images "
+            "or --config.evaluation.num_images."
+        )
     distance = frechet_distance(*(statistics([array], {}) for array in pooled))
-    pooling = f"mean, to {POOLED}×{POOLED}, {dimensions} numbers"
+    pooling = f"mean to {POOLED}×{POOLED}, {dimensions} features"
     pipeline = features | {"pooling": pooling, "statistics": "float64, n - 1"}
     return [*measures, Measure("latent_frechet", distance, "lower", pipeline)]
 
@@ -74,13 +78,17 @@ def check_prompts(prompts: Sequence[str], captions: Sequence[str]) -> None:
     """Raises UserError if a prompt is not the caption of a real image."""
     if unknown := sorted(set(prompts) - set(captions)):
         raise UserError(
-            f"the domain metric needs captions of the shards as prompts, and {unknown[0]!r} is none: use "
-            "--prompts=heldout or --prompts=train, or leave out 'domain'."
+            f"The domain metric needs captions of the shards as prompts, but {unknown[0]!r} is not one of them. Set "
+            "--prompts=heldout or --prompts=train, or remove domain from --metrics."
         )
 
 
 def real_images(shards: str | Path, resolution: int) -> dict[str, Any]:
-    """Latents (m, h, w, C) and captions, 'latent_mean' and 'text', of both splits; at most 2,000 of each."""
+    """Loads the real images of all splits, at most MOST of each.
+
+    Returns:
+        'latent_mean' (m, h, w, C), latents, and 'text', m captions.
+    """
     manifest = read_mix(shards).manifest()
     splits = [load_split(shards, split, resolution, MOST) for split in manifest.splits if manifest.records(split)]
     return {
@@ -92,9 +100,17 @@ def real_images(shards: str | Path, resolution: int) -> dict[str, Any]:
 def retrieval_ranks(
     latents: np.ndarray, prompts: Sequence[str], real: np.ndarray, captions: Sequence[str]
 ) -> np.ndarray:
-    """The place (n,) of each prompt's real image among all, 1 the most similar to the generated one.
+    """Ranks the real images by their similarity to each generated image.
 
-    `latents` are (n, h, w, C), `real` is (m, h, w, C). Of several images with the prompt as caption the best counts.
+    Args:
+        latents: (n, h, w, C), latents of the generated images.
+        prompts: n prompts of the generated images.
+        real: (m, h, w, C), latents of the real images.
+        captions: m captions of the real images.
+
+    Returns:
+        (n,) int, rank of the real image whose caption is the prompt, where 1 is the most similar image. If several
+        real images have this caption, the best rank.
     """
     center = real.mean(0)
 
@@ -109,13 +125,13 @@ def retrieval_ranks(
 
 
 def pool(latents: np.ndarray) -> np.ndarray:
-    """(n, h, w, C) → (n, 4·4·C): means over as many parts of rows and columns."""
+    """Averages latents (n, h, w, C) to POOLED×POOLED and flattens them to (n, 4·4·C)."""
     rows = np.stack([part.mean(1) for part in np.array_split(latents, min(POOLED, latents.shape[1]), 1)], 1)
     both = np.stack([part.mean(2) for part in np.array_split(rows, min(POOLED, rows.shape[2]), 2)], 2)
     return both.reshape(len(latents), -1)
 
 
 def _error(hits: np.ndarray, prompts: Sequence[str]) -> float:
-    """Standard error of the mean: images of one caption are alike, so captions count, not images."""
+    """Returns the standard error of the mean over captions, because images with the same caption are correlated."""
     by_caption = [np.mean([h for h, p in zip(hits, prompts, strict=True) if p == caption]) for caption in set(prompts)]
     return float(np.std(by_caption, ddof=1) / np.sqrt(len(by_caption))) if len(by_caption) > 1 else float("nan")

@@ -1,4 +1,4 @@
-"""Everything that is evaluated while a model trains: held-out loss, previews, and metrics of generated images."""
+"""Evaluation during training: held-out loss, previews, and metrics of generated images."""
 
 import dataclasses
 import functools
@@ -30,9 +30,9 @@ class ImageMetrics:
     """Settings of the metrics of generated images.
 
     Attributes:
-        metrics: Names of metrics, from `registry.METRICS`.
-        num_images: Number of images; image i has seed i, and the captions of the split are used in turn.
-        reference: Real images for the FID and CMMD, as for `registry.MetricInputs`.
+        metrics: Names from `registry.METRICS`.
+        num_images: Number of images. Image i has seed i, and the captions of the split are repeated as needed.
+        reference: Real images for FID and CMMD; see `registry.MetricInputs`.
         clip: CLIP checkpoint.
         inception: File of Inception weights.
     """
@@ -51,29 +51,31 @@ class GeneratedImageMetrics:
         self, settings: ImageMetrics, schedule: Schedule, sample: SampleImages, image_encoder: Any, *,
         shards: str | Path, split: str, resolution: int, warn: Callable[[str], object],
     ):  # fmt: skip
-        """Loads captions, reference and the metrics' networks.
+        """Loads captions, reference images and the networks of the metrics.
 
         Args:
-            settings: What to measure.
+            settings: Settings of the metrics.
             schedule: When to run.
-            sample: Samples images with the phase's network.
+            sample: Samples images with the network of the phase.
             image_encoder: Image encoder of the latents.
             shards: Folder of shards, or a mix, with the captions.
             split: Split of the captions.
             resolution: Side of the images in pixels.
-            warn: Called once with each remark on the numbers.
+            warn: Called once with each distinct warning.
 
         Raises:
-            UserError: There are no images to measure, or something that a metric needs is missing.
+            UserError: The number of images is below 1, or a metric is unknown or lacks an input.
         """
         if settings.num_images < 1:
-            raise UserError(f"evaluation.num_images is {settings.num_images}: use at least 1.")
+            raise UserError(
+                f"evaluation.num_images is {settings.num_images}. Set --config.evaluation.num_images to at least 1."
+            )
         self.schedule, self._sample, self._main = schedule, sample, jax.process_index() == 0
         metrics = settings.metrics if self._main else ()
         self._measure = load_metrics(metrics, MetricInputs(
             side=resolution, reference=settings.reference, clip=settings.clip, inception=settings.inception,
             real=real_images(shards, resolution) if "domain" in metrics else None, image_encoder=image_encoder,
-            warn=functools.cache(warn),  # once with each text
+            warn=functools.cache(warn),  # the cache drops repeated warnings
         ))  # fmt: skip
         data, self._seeds = load_split(shards, split, resolution, settings.num_images), range(settings.num_images)
         self._captions = data["caption"][np.arange(settings.num_images) % len(data["text"])]
@@ -84,7 +86,11 @@ class GeneratedImageMetrics:
         return self.schedule.due(step)
 
     def run(self, weights: Weights, step: int) -> Results:
-        """Returns {'evaluation/fid': 12.7, …}; nothing in other processes than the first, which take part."""
+        """Samples and measures images.
+
+        Returns:
+            Scalars such as {'evaluation/fid': 12.7} in process 0; empty results in other processes.
+        """
         images = self._sample(weights.best, self._captions, self._seeds)
         measures = self._measure(InMemory(images, self._texts)) if self._main else []
         return Results({f"evaluation/{measure.name}": measure.value for measure in measures})
@@ -92,17 +98,17 @@ class GeneratedImageMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """Settings of all that is evaluated while a model trains. Every part that is on also runs at the end of each phase.
+    """Settings of the evaluation during training. Every enabled evaluation also runs at the end of each phase.
 
     Attributes:
-        loss_every: Steps between held-out losses; 0 evaluates at the ends of phases only.
-        split: Split of the held-out loss, and of the captions of the metrics; empty for no held-out loss.
+        loss_every: Steps between held-out losses. 0 evaluates only at the end of each phase.
+        split: Split for the held-out loss and for the captions of the metrics. Empty disables the held-out loss.
         loss_images: Largest number of images for the held-out loss.
-        previews_every: Steps between previews; 0 samples at the ends of phases only.
-        prompts: Prompts of the previews; none samples no previews.
+        previews_every: Steps between previews. 0 samples only at the end of each phase.
+        prompts: Prompts of the previews. Empty disables previews.
         sampling: Sampler settings.
-        metrics_every: Steps between metrics of generated images; 0 computes none.
-        metrics: The metrics of generated images.
+        metrics_every: Steps between metrics of generated images. 0 disables them.
+        metrics: Settings of the metrics of generated images.
         vae: Name of the image encoder.
         text_encoder: Name of the text encoder.
         sigma_data: Standard deviation of the latents, as in training.
@@ -124,23 +130,23 @@ class EvaluationSettings:
 
 
 class TrainingEvaluation:
-    """Makes the evaluators of each phase; holds what they share."""
+    """Creates the evaluators of each phase. They share encoders, prompt embeddings and compiled samplers."""
 
     def __init__(
         self, settings: EvaluationSettings, manifest: Manifest, workdir: Path, sharding: Any,
         warn: Callable[[str], object],
     ):  # fmt: skip
-        """Loads the image encoder and embeds the prompts, if any images are to be sampled.
+        """Loads the image encoder and embeds the prompts if images are to be sampled.
 
         Args:
-            settings: What is evaluated.
+            settings: Settings of the evaluation.
             manifest: Manifest of the run's shards.
-            workdir: The work directory.
-            sharding: Placement of latents and losses, on all devices of the parameters.
-            warn: Called once with each remark on the numbers.
+            workdir: Work directory of the run.
+            sharding: Sharding of latents and losses, on all devices that hold the parameters.
+            warn: Called once with each distinct warning.
 
         Raises:
-            UserError: The shards were made with other encoders.
+            UserError: The shards were built with other encoders.
         """
         self._settings, self._manifest, self._run_name = settings, manifest, workdir.name
         self._sharding, self._warn = sharding, warn
@@ -156,10 +162,15 @@ class TrainingEvaluation:
     ) -> list[Evaluator]:
         """Returns the evaluators of a phase, in the order in which they run.
 
-        `last_step` is the step at which the phase ends; `stop_requested` returns whether to interrupt an evaluation.
+        Args:
+            network: Network configuration of the phase.
+            phase: The phase.
+            shards: Folder of shards, or a mix, of the phase.
+            last_step: Step at which the phase ends.
+            stop_requested: Returns whether to interrupt an evaluation.
 
         Raises:
-            UserError: Something that a metric needs is missing.
+            UserError: A metric is unknown or lacks an input.
         """
         settings, evaluators = self._settings, list[Evaluator]()
         if settings.split and read_mix(shards).manifest().records(settings.split):

@@ -1,6 +1,6 @@
-"""Evaluates a checkpoint or a model folder: samples sets of images and measures them, and the held-out loss.
+"""Evaluates a checkpoint or model folder: computes the held-out loss, and samples and measures sets of images.
 
-Everything is on disk as soon as it is computed, so that an interrupted evaluation can be resumed. See
+Results are written to disk as soon as they are computed, so that an interrupted evaluation can be resumed. See
 docs/evaluation.md.
 """
 
@@ -44,31 +44,31 @@ METRICS = ("heldout_loss", *IMAGE_METRICS, "geneval")
 
 
 class Stopped(Exception):
-    """The user has asked to stop; all images and numbers so far are on disk."""
+    """The user requested a stop. All images and metrics so far are on disk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRequest:
-    """What to measure, and how.
+    """Settings of an evaluation.
 
     Attributes:
         metrics: Names from METRICS.
         step: Step of the checkpoint; by default the newest.
-        params: 'ema' or 'raw'.
+        params: Weights to measure, 'ema' or 'raw'.
         out: Output folder; by default evaluation/STEP in the work directory.
-        guidance: Guidance scales, with a set of images each; by default the model's.
-        guidance_interval: (low, high) noise levels between which guidance is applied; None applies it at all levels.
+        guidance: Guidance scales, with one set of images each; by default the model's guidance scale.
+        guidance_interval: (low, high), noise levels between which guidance is applied. None applies it at all levels.
         path_drop: Whether to use path-drop guidance; by default the model's setting.
-        steps: Sampler steps; by default the model's.
+        steps: Number of sampler steps; by default the model's.
         seed: Seed of image 0.
-        num_images: Images for each scale; by default 30,000 for COCO's captions, else 256.
-        prompts: As for `choose_prompts`.
-        batch_size: Images at once on each device; no image depends on it.
+        num_images: Number of images for each guidance scale; by default 30,000 for COCO captions and 256 otherwise.
+        prompts: Name of the prompts; see `choose_prompts`.
+        batch_size: Images per batch on each device. Images do not depend on it.
         dtype: Dtype of the network's matrix products.
         shards: Shards to evaluate on; by default those of the run.
-        reference, clip_reference, clip, inception: As for `MetricInputs`.
-        geneval_prompts: GenEval's file of prompts.
-        geneval_results: File of results of GenEval's scorer.
+        reference, clip_reference, clip, inception: Inputs of metrics; see `MetricInputs`.
+        geneval_prompts: GenEval's evaluation_metadata.jsonl.
+        geneval_results: The results.jsonl of GenEval's scorer.
     """
 
     metrics: Sequence[str]
@@ -95,11 +95,11 @@ class EvaluationRequest:
     def __post_init__(self) -> None:
         check_names(self.metrics, METRICS)
         if self.batch_size < 1 or (self.num_images is not None and self.num_images < 1) or self.seed < 0:
-            raise UserError("--batch_size and --num_images must be at least 1, and --seed at least 0.")
+            raise UserError("--batch_size and --num_images must be at least 1, and --seed must be at least 0.")
         if "geneval" in self.metrics and not (self.geneval_prompts or self.geneval_results):
             raise UserError(
-                "GenEval needs --geneval_prompts, the file evaluation_metadata.jsonl of its repository, to sample "
-                "images, or --geneval_results, its scorer's results.jsonl, to summarize."
+                "The metric geneval needs prompts or results. Set --geneval_prompts to evaluation_metadata.jsonl from "
+                "GenEval's repository to sample images, or --geneval_results to the scorer's results.jsonl."
             )
 
 
@@ -110,17 +110,17 @@ class ModelEvaluation:
         self, workdir: str | Path, request: EvaluationRequest, load: "Callable[..., Model]", stops: Callable[[], bool],
         say: Callable[[str], None],
     ):  # fmt: skip
-        """Loads the model and the metrics, and checks all that can be checked before the first image is sampled.
+        """Loads the model and the metrics, and validates all inputs before the first image is sampled.
 
         Args:
             workdir: Work directory of a run, or a model folder.
-            request: What to measure.
-            load: Loads a model: `micro_dit.api.load`.
-            stops: Returns, after each batch, whether to stop.
-            say: Prints a line of progress.
+            request: Settings of the evaluation.
+            load: The function `micro_dit.api.load`.
+            stops: Called after each batch; returns whether to stop.
+            say: Prints a progress line.
 
         Raises:
-            UserError: Something is missing or does not fit.
+            UserError: The model or an input of a metric is missing or invalid.
         """
         self.workdir, self.request, self._load, self._stops, self._say = Path(workdir), request, load, stops, say
         self.main_process = jax.process_index() == 0
@@ -134,7 +134,10 @@ class ModelEvaluation:
         parameters = sum(array.size for array in model.params.values())
         self.measures = Measures(self.folder, about | {"parameters": parameters})
         if "heldout_loss" in request.metrics and (self.data is None or not self.data.heldout):
-            raise UserError(f"{workdir} has no held-out split to measure a loss on: leave out 'heldout_loss'.")
+            raise UserError(
+                f"There is no held-out split for the loss of {workdir}. Set --shards to shards with a held-out split, "
+                "or remove heldout_loss from --metrics."
+            )
         self._image_metrics = [name for name in request.metrics if name in IMAGE_METRICS]
         self.prompts = choose_prompts(request.prompts, self.data) if self._image_metrics else Prompts("", ())
         self._measure_images = self._load_metrics()
@@ -143,7 +146,7 @@ class ModelEvaluation:
         self._generate = functools.cache(self._make_generate)
 
     def _load_metrics(self) -> MeasureImages:
-        """Loads the metrics of image sets, on the main process only."""
+        """Loads the metrics of image sets, in the main process only."""
         request, model, data = self.request, self.model, self.data
         names = self._image_metrics if self.main_process else []
         real = real_images(data.shards, data.resolution) if data and "domain" in names else None
@@ -159,10 +162,13 @@ class ModelEvaluation:
         return main_first(lambda: load_metrics(names, inputs))
 
     def run(self) -> list[Measure]:
-        """Measures the model, and writes images, metrics.json and report.html.
+        """Measures the model and writes images, metrics.json and report.html.
+
+        Returns:
+            All metric values in metrics.json, including those of earlier evaluations.
 
         Raises:
-            Stopped: The user has asked to stop.
+            Stopped: The user requested a stop.
         """
         request, about = self.request, self.model.about
         if request.geneval_results:
@@ -189,7 +195,7 @@ class ModelEvaluation:
             for m in self.measures.all:
                 about_images = " ".join(f"{k}={m.images[k]}" for k in ("params", "guidance", "count") if k in m.images)
                 self._say(f"{m.name:{width}}  {f'{m.value:.4f}':>10}  {about_images}".rstrip())
-            self._say(f"{write_report(self.folder, self.measures, about.guidance)} shows them")
+            self._say(f"Report: {write_report(self.folder, self.measures, about.guidance)}")
         return self.measures.all
 
     def _measure_image_set(self, settings: ImageSetSettings) -> None:
@@ -206,18 +212,21 @@ class ModelEvaluation:
         folder = self.folder / settings.folder.replace("images", "geneval")
         files, texts = geneval.prepare_geneval_files(folder, self._geneval_tasks)
         self._sample_missing(files, texts, settings)
-        self._say(f"GenEval's images are in {folder}: score them by {geneval.SCORER}, then give --geneval_results.")
+        self._say(
+            f"GenEval images are in {folder}. Score them with {geneval.SCORER}, then run this command with "
+            "--geneval_results=results.jsonl."
+        )
 
     def _heldout_losses(self, data: EvaluationData) -> list[Measure]:
-        """Returns EDM's loss by noise level, of the EMA and of the raw weights."""
+        """Returns the mean EDM loss and the loss at each noise level, for the EMA and the raw weights."""
         heldout = load_split(data.shards, data.heldout, data.resolution, data.images)
         loss = make_heldout_loss(
             self.model.config, heldout, sigma_data=self.model.about.sigma_data, dtype="float32",
             sharding=replicated(self.mesh),
         )  # fmt: skip
         pipeline = {
-            "loss": "EDM, weighted, unmasked; fixed noise; midpoints of 11 equally likely slices of the noise levels "
-            f"with P_mean {P_MEAN}, P_std {P_STD}",
+            "loss": "EDM, weighted, unmasked; fixed noise; noise levels at the midpoints of 11 equally likely "
+            f"intervals of the distribution with P_mean {P_MEAN}, P_std {P_STD}",
             "held-out images": len(heldout["text"]), "shards": data.shards,
         }  # fmt: skip
         params, other = ("ema", "raw") if self.request.params == "ema" else ("raw", "ema")
@@ -226,19 +235,19 @@ class ModelEvaluation:
             try:
                 weights[other] = self._load(self.workdir, self.model.about.step, params=other).params
             except UserError:
-                self._say("the checkpoint has no EMA weights: the held-out loss is that of the raw weights only.")
+                self._say("The checkpoint has no EMA weights. The held-out loss is measured for the raw weights only.")
         measures = []
         for kind, values in weights.items():
             losses = loss(jax.device_put(dict(values), replicated(self.mesh)), self._stops)
             if not losses:
-                raise Stopped("no held-out loss yet")
+                raise Stopped("the held-out loss is not complete")
             measures += [Measure(name, value, "lower", pipeline, {"params": kind}) for name, value in losses.items()]
         return measures
 
     def _make_generate(self) -> Callable[..., np.ndarray]:
-        """Returns the function (prompts, seeds, sampling) → images that splits a batch over the devices."""
+        """Returns a function (prompts, seeds, sampling) → images that splits the batch over the devices."""
         model, rows = self.model, batch_sharding(self.mesh)
-        about, encoder = model.about, model.image_encoder  # which checks that it is the model's
+        about, encoder = model.about, model.image_encoder  # this property checks that the encoder matches the model
         if self.mesh.size > 1:
             encoder = load_image_encoder(about.vae_folder or about.vae, sharding=rows)
         params = jax.device_put(model.params, replicated(self.mesh))
@@ -251,22 +260,22 @@ class ModelEvaluation:
         return generate
 
     def _sample_missing(self, files: Sequence[Path], texts: Sequence[str], settings: ImageSetSettings) -> None:
-        """Samples the missing images, and waits until all processes have theirs.
+        """Samples the missing images, and waits for the images of all processes.
 
         Raises:
-            Stopped: Images are still missing.
+            Stopped: Images are still missing, because the user requested a stop.
         """
-        n, there, processes = len(files), sum(file.exists() for file in files), jax.process_count()
+        n, existing, processes = len(files), sum(file.exists() for file in files), jax.process_count()
         sampling = Sampling(settings.steps, settings.guidance, interval=settings.interval, path_drop=settings.path_drop)
         title = f"guidance {settings.guidance:g}"
-        if there:
-            self._say(f"{title}: {there:,} of {n:,} images are there already")
-        if there < n:
-            progress, done = Progress(title, n, there, 1, enabled=self.main_process), there
+        if existing:
+            self._say(f"{title}: {existing:,} of {n:,} images already exist")
+        if existing < n:
+            progress, done = Progress(title, n, existing, 1, enabled=self.main_process), existing
 
-            def after_batch(drawn: int) -> bool:
+            def after_batch(sampled: int) -> bool:
                 nonlocal done
-                done = min(n, done + drawn * processes)
+                done = min(n, done + sampled * processes)
                 progress.update(done)
                 return self._stops()
 
@@ -279,6 +288,6 @@ class ModelEvaluation:
             progress.close()
         if processes > 1:
             multihost_utils.sync_global_devices(f"images {settings.guidance}")
-            time.sleep(0 if self.main_process else 1)  # a shared disk may show the others' files late
+            time.sleep(0 if self.main_process else 1)  # files of other processes may appear late on a shared disk
         if missing := sum(not file.exists() for file in files):
             raise Stopped(f"{n - missing:,} of {n:,} images are in {files[0].parent}")

@@ -1,4 +1,4 @@
-"""The data that a model is evaluated on: the shards of its run, and prompts."""
+"""The data for the evaluation of a model: shards and prompts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class EvaluationData:
 
     Attributes:
         shards: Folder of shards, or a mix.
-        heldout: Name of the held-out split; empty if there is none.
+        heldout: Name of the held-out split. Empty if there is none.
         resolution: Side of the images in pixels.
         images: Number of held-out images for the loss.
     """
@@ -40,7 +40,13 @@ class EvaluationData:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Prompts to sample: what they are called, their texts, and for COCO the files of their images."""
+    """Prompts to sample.
+
+    Attributes:
+        name: Name of the prompts, for reports.
+        texts: The prompts.
+        files: For COCO captions: file name of the image of each caption.
+    """
 
     name: str
     texts: Sequence[str]
@@ -48,7 +54,16 @@ class Prompts:
 
 
 def read_evaluation_data(workdir: Path, model: "Model", shards: str) -> EvaluationData | None:
-    """Returns the data of a run, with other shards if `shards` is not empty; of a model folder, only these shards."""
+    """Returns the data to evaluate a model on.
+
+    Args:
+        workdir: Work directory of a run, or a model folder.
+        model: The model.
+        shards: Shards to use instead of those of the run. Empty means the shards of the run.
+
+    Returns:
+        The data, or None for a model folder without `shards`.
+    """
     side = model.config.input_size * model.image_encoder.downsample
     fields = read_run(workdir)
     if fields is None:
@@ -66,18 +81,22 @@ def choose_prompts(name: str, data: EvaluationData | None) -> Prompts:
     """Reads prompts.
 
     Args:
-        name: 'heldout' or 'train' for captions of the shards, or a .json file of COCO captions, or a text file.
-        data: The shards; None if there are none.
+        name: 'heldout' or 'train' for captions of the shards, a .json file of COCO captions, or a text file with one
+            prompt per line.
+        data: The shards, if there are any.
 
     Raises:
-        UserError: There are no such prompts.
+        UserError: The prompts do not exist or can't be read.
     """
     if name in ("heldout", "train"):
         split = "train" if name == "train" else (data.heldout if data else "")
         if data is None or not split:
-            raise UserError(f"there are no shards to take --prompts={name} from: give --shards, or a file of prompts.")
+            raise UserError(f"--prompts={name} needs shards with this split. Set --shards, or --prompts to a file.")
         if not read_mix(data.shards).manifest().records(split):
-            raise UserError(f"the shards {data.shards} have no split {split!r}: give other --prompts.")
+            raise UserError(
+                f"The shards {data.shards} have no split {split!r} for --prompts={name}. Set --prompts to another "
+                "split or to a file."
+            )
         texts = load_split(data.shards, split, data.resolution, MAX_CAPTIONS)["text"]
         return Prompts(f"{'held-out' if name == 'heldout' else 'training'} captions", texts)
     if name.endswith(".json"):

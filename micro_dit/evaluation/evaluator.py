@@ -1,4 +1,4 @@
-"""The protocol of everything that is evaluated while a model trains; the training loop walks a list of evaluators."""
+"""The protocol of evaluations during training. The training loop runs a list of evaluators."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from micro_dit.models.dit import Params
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Steps at which an evaluator runs: the multiples of `every` (0 has none) and the last step of the phase."""
+    """The steps after which an evaluator runs: multiples of `every` (if it is not 0) and the last step of the phase."""
 
     every: int
     last_step: int
@@ -26,9 +26,9 @@ class Weights:
     """The weights of a run after a step.
 
     Attributes:
-        trained: The trained parameters.
-        ema: Their EMA, or None in a phase without it.
-        merge: Returns the parameters of the network, with a LoRA adapter merged into them.
+        trained: The trained parameters. With LoRA, those of the adapter.
+        ema: EMA of the trained parameters, or None in a phase without EMA.
+        merge: Maps trained parameters to network parameters, with the LoRA adapter merged if there is one.
     """
 
     trained: Params
@@ -37,13 +37,13 @@ class Weights:
 
     @property
     def best(self) -> Params:
-        """The network's parameters to sample with: the EMA weights if there are any."""
+        """Network parameters for sampling: the EMA weights if there are any, otherwise the raw weights."""
         return self.merge(self.trained if self.ema is None else self.ema)
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image to show: uint8 pixels (H, W, 3), and the text fields of its PNG file."""
+    """An image with pixels (H, W, 3) uint8 and the text fields of its PNG file."""
 
     pixels: np.ndarray
     metadata: Mapping[str, str]
@@ -51,17 +51,17 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Scalars and images of one evaluation, by name. Both are empty if it was interrupted."""
+    """Scalars and images of one evaluation by name. Both are empty if the evaluation was interrupted."""
 
     scalars: Mapping[str, float] = dataclasses.field(default_factory=dict)
     images: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
 
 
 class Evaluator(Protocol):
-    """Evaluates the weights of a run at some of its steps. It writes nothing: the loop writes what it returns."""
+    """An evaluation of the weights during training. Evaluators write no files; the loop writes their results."""
 
     def due(self, step: int) -> bool:
-        """Returns whether to run after a step; the same in every process."""
+        """Returns whether to run after a step. All processes have to return the same value."""
 
     def run(self, weights: Weights, step: int) -> Results:
-        """Evaluates the weights after a step; every process takes part."""
+        """Evaluates the weights after a step. All processes have to call this."""

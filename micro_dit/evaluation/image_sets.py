@@ -1,6 +1,7 @@
-"""Sets of generated images: image i has the seed `seed` + i and the prompt of its number, whoever draws it and when.
+"""Sets of images, and sampling of generated sets.
 
-So a set does not depend on batch sizes, devices or processes; it can be interrupted, gone on with, and made larger.
+In a generated set, image i has the seed `seed` + i and the prompt with this index. A set therefore does not depend on
+batch size, devices or processes. Sampling can be interrupted and resumed, and a set can be extended later.
 """
 
 import abc
@@ -24,10 +25,10 @@ SampleImages = Callable[[Sequence[str], Sequence[int]], np.ndarray]  # prompts, 
 
 
 class Images(abc.ABC):
-    """Images that can be read again and again, in the order of their numbers.
+    """An ordered set of images that can be read repeatedly.
 
     Attributes:
-        prompts: what each shows; empty if nobody knows.
+        prompts: Prompt of each image; empty if there are none.
     """
 
     prompts: Sequence[str] = ()
@@ -39,7 +40,7 @@ class Images(abc.ABC):
     def _read(self, numbers: slice) -> np.ndarray: ...
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
-        """Yields all images, (size, H, W, 3) uint8 at once, and what is left at the end."""
+        """Yields all images in batches (size, H, W, 3) uint8. The last batch may be smaller."""
         for start in range(0, len(self), size):
             yield self._read(slice(start, start + size))
 
@@ -58,10 +59,12 @@ class InMemory(Images):
 
 
 class FromFiles(Images):
-    """Image files, each cropped to a square in the middle."""
+    """Image files.
+
+    With `side`, each image is resized and center-cropped to side×side pixels. Otherwise all have to be of one size.
+    """
 
     def __init__(self, files: Sequence[Path], side: int | None = None, prompts: Sequence[str] = ()):
-        """`side` is that of the crops in pixels; without one, images are read as they are."""
         self.files, self._side, self.prompts = list(files), side, prompts
 
     def __len__(self) -> int:
@@ -77,29 +80,38 @@ class FromFiles(Images):
             with Image.open(file) as image:
                 return np.asarray(image.convert("RGB"))
         except (UnusableImage, UnidentifiedImageError, OSError) as error:
-            raise UserError(f"the image {file} can't be read ({error}); repair it or take it out.") from error
+            raise UserError(f"The image {file} can't be read ({error}). Replace or remove the file.") from error
 
 
 def image_folder(folder: str | Path, side: int, only: Iterable[str] | None = None) -> FromFiles:
-    """The images of a folder and the folders in it, cropped to `side` pixels, sorted by name.
+    """Returns the images in a folder and its subfolders, sorted by path.
 
-    With `only`, other file names are passed over, and all of these must be there.
+    Args:
+        folder: The folder.
+        side: Side of the center crops in pixels.
+        only: Names of the image files to use, in this order; by default all of them.
 
     Raises:
-        UserError: there is no such folder, there are no images in it, or some are missing.
+        UserError: The folder does not exist, contains no images, or lacks an image of `only`.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give one of real images, or a statistics file (.npz).")
+        raise UserError(
+            f"The folder {folder} does not exist. Set --reference to a folder of real images or a statistics file "
+            "(.npz)."
+        )
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if only is not None:
         by_name = {file.name: file for file in files}
         wanted = list(only)
         if missing := [name for name in wanted if name not in by_name]:
-            raise UserError(f"{folder} lacks {len(missing)} of {len(wanted)} images, such as {missing[0]}.")
+            raise UserError(
+                f"{len(missing)} of {len(wanted)} images are missing in {folder}, such as {missing[0]}. Set "
+                "--reference to a folder with the images of all prompts."
+            )
         files = [by_name[name] for name in wanted]
     if not files:
-        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
+        raise UserError(f"{folder} contains no images ({', '.join(SUFFIXES)}). Set --reference to a folder of images.")
     return FromFiles(files, side)
 
 
@@ -108,18 +120,19 @@ def image_folder(folder: str | Path, side: int, only: Iterable[str] | None = Non
 
 @dataclasses.dataclass(frozen=True)
 class ImageSetSettings:
-    """Everything that an image depends on, except for its number.
+    """Everything that determines the images of a set.
 
     Attributes:
-        model, prompts_hash: Hashes of the weights and of the prompts' texts.
+        model: Hash of the weights.
         params: 'ema' or 'raw'.
         guidance: Guidance scale.
-        steps: Steps of Heun's sampler.
+        steps: Number of Heun steps.
         seed: Seed of image 0.
         dtype: Dtype of the matrix products.
-        prompts: What the prompts are called, such as 'held-out captions'.
-        interval: Noise levels between which guidance is applied; None for all.
-        path_drop: Whether guidance skips the backbone.
+        prompts: Name of the prompts, such as 'held-out captions'.
+        prompts_hash: Hash of the prompts.
+        interval: (low, high), noise levels between which guidance is applied. None applies it at all noise levels.
+        path_drop: Whether to use path-drop guidance.
     """
 
     model: str
@@ -135,25 +148,25 @@ class ImageSetSettings:
 
     @property
     def folder(self) -> str:
-        """Name of the folder, which no other settings have."""
-        default = {"interval": None, "path_drop": False}  # left out, so that older folders keep their names
+        """Name of the folder, unique for these settings."""
+        default = {"interval": None, "path_drop": False}  # left out, so that folders of earlier versions are found
         fields = {name: value for name, value in dataclasses.asdict(self).items() if default.get(name, ...) != value}
         text = json.dumps(fields, sort_keys=True)
         return f"images_{self.params}_guidance_{self.guidance:g}_{hash_text(text)[:8]}"
 
 
 def fill_batch(images: np.ndarray, size: int) -> np.ndarray:
-    """Repeats the last image until there are `size`: one shape, compiled once."""
+    """Repeats the last image until the batch has `size` images, so that all batches share one compiled program."""
     return np.concatenate([images, images[-1:].repeat(size - len(images), 0)])
 
 
 def numbered(prompts: Sequence[str], n: int) -> list[str]:
-    """Returns the prompts of n images: the given ones in turn."""
+    """Returns the prompts of n images, repeating the list of prompts as needed."""
     return [prompts[i % len(prompts)] for i in range(n)]
 
 
 def prepare_image_files(folder: Path, settings: ImageSetSettings, n: int) -> list[Path]:
-    """Returns the files of n images; makes their folder, with a file of the settings in it."""
+    """Creates the folder of an image set with its settings file, and returns the paths of its n images."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (about := folder / SETTINGS_FILE).exists():
         write_atomically(about, json.dumps(dataclasses.asdict(settings), indent=2, ensure_ascii=False) + "\n")
@@ -164,17 +177,24 @@ def sample_missing(
     files: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int], sample: SampleImages, *, batch_size: int,
     share: tuple[int, int] = (0, 1), after_batch: Callable[[int], bool] = lambda done: False,
 ) -> None:  # fmt: skip
-    """Samples the images whose files are missing, in order; a file has its name only when it is complete.
+    """Samples the images whose files are missing, in order. Each file is written atomically.
 
-    The processes of `share` (the index of this one and their number) take batches in turn. `after_batch` is called with
-    the number of images in the batch and returns whether to stop.
+    Args:
+        files: Paths of all images.
+        prompts: Prompt of each image.
+        seeds: Seed of each image.
+        sample: Samples a batch of images.
+        batch_size: Number of images per batch.
+        share: Index of this process and number of processes. Batches are distributed round-robin.
+        after_batch: Called with the number of new images after each batch; returns whether to stop.
     """
-    # Processes that start at other moments see other files: what is whose must not depend on what is there.
+    # Processes that start at different times see different files, so the assignment of images to processes must not
+    # depend on which files exist.
     index, count = share
     missing = [i for i, file in enumerate(files) if not file.exists() and i // batch_size % count == index]
     for start in range(0, len(missing), batch_size):
         rows = missing[start : start + batch_size]
-        filled = rows + [rows[-1]] * (batch_size - len(rows))  # one shape, compiled once
+        filled = rows + [rows[-1]] * (batch_size - len(rows))  # equal shapes share one compiled program
         images = sample([prompts[i] for i in filled], [seeds[i] for i in filled])
         for i, image in zip(rows, images, strict=False):
             save_png(image, files[i], {"prompt": prompts[i], "seed": str(seeds[i])})

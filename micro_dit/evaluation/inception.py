@@ -1,9 +1,9 @@
-"""The network of the Fréchet inception distance: Inception-v3 of 2015-12-05, from pixels to 2048 features.
+"""The FID network: Inception-v3 of 2015-12-05 (Szegedy et al. 2015, arXiv 1512.00567), from pixels to 2048 features.
 
-Szegedy et al. 2015, arXiv 1512.00567. FID (Heusel et al. 2017, arXiv 1706.08500) was defined with one TensorFlow graph,
-which differs from later Inceptions in three ways: average pools do not count what lies beyond the edge, the last block
-pools with the maximum, and pixels are resized by TensorFlow 1's bilinear rule. Its weights are published for PyTorch
-as `pt_inception-2015-12-05-6726825d.pth`, whose names are kept here; their batch norms are folded into the kernels.
+FID (Heusel et al. 2017, arXiv 1706.08500) is defined by one TensorFlow graph, which differs from later Inception
+networks in three ways: average pooling excludes the padding, the last block uses max pooling, and images are resized
+with the bilinear interpolation of TensorFlow 1. The weights are those published for PyTorch as
+`pt_inception-2015-12-05-6726825d.pth`. Layers have the same names as in this file; batch norms are folded into kernels.
 """
 
 import os
@@ -26,13 +26,13 @@ URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{W
 NORM, NORM_EPSILON = ("weight", "bias", "running_mean", "running_var"), 0.001
 PREPROCESSING = "uint8 → float32, bilinear to 299×299 as TensorFlow 1 (no antialiasing), (x - 128) / 128"
 
-Shape = tuple[int, int, int, int]  # of a kernel as PyTorch has it: outputs, inputs, rows, columns
-Params = Mapping[str, tuple[jax.Array, jax.Array]]  # kernel (rows, columns, inputs, outputs) and bias by layer
+Shape = tuple[int, int, int, int]  # kernel in PyTorch layout: (outputs, inputs, rows, columns)
+Params = Mapping[str, tuple[jax.Array, jax.Array]]  # layer name → (kernel (rows, columns, inputs, outputs), bias)
 Conv = Callable[..., jax.Array]
 
 
 def layers() -> dict[str, Shape]:
-    """The shape of every kernel by its layer's name."""
+    """Returns the kernel shape of each layer by name."""
     shapes: dict[str, Shape] = {
         "Conv2d_1a_3x3": (32, 3, 3, 3), "Conv2d_2a_3x3": (32, 32, 3, 3), "Conv2d_2b_3x3": (64, 32, 3, 3),
         "Conv2d_3b_1x1": (80, 64, 1, 1), "Conv2d_4a_3x3": (192, 80, 3, 3),
@@ -67,7 +67,7 @@ def _add(shapes: dict[str, Shape], block: str, **branches: Shape) -> None:
 
 
 def features(params: Params, images: jax.Array) -> jax.Array:
-    """Features (B, 2048) float32 of images (B, H, W, 3) uint8: the mean over the last block's positions."""
+    """Computes features (B, 2048) float32 of images (B, H, W, 3) uint8, averaged over positions."""
 
     def conv(x: jax.Array, name: str, stride: int = 1, padding: str = "SAME") -> jax.Array:
         kernel, bias = params[name]
@@ -133,20 +133,20 @@ def _block_8(conv: Conv, x: jax.Array, pool: Callable[[jax.Array], jax.Array]) -
 
 
 def maximum(x: jax.Array, stride: int = 1) -> jax.Array:
-    """Over 3×3; with a stride of 2 nothing is padded."""
+    """Applies 3×3 max pooling, with padding only at stride 1."""
     padding = "SAME" if stride == 1 else "VALID"
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
 
 def average(x: jax.Array) -> jax.Array:
-    """Over those of 3×3 that lie within the image."""
+    """Applies 3×3 average pooling that excludes the padding."""
     inside = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
     total, count = (lax.reduce_window(a, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME") for a in (x, inside))
     return total / count
 
 
 def resize(images: jax.Array) -> jax.Array:
-    """(B, H, W, 3) → (B, 299, 299, 3) float32, as TensorFlow 1's `resize_bilinear`: pixel i lies at i·H/299."""
+    """Resizes (B, H, W, 3) → (B, 299, 299, 3) float32 like TensorFlow 1's `resize_bilinear`: row i is at i·H/299."""
     rows, columns = (jnp.asarray(_bilinear(size)) for size in images.shape[1:3])
     highest = lax.Precision.HIGHEST
     x = jnp.einsum("rh,bhwc->brwc", rows, images.astype(jnp.float32), precision=highest)
@@ -154,7 +154,7 @@ def resize(images: jax.Array) -> jax.Array:
 
 
 def _bilinear(size: int) -> np.ndarray:
-    """(299, size) float32: how much of each pixel there is in each new one."""
+    """Returns (299, size) float32, interpolation weights of the input pixels for each output pixel."""
     at = np.arange(SIDE, dtype=np.float32) * np.float32(size / SIDE)
     low = np.minimum(np.floor(at).astype(int), size - 1)
     weights, new = np.zeros((SIDE, size), np.float32), np.arange(SIDE)
@@ -164,36 +164,50 @@ def _bilinear(size: int) -> np.ndarray:
 
 
 def find_weights(path: str = "") -> Path:
-    """The given file of weights, or the one in PyTorch's hub cache; UserError says where to get it if it is missing."""
+    """Returns the path of the weights, by default in PyTorch's hub cache; raises UserError if the file is missing."""
     cache = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch") / "hub" / "checkpoints" / WEIGHTS
     file = Path(path).expanduser() if path else cache
     if not file.is_file():
         raise UserError(
-            f"the weights of the FID network are not at {file}: download {URL} to that place, or give their file with "
-            "--inception."
+            f"Weights of the FID network not found at {file}. Download {URL} to this path, or set --inception to the "
+            "downloaded file."
         )
     return file
 
 
 def load_params(path: str | Path) -> tuple[dict[str, tuple[jax.Array, jax.Array]], str]:
-    """The network's parameters, float32, and twelve hexadecimal digits that stand for the file.
+    """Reads the weights file.
+
+    Returns:
+        The parameters (float32), and the fingerprint of the file (12 hexadecimal digits).
 
     Raises:
-        UserError: the file can't be read, or is not of this network.
+        UserError: The file can't be read or does not contain this network.
     """
     return fold(read_tensors(path), str(path)), hash_file(path)[:12]
 
 
 def fold(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Kernels and batch norms by PyTorch's names → kernels and biases; UserError if one is missing or misshapen."""
+    """Folds batch norms into kernels and biases.
+
+    Args:
+        tensors: PyTorch tensors by name.
+        where: Name of the file, for error messages.
+
+    Raises:
+        UserError: A tensor is missing or has the wrong shape.
+    """
     params = {}
     for name, shape in layers().items():
         parts = [f"{name}.conv.weight", *(f"{name}.bn.{part}" for part in NORM)]
         for part, expected in zip(parts, [shape, *[shape[:1]] * len(NORM)], strict=True):
             found = tensors[part].shape if part in tensors else None
             if found != expected:
-                told = "is missing" if found is None else f"is {found}, not {expected}"
-                raise UserError(f"{where} is not the FID network: {part} {told}; get {URL}.")
+                problem = "is missing" if found is None else f"has the shape {found}, not {expected}"
+                raise UserError(
+                    f"The weights in {where} are not the FID network: {part} {problem}. Download {URL} and set "
+                    "--inception to it."
+                )
         kernel, scale, bias, mean, variance = (np.asarray(tensors[part], np.float64) for part in parts)
         scale = scale / np.sqrt(variance + NORM_EPSILON)
         folded = (kernel * scale[:, None, None, None]).transpose(2, 3, 1, 0)

@@ -1,7 +1,8 @@
-"""Quality against training FLOPs: the table and the plot of a comparison, from the results of its runs.
+"""The table and the plot of a comparison at equal training FLOPs.
 
-A result has "name" (of the recipe), "budget", "seed", "flops", "parameters", "images" and "measures", numbers by name.
-It may also have "training_seconds" and "curve", pairs of training FLOPs and held-out loss in ascending order.
+The result of a run is a mapping with "name" (of the recipe), "budget", "seed", "flops", "parameters", "images" and
+"measures" (metric values by name). It may also have "training_seconds" and "curve", pairs of training FLOPs and
+held-out loss in ascending order.
 """
 
 import itertools
@@ -30,7 +31,11 @@ COLORS = ("#3b6ea8", "#d07a2d", "#3f8f5f", "#a8486e", "#7a6bb0", "#8a857a")
 
 
 def grouped(results: Sequence[Result]) -> list[tuple[str, float, list[Result]]]:
-    """(recipe, budget, the results of its seeds): by budget, and within a budget the lowest held-out loss first."""
+    """Groups results by recipe and budget.
+
+    Returns:
+        (recipe, budget, results of all seeds), sorted by budget and then by mean held-out loss.
+    """
     groups: dict[tuple[str, float], list[Result]] = {}
     for result in results:
         groups.setdefault((result["name"], result["budget"]), []).append(result)
@@ -42,14 +47,14 @@ def grouped(results: Sequence[Result]) -> list[tuple[str, float, list[Result]]]:
 
 
 def values(group: Sequence[Result], measure: str) -> list[float]:
-    """Returns a measure of those runs that have it."""
+    """Returns the values of a metric for the runs that have it."""
     return [result["measures"][measure] for result in group if measure in result["measures"]]
 
 
 def mean_curve(group: Sequence[Result]) -> list[tuple[float, float]]:
-    """Returns the mean over runs of the held-out loss, as (training FLOPs, loss) in ascending order.
+    """Returns the mean held-out loss during training as (training FLOPs, loss) in ascending order.
 
-    The mean is over the runs that have a curve, at the FLOPs at which all of these were evaluated.
+    Runs without a curve are ignored. The result has the FLOPs at which all other runs were evaluated.
     """
     curves = [dict(result["curve"]) for result in group if result.get("curve")]
     shared = set.intersection(*map(set, curves)) if curves else set()
@@ -60,8 +65,8 @@ def flops_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float |
     """Returns the training FLOPs at which a curve first reaches a loss, or None if it never does.
 
     Args:
-        curve: (training FLOPs, loss) in ascending order. Between two points the loss is linear in the logarithm of the
-            FLOPs. If the first point is at or below the loss, its FLOPs are returned.
+        curve: (training FLOPs, loss) in ascending order. Between two points, the loss is interpolated linearly in the
+            logarithm of the FLOPs. If the first point is at or below the loss, its FLOPs are returned.
         loss: The loss to reach.
     """
     for index, (flops, reached) in enumerate(curve):
@@ -79,8 +84,8 @@ def results_table(results: Sequence[Result], baseline: str | None = None) -> str
 
     Args:
         results: Results of runs.
-        baseline: A recipe. If it has a curve, a last column holds the fraction of the budget at which each recipe
-            reaches the final held-out loss of this recipe, trained with the same budget.
+        baseline: Name of the baseline recipe. If it has a curve, the last column is the fraction of the budget at which
+            each recipe reaches the final held-out loss of the baseline with the same budget.
     """
     measured, groups = [name for name in COLUMNS if values(results, name)], grouped(results)
     curves = {(name, budget): mean_curve(group) for name, budget, group in groups}
@@ -117,9 +122,9 @@ def _spread(numbers: Sequence[float]) -> str:
 def plot_isoflop(results: Sequence[Result], path: str | Path) -> None:
     """Plots a comparison of at least one run to a .png file.
 
-    The first panel has the held-out loss over training. The next ones have a measure at the end of training against the
-    budget: a line through each recipe's means, a dot for each run. The last has the held-out loss by noise level at the
-    largest budget, relative to that of the best recipe.
+    The first panel shows the held-out loss during training. The middle panels show metrics at the end of training
+    against the budget, with a line through the means of each recipe and a dot for each run. The last panel shows the
+    held-out loss by noise level at the largest budget, relative to the best recipe.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -137,7 +142,7 @@ def plot_isoflop(results: Sequence[Result], path: str | Path) -> None:
         _plot_curves(over_training, groups, colors)
         for panel, measure in zip(panels, measured, strict=True):
             for i, name in enumerate(names):
-                beside = 1.015 ** (i - (len(names) - 1) / 2)  # so that recipes don't hide each other
+                beside = 1.015 ** (i - (len(names) - 1) / 2)  # a small offset, so that recipes do not overlap
                 runs = {budget * beside: values(group, measure) for n, budget, group in groups if n == name}
                 means = {x: statistics.fmean(numbers) for x, numbers in runs.items() if numbers}
                 panel.plot(list(means), list(means.values()), "o-", color=colors[name], linewidth=1.6)
@@ -154,9 +159,9 @@ def plot_isoflop(results: Sequence[Result], path: str | Path) -> None:
 
 
 def _plot_curves(panel: Any, groups: Sequence[tuple[str, float, list[Result]]], colors: Mapping[str, str]) -> None:
-    """Plots the mean held-out loss over training, with lighter and thinner lines for smaller budgets.
+    """Plots the mean held-out loss during training, with lighter and thinner lines for smaller budgets.
 
-    A large dot marks the end of the mean, a small one the end of each run. Runs without a curve have only dots.
+    A large dot marks the end of the mean curve, a small dot the end of each run. Runs without a curve have only dots.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -194,4 +199,4 @@ def _plot_by_level(panel: Any, groups: Sequence[tuple[str, float, list[Result]]]
             panel.plot(sigmas, 100 * (losses / best - 1), "o-", color=colors[name], linewidth=1.6, markersize=3.5)
     panel.set_xscale("log", subs=[])
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.set(xlabel="noise level σ", ylabel="held-out loss above that of the best, %")
+    panel.set(xlabel="noise level σ", ylabel="held-out loss above the best recipe, %")

@@ -1,4 +1,4 @@
-"""Numbers that say how they came about, and the file that keeps them."""
+"""Metric values with a description of how they were measured, and the file metrics.json that stores them."""
 
 import dataclasses
 import json
@@ -14,14 +14,14 @@ MEASURES_FILE = "metrics.json"
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """One number.
+    """A metric value.
 
     Attributes:
-        name: of the metric, such as 'fid'.
-        value: the number.
+        name: Name of the metric, such as 'fid'.
+        value: The value.
         better: 'lower' or 'higher'.
-        pipeline: all that the number depends on besides the images: networks by their hashes, resizing, counts.
-        images: what it was measured on: how the images were drawn; empty for losses.
+        pipeline: How it was measured: hashes of networks, preprocessing, numbers of images.
+        images: Settings of the images that were measured. For losses, the kind of weights only.
     """
 
     name: str
@@ -31,18 +31,22 @@ class Measure:
     images: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def replaces(self, other: "Measure") -> bool:
-        """Whether it is the same metric of the same images, measured again, or of more of them."""
+        """Returns whether the other value is of the same metric and image set, with any number of images."""
         return self.name == other.name and {**self.images, "count": 0} == {**other.images, "count": 0}
 
 
 class Measures:
-    """The measures of one checkpoint, in the file metrics.json; each is on the disk as soon as it is added."""
+    """The metric values of one checkpoint, stored in metrics.json. `add` writes the file immediately."""
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any]):
-        """Opens (or begins) the file; `about` says what model is evaluated.
+        """Reads metrics.json in a folder if it exists.
+
+        Args:
+            folder: The folder.
+            about: Description of the model; has to match that in the file.
 
         Raises:
-            UserError: the file is damaged, or is of another model.
+            UserError: The file is damaged or belongs to another model.
         """
         self.path, self.about = Path(folder) / MEASURES_FILE, json.loads(json.dumps(dict(about)))
         self.all: list[Measure] = []
@@ -53,18 +57,21 @@ class Measures:
             self.all = [Measure(**fields) for fields in saved["metrics"]]
             theirs = saved["about"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is damaged ({error}); move it away to measure again.") from error
+            raise UserError(
+                f"{self.path} is damaged ({error}). Move or delete it to measure the model again."
+            ) from error
         if theirs != self.about:
             differing = sorted(n for n in theirs.keys() | self.about.keys() if theirs.get(n) != self.about.get(n))
             raise UserError(
-                f"{self.path} is of another model (its {', '.join(differing)} differ); move it away, or give another "
-                "--out."
+                f"{self.path} belongs to another model (different {', '.join(differing)}). Set --out to another "
+                "folder, or move the file."
             )
 
     def add(self, *measures: Measure) -> None:
-        """Adds measures, in place of what they replace, and writes the file, whole or not at all."""
+        """Adds values, removes those that they replace, and writes the file atomically."""
         for measure in measures:
-            measure = Measure(**json.loads(json.dumps(dataclasses.asdict(measure))))  # as it is read back
+            # The round trip converts tuples to lists, so that the value compares equal to one read from the file.
+            measure = Measure(**json.loads(json.dumps(dataclasses.asdict(measure))))
             self.all = [other for other in self.all if not measure.replaces(other)] + [measure]
         content = {"about": self.about, "metrics": [dataclasses.asdict(measure) for measure in self.all]}
         write_atomically(self.path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Samples the same prompts with the same seeds again and again while a model trains, so that progress can be seen."""
+"""Previews: image grids sampled during training with fixed prompts and seeds, so that progress is visible."""
 
 import dataclasses
 import json
@@ -23,15 +23,15 @@ SampleImages = Callable[[Any, np.ndarray, Sequence[int]], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Previews:
-    """Samples a captioned grid of images.
+    """Evaluator that samples a captioned grid of images.
 
     Attributes:
-        prompts: The prompts; image i has seed i.
-        captions: (n, L, Y) embeddings of the prompts.
-        sample: Samples images with the phase's network.
+        prompts: The prompts. Image i has seed i.
+        captions: (n, L, Y), embeddings of the prompts.
+        sample: Samples images with the network of the phase.
         schedule: When to run.
-        run_name: Name of the run, for the PNG's metadata.
-        metadata: Further fields of the PNG's metadata.
+        run_name: Name of the run, for the PNG metadata.
+        metadata: Further fields of the PNG metadata.
     """
 
     prompts: Sequence[str]
@@ -46,7 +46,7 @@ class Previews:
         return self.schedule.due(step)
 
     def run(self, weights: Weights, step: int) -> Results:
-        """Returns the grid, as image 'samples'."""
+        """Samples the images and returns the grid under the name 'samples'."""
         images = self.sample(weights.best, self.captions, range(len(self.prompts)))
         grid = caption_grid(images, self.prompts, title=f"step {step:,}")
         metadata = {
@@ -58,36 +58,41 @@ class Previews:
 
 
 def load_matching_image_encoder(vae: str, manifest: Manifest) -> Any:
-    """Loads an image encoder.
+    """Loads the image encoder and checks that the shards were built with it.
+
+    Args:
+        vae: Name of the image encoder.
+        manifest: Manifest of the shards.
 
     Raises:
-        UserError: The shards were made with another one.
+        UserError: The shards were built with another image encoder.
     """
     from micro_dit.encoders.image import load_image_encoder
 
     encoder = load_image_encoder(vae)
     if not same_encoder(encoder, manifest.vae):
         raise UserError(
-            f"the shards were made with image encoder {manifest.vae.name} ({manifest.vae.fingerprint}), but {vae} "
-            f"is {encoder.fingerprint}: make the shards again, or set --config.data.vae to theirs."
+            f"The shards were built with the image encoder {manifest.vae.name} ({manifest.vae.fingerprint}), but {vae} "
+            f"has the fingerprint {encoder.fingerprint}. Set --config.data.vae to the encoder of the shards, or "
+            "rebuild the shards."
         )
     return encoder
 
 
 def embed_prompts(prompts: Sequence[str], text_encoder: str, manifest: Manifest, cache: Path) -> np.ndarray:
-    """Embeds prompts, cleaned as the shards' captions were.
+    """Embeds prompts after the same cleaning as the captions of the shards.
 
     Args:
         prompts: The prompts.
         text_encoder: Name of the text encoder.
         manifest: Manifest of the shards.
-        cache: File that keeps the embeddings, so that a restart needs no text encoder.
+        cache: File for the embeddings, so that a resumed run does not have to load the text encoder.
 
     Returns:
-        Embeddings (n, L, Y).
+        (n, L, Y), embeddings.
 
     Raises:
-        UserError: The shards were made with another text encoder.
+        UserError: The shards were built with another text encoder.
     """
     from micro_dit.encoders.text import load_text_encoder
 
@@ -100,8 +105,9 @@ def embed_prompts(prompts: Sequence[str], text_encoder: str, manifest: Manifest,
     encoder = load_text_encoder(text_encoder, about.tokens)
     if not same_encoder(encoder, about):
         raise UserError(
-            f"the shards were made with text encoder {about.name} ({about.fingerprint}), but {text_encoder} is "
-            f"{encoder.fingerprint}: make the shards again, or set --config.data.text_encoder to theirs."
+            f"The shards were built with the text encoder {about.name} ({about.fingerprint}), but {text_encoder} has "
+            f"the fingerprint {encoder.fingerprint}. Set --config.data.text_encoder to the encoder of the shards, or "
+            "rebuild the shards."
         )
     captions = encoder.encode(prompts)
     if jax.process_index() == 0:

@@ -1,6 +1,6 @@
-"""The metrics of image sets, by name.
+"""The metrics of image sets by name.
 
-A new metric is a class here and a line in METRICS.
+To add a metric, write a class that implements `Metric` and add it to METRICS.
 """
 
 import dataclasses
@@ -26,21 +26,21 @@ MeasureImages = Callable[[Images], list[Measure]]
 
 @dataclasses.dataclass(frozen=True)
 class MetricInputs:
-    """Settings and data of metrics; each metric uses only its own.
+    """Settings and data of metrics. Each metric uses only some of them.
 
     Attributes:
-        side: Side of the images in pixels; real images are cropped to it.
+        side: Side of the images in pixels. Real images are cropped to it.
         reference: For 'fid': a folder of real images, or a statistics file.
-        clip_reference: For 'cmmd': a folder of real images, or a file of embeddings; by default the reference.
-        only: File names of the reference's images; by default all in the folder.
+        clip_reference: For 'cmmd': a folder of real images, or a file of embeddings; by default `reference`.
+        only: Names of the image files to use in reference folders; by default all.
         clip: For 'clip_score' and 'cmmd': a CLIP checkpoint.
-        inception: For 'fid': the file of weights; by default the one in PyTorch's hub cache.
+        inception: For 'fid': the weights file; by default the one in PyTorch's hub cache.
         real: For 'domain': 'latent_mean' and 'text' of real images.
-        image_encoder: For 'domain': the image encoder of the real latents.
-        cache: Folder that keeps features of reference folders; None keeps nothing.
+        image_encoder: For 'domain': the image encoder that computed the real latents.
+        cache: Folder for cached features of reference folders. None disables the cache.
         sharding: Split of a batch over the devices of this process.
-        say: Prints a line of progress.
-        warn: Prints a remark on the numbers.
+        say: Prints a progress line.
+        warn: Prints a warning.
     """
 
     side: int
@@ -61,7 +61,8 @@ class MetricInputs:
         """The CLIP model, loaded once for all metrics that use it."""
         if not self.clip:
             raise UserError(
-                "CLIP score and CMMD need a CLIP model: give --clip=openai/clip-vit-large-patch14, or a folder."
+                "CLIP score and CMMD need a CLIP model. Set --clip to one, such as openai/clip-vit-large-patch14 or a "
+                "folder."
             )
         return Clip(self.clip)
 
@@ -69,23 +70,23 @@ class MetricInputs:
         self, kind: str, reference: str, pipeline: Mapping[str, Any], compute: Callable[[Images], T],
         load: Callable[[str | Path], T], save: Callable[[Path, T], object],
     ) -> T:  # fmt: skip
-        """Returns the features of the real images: from a file, the cache, or computed and cached.
+        """Returns the features of the real images, which are read from a file or the cache, or computed and cached.
 
         Args:
             kind: Kind of the features, 'fid' or 'clip', for messages and the name of the cached file.
             reference: A folder of images, or a file of features (.npz).
-            pipeline: How the features are computed; part of the cache key.
-            compute: Computes the features.
-            load: Reads a file of features.
-            save: Writes one.
+            pipeline: Description of how the features are computed; part of the cache key.
+            compute: Computes features from images.
+            load: Reads features from a file.
+            save: Writes features to a file.
 
         Raises:
-            UserError: There are no images or no features in the reference.
+            UserError: The reference is missing or can't be read.
         """
         if not reference:
             raise UserError(
-                f"{'cmmd' if kind == 'clip' else kind} compares with real images: give --reference, a folder of them "
-                "or a file made from one (.npz)."
+                f"The metric {'cmmd' if kind == 'clip' else kind} compares with real images. Set --reference to a "
+                "folder of real images or a file of their features (.npz)."
             )
         if reference.endswith(".npz"):
             return load(reference)
@@ -96,7 +97,7 @@ class MetricInputs:
             kept = self.cache / f"{kind}_{Path(reference).name}_{len(real)}_{self.side}px_{digest}.npz"
             if kept.exists():
                 return load(kept)
-        self.say(f"{kind} features of {len(real):,} real images in {reference}")
+        self.say(f"computing {kind} features of {len(real):,} real images in {reference}")
         features = compute(real)
         if kept is not None:
             save(kept, features)
@@ -104,22 +105,22 @@ class MetricInputs:
 
     @property
     def crop(self) -> str:
-        """How real images are cropped."""
+        """Description of how real images are cropped."""
         return f"smaller side to {self.side} px (Pillow, bicubic), center crop"
 
 
 class Metric(Protocol):
-    """A metric of image sets: its constructor loads what it needs, once for all sets that are measured."""
+    """A metric of image sets. The constructor loads networks and references, once for all sets that are measured."""
 
     def __init__(self, inputs: MetricInputs):
-        """Loads networks and references; raises UserError if something is missing."""
+        """Loads networks and references; raises UserError if an input is missing or invalid."""
 
     def __call__(self, images: Images) -> list[Measure]:
         """Measures a set of images."""
 
 
 class FrechetInceptionDistance:
-    """FID to the images of a reference."""
+    """FID between generated images and a reference."""
 
     def __init__(self, inputs: MetricInputs):
         network = FidNetwork(*inception.load_params(inception.find_weights(inputs.inception)), inputs.sharding)
@@ -136,7 +137,7 @@ class FrechetInceptionDistance:
 
 
 class ClipMaximumMeanDiscrepancy:
-    """CMMD to the images of a reference."""
+    """CMMD between generated images and a reference."""
 
     def __init__(self, inputs: MetricInputs):
         self._clip, self._name = clip, name = inputs.clip_model, inputs.clip_reference or inputs.reference
@@ -151,7 +152,7 @@ class ClipMaximumMeanDiscrepancy:
 
 
 class ClipScore:
-    """CLIP score of images and their prompts."""
+    """CLIP score between generated images and their prompts."""
 
     def __init__(self, inputs: MetricInputs):
         self._clip = inputs.clip_model
@@ -162,11 +163,11 @@ class ClipScore:
 
 
 class Domain:
-    """Caption retrieval and latent Fréchet distance among the images of the run's own shards."""
+    """Caption retrieval and latent Fréchet distance with respect to the images of the run's shards."""
 
     def __init__(self, inputs: MetricInputs):
         if inputs.real is None or inputs.image_encoder is None:
-            raise UserError("the domain metric needs the run's shards; leave out 'domain' where there are none.")
+            raise UserError("The domain metric needs shards. Set --shards, or remove domain from --metrics.")
         self._real, self._encoder, self._warn = inputs.real, inputs.image_encoder, inputs.warn
 
     def __call__(self, images: Images) -> list[Measure]:
@@ -180,10 +181,10 @@ METRICS: dict[str, type[Metric]] = {
 
 
 def load_metrics(names: Sequence[str], inputs: MetricInputs) -> MeasureImages:
-    """Loads metrics by name and returns the function that measures a set of images.
+    """Loads metrics by name and returns a function that measures a set of images.
 
     Raises:
-        UserError: A metric is unknown or named twice, or something that it needs is missing.
+        UserError: A metric is unknown or repeated, or lacks an input.
     """
     check_names(names, tuple(METRICS))
     metrics = [METRICS[name](inputs) for name in names]
@@ -191,9 +192,9 @@ def load_metrics(names: Sequence[str], inputs: MetricInputs) -> MeasureImages:
 
 
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises UserError if a metric is unknown or named twice."""
+    """Raises UserError if a metric is unknown or repeated."""
     for name in names:
         if name not in known:
-            raise UserError(f"there is no metric {name!r}; choose some of {', '.join(known)}.")
+            raise UserError(f"Unknown metric {name!r}. Choose from {', '.join(known)}.")
     if len(set(names)) < len(names):
-        raise UserError(f"a metric is named twice: {', '.join(names)}.")
+        raise UserError(f"The list of metrics {', '.join(names)} has duplicates. Name each metric once.")

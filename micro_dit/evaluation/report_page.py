@@ -1,4 +1,4 @@
-"""report.html: what was measured, in one file that needs no other and no network."""
+"""Writes report.html: the results of an evaluation in one self-contained file that needs no network access."""
 
 import base64
 import html
@@ -17,23 +17,29 @@ from micro_dit.files import write_atomically
 from micro_dit.images import FAINT, HELDOUT, HELDOUT_EMA, INK, PAPER, TRAIN
 
 REPORT_FILE = "report.html"
-SHOWN, COMPARED = 24, 8  # images of a set, and of those that are shown at every scale of guidance
-LARGEST = 256  # pixels of a picture's side
+SHOWN, COMPARED = 24, 8  # images per set, and images per row in the comparison of guidance scales
+LARGEST = 256  # largest side of an image in pixels
 SIGMA = "heldout_loss/sigma="
 ARROWS = {"higher": "↑", "lower": "↓"}
-WEIGHTS = {"ema": "averaged weights", "raw": "raw weights"}
-FIRST = ("fid", "cmmd", "clip_score", "geneval")  # of the table
+WEIGHTS = {"ema": "EMA weights", "raw": "raw weights"}
+FIRST = ("fid", "cmmd", "clip_score", "geneval")  # the first rows of the table
 TITLES = {
     "fid": "FID", "cmmd": "CMMD", "clip_score": "CLIP score", "latent_frechet": "latent Fréchet distance",
-    "caption_retrieval_top1": "caption retrieval, first", "caption_retrieval_top5": "caption retrieval, first five",
+    "caption_retrieval_top1": "caption retrieval, top 1", "caption_retrieval_top5": "caption retrieval, top 5",
     "heldout_loss": "held-out loss", "geneval": "GenEval, overall",
 }  # fmt: skip
 
 
 def write_report(folder: str | Path, measures: Measures, guidance: float) -> Path:
-    """Writes report.html beside metrics.json, whole or not at all, and returns its path.
+    """Writes report.html next to metrics.json atomically.
 
-    `folder` is that of the evaluation, with the image sets; those at the scale `guidance` are shown first.
+    Args:
+        folder: Output folder of the evaluation, with the image sets.
+        measures: The metric values.
+        guidance: The model's default guidance scale. The samples shown are from the set with the closest scale.
+
+    Returns:
+        The path of report.html.
     """
     folder = Path(folder)
     names = dict.fromkeys(str(m.images["folder"]) for m in measures.all if "folder" in m.images)
@@ -56,13 +62,14 @@ def _title(about: Mapping[str, Any]) -> str:
 def _header(about: Mapping[str, Any], measures: Sequence[Measure]) -> str:
     size = f"{about['parameters'] / 1e6:,.1f} million parameters" if about.get("parameters") else ""
     counts = {m.images["folder"]: m.images["count"] for m in measures if "folder" in m.images}
-    drawn = f"{sum(counts.values()):,} images drawn" if counts else ""
-    told = " · ".join(filter(None, [size, drawn, f"{len(measures)} numbers" if measures else "nothing measured yet"]))
-    return f"<header><h1>{html.escape(_title(about))}</h1><p>{told}</p></header>"
+    images = f"{sum(counts.values()):,} images" if counts else ""
+    values = f"{len(measures)} metric values" if measures else "no metrics yet"
+    summary = " · ".join(filter(None, [size, images, values]))
+    return f"<header><h1>{html.escape(_title(about))}</h1><p>{summary}</p></header>"
 
 
 def _samples(folder: Path, sets: Sequence[Mapping[str, Any]], guidance: float) -> str:
-    """Images of one set for each kind of prompts: the one at the usual scale."""
+    """Returns samples for each kind of prompts and weights, from the set whose guidance scale is closest."""
     sections, shown = [], set()
     for one in sorted(sets, key=lambda s: abs(s["guidance"] - guidance)):
         if (kind := (one["prompts"], one["params"])) in shown:
@@ -72,16 +79,16 @@ def _samples(folder: Path, sets: Sequence[Mapping[str, Any]], guidance: float) -
             f"<figure>{_image(file)}<figcaption>{html.escape(_prompt(file))}</figcaption></figure>"
             for file in _files(folder, one, SHOWN)
         )
-        about = f"{one['steps']} steps of Heun's method, guidance {one['guidance']:g}, {WEIGHTS[one['params']]}"
+        about = f"{one['steps']} Heun steps, guidance scale {one['guidance']:g}, {WEIGHTS[one['params']]}"
         sections.append(
-            f"<section><h2>Images of {html.escape(one['prompts'])}</h2><p>{about}, seeds from {one['seed']}</p>"
+            f"<section><h2>Samples: {html.escape(one['prompts'])}</h2><p>{about}, first seed {one['seed']}</p>"
             f"<div class=grid>{figures}</div></section>"
         )
     return "\n".join(sections)
 
 
 def _scales(folder: Path, sets: Sequence[Mapping[str, Any]]) -> str:
-    """The same prompts and seeds at every scale of guidance."""
+    """Returns samples of the same prompts and seeds at all guidance scales."""
     kinds: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for one in sets:
         kinds.setdefault(tuple(one[n] for n in ("prompts", "params", "steps", "seed", "model")), []).append(one)
@@ -97,8 +104,8 @@ def _scales(folder: Path, sets: Sequence[Mapping[str, Any]]) -> str:
             for one, files in zip(same, columns, strict=True)
         ]
         sections.append(
-            f"<section><h2>Scales of guidance, {html.escape(same[0]['prompts'])}</h2>"
-            "<p>A row for each scale; the same prompt and seed in each column.</p><div class=wide><table class=scales>"
+            f"<section><h2>Guidance scales: {html.escape(same[0]['prompts'])}</h2><p>Each row has one guidance scale; "
+            "each column has the same prompt and seed.</p><div class=wide><table class=scales>"
             f"<tbody>{''.join(rows)}</tbody><tfoot><tr><td></td>{head}</tr></tfoot></table></div></section>"
         )
     return "\n".join(sections)
@@ -106,14 +113,14 @@ def _scales(folder: Path, sets: Sequence[Mapping[str, Any]]) -> str:
 
 def _charts(measures: Sequence[Measure]) -> str:
     figures = "".join(
-        f"<figure><h3>{html.escape(title)}</h3><p>{better} is better</p>{picture}</figure>"
-        for title, better, picture in (*_sweeps(measures), *_losses(measures))
+        f"<figure><h3>{html.escape(title)}</h3><p>{better} is better</p>{chart}</figure>"
+        for title, better, chart in (*_sweeps(measures), *_losses(measures))
     )
     return figures and f"<section><h2>Curves</h2><div class=charts>{figures}</div></section>"
 
 
 def _sweeps(measures: Sequence[Measure]) -> list[tuple[str, str, str]]:
-    """Each metric over the scale of guidance."""
+    """Returns (title, 'lower' or 'higher', chart) for each metric that was measured at several guidance scales."""
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     better = {}
     for m in measures:
@@ -122,7 +129,7 @@ def _sweeps(measures: Sequence[Measure]) -> list[tuple[str, str, str]]:
             curves.setdefault(m.name, {}).setdefault(line, []).append((m.images["guidance"], m.value))
             better[m.name] = m.better
     return [
-        (TITLES.get(name, name), better[name], _chart(lines, "scale of guidance"))
+        (TITLES.get(name, name), better[name], _chart(lines, "guidance scale"))
         for name, lines in curves.items()
         if any(len(points) > 1 for points in lines.values())
     ]
@@ -141,7 +148,7 @@ def _table(measures: Sequence[Measure]) -> str:
     rows = [
         f"<tr><td>{html.escape(TITLES.get(m.name, m.name))}&nbsp;{ARROWS[m.better]}</td>"
         f"<td class=number>{f'{m.value:.4f}' if abs(m.value) < 10 else f'{m.value:,.2f}'}</td>"
-        f"<td>{html.escape(_drawn(m.images))}</td>"
+        f"<td>{html.escape(_measured_on(m.images))}</td>"
         f"<td><details><summary>{html.escape(_short(m.pipeline))}</summary>{_definition(m.pipeline)}</details></td></tr>"
         for m in sorted(measures, key=_order)
         if not m.name.startswith(SIGMA)
@@ -150,8 +157,8 @@ def _table(measures: Sequence[Measure]) -> str:
         return ""
     head = "<th>metric</th><th class=number>value</th><th>measured on</th><th>pipeline</th>"
     table = f"<table class=numbers><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    about = "Each with the pipeline that it came by: unfold it for all of it. ↑ higher is better, ↓ lower."
-    return f"<section><h2>Numbers</h2><p>{about}</p><div class=wide>{table}</div></section>"
+    about = "Click on a pipeline to see how a value was measured. ↑ higher is better, ↓ lower is better."
+    return f"<section><h2>Metrics</h2><p>{about}</p><div class=wide>{table}</div></section>"
 
 
 def _footer(about: Mapping[str, Any]) -> str:
@@ -160,7 +167,7 @@ def _footer(about: Mapping[str, Any]) -> str:
 
 
 def _files(folder: Path, one: Mapping[str, Any], most: int) -> list[Path]:
-    """Some of a set: from all over it, or the first where prompts soon repeat."""
+    """Returns evenly spaced images of a set, or the first ones if prompts repeat among them."""
     files = sorted((folder / one["folder"]).glob("*.png"))
     few = len({_prompt(file) for file in files[:most]}) < most
     return files[:most] if few else [files[i * len(files) // most] for i in range(most)]
@@ -191,25 +198,25 @@ def _order(measure: Measure) -> tuple[Any, ...]:
     return place, measure.name, str(images.get("prompts")), images.get("guidance", 0), str(images)
 
 
-def _drawn(images: Mapping[str, Any]) -> str:
+def _measured_on(images: Mapping[str, Any]) -> str:
     weights = WEIGHTS.get(images.get("params", ""), "")
     if "count" not in images:
         return weights
-    return f"{images['count']:,} images of {images['prompts']}, guidance {images['guidance']:g}, {weights}"
+    return f"{images['count']:,} images, {images['prompts']}, guidance scale {images['guidance']:g}, {weights}"
 
 
 def _short(pipeline: Mapping[str, Any]) -> str:
-    """The most telling entry."""
+    """Returns the most informative entry."""
     name = next((n for n in ("network", "features", "loss", "scorer") if n in pipeline), next(iter(pipeline), ""))
     text = str(pipeline.get(name, ""))
     return text if len(text) <= 60 else text[:59].rstrip() + "…"
 
 
 def _definition(pipeline: Mapping[str, Any]) -> str:
-    def tell(value: Any) -> str:
-        return "; ".join(f"{k}: {tell(v)}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+    def text(value: Any) -> str:
+        return "; ".join(f"{k}: {text(v)}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
 
-    rows = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(tell(value))}</dd>" for name, value in pipeline.items())
+    rows = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(text(value))}</dd>" for name, value in pipeline.items())
     return f"<dl>{''.join(rows)}</dl>"
 
 

@@ -1,4 +1,4 @@
-"""The loss on images that training never sees; everything random is held fixed, so that numbers can be compared."""
+"""The held-out loss: EDM's loss on images outside the training split, with fixed noise levels and noise."""
 
 import dataclasses
 import functools
@@ -16,28 +16,30 @@ from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import Params, bind
 from micro_dit.rng import stream
 
-# Fixed, so that losses of recipes that train on other noise levels can be compared: the paper's levels at 256 px.
+# The distribution of noise levels in the paper at 256 px. It is fixed, so that the losses of recipes with different
+# training distributions can be compared.
 SIGMA_LEVELS, P_MEAN, P_STD = 11, -0.6, 1.2
 
 
 def make_heldout_loss(
     config: DiTConfig, data: Mapping[str, Any], *, sigma_data: float, dtype: Any, sharding: Any = None
 ) -> Callable[..., dict[str, float]]:  # fmt: skip
-    """Returns a function from parameters to the unmasked EDM loss on held-out data.
+    """Returns a function that computes the unmasked EDM loss of parameters on held-out data.
 
-    Each image is noised once at each of 11 noise levels, the midpoints of 11 equally likely slices of
-    ln sigma ~ Normal(P_MEAN, P_STD²); levels and noise are the same at every call.
+    Noise is added to each image once at each of SIGMA_LEVELS noise levels, the midpoints of equally likely intervals of
+    ln sigma ~ Normal(P_MEAN, P_STD²). Levels and noise are the same in every call.
 
     Args:
-        config: The network.
-        data: 'latent_mean' (n, h, w, C) and 'caption' (n, L, Y), as `load_split` returns them.
+        config: Network configuration.
+        data: 'latent_mean' (n, h, w, C) and 'caption' (n, L, Y), as returned by `load_split`.
         sigma_data: Standard deviation of the latents, as in training.
         dtype: Dtype of the matrix products, as in training.
-        sharding: Placement of data and result, on all devices of the parameters; None with a single device.
+        sharding: Sharding of data and result, on all devices that hold the parameters; None for a single device.
 
     Returns:
-        parameters → {'heldout_loss': mean, 'heldout_loss/sigma=0.55': mean at that level, …}. A second argument, a
-        function that returns whether to stop, is called before each level; the result is {} once it returns True.
+        A function from parameters to {'heldout_loss': mean, 'heldout_loss/sigma=0.55': mean at this noise level, …}.
+        The optional second argument is a function that is called before each noise level and returns whether to stop.
+        The result of a stopped evaluation is {}.
     """
     slices = (np.arange(SIGMA_LEVELS) + 0.5) / SIGMA_LEVELS
     sigmas = np.exp([P_MEAN + P_STD * NormalDist().inv_cdf(q) for q in slices]).astype(np.float32)
@@ -66,14 +68,14 @@ def make_heldout_loss(
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutLoss:
-    """Evaluates the held-out loss of the trained weights and of their EMA.
+    """Evaluator of the held-out loss of the raw weights and of the EMA weights.
 
-    The losses at single noise levels are those of the EMA weights if there are any.
+    Losses at individual noise levels are reported for the EMA weights, or for the raw weights in a phase without EMA.
 
     Attributes:
-        loss: The function that `make_heldout_loss` returns.
+        loss: A function from `make_heldout_loss`.
         schedule: When to run.
-        stop_requested: Asked before each noise level; an interrupted evaluation returns no results.
+        stop_requested: Called before each noise level; returns whether to stop. A stopped evaluation has no results.
     """
 
     loss: Callable[..., dict[str, float]]
@@ -85,7 +87,7 @@ class HeldoutLoss:
         return self.schedule.due(step)
 
     def run(self, weights: Weights, step: int) -> Results:
-        """Returns the held-out losses."""
+        """Computes the held-out losses."""
         raw = self.loss(weights.merge(weights.trained), self.stop_requested)
         if not raw or weights.ema is None:
             return Results(raw)

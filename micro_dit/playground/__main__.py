@@ -1,4 +1,4 @@
-"""Serves a web page that samples with a trained model: `python -m micro_dit.playground --workdir=runs/mask75`.
+"""Serves a web page for sampling with a trained model: `python -m micro_dit.playground --workdir=runs/mask75`.
 
 See docs/playground.md.
 """
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 STYLE = Path(__file__).parent / "style.css"
 NOBODY_BESIDE = "none"
-MAX_HISTORY = 60  # images that the gallery of a browser's session shows
-MAX_QUEUE = 16  # requests that may wait for their turn
-OUTPUT_WIDTH, GAP = 816, 14  # pixels of the page that images share, and between them
+MAX_HISTORY = 60  # images in the gallery of a browser session
+MAX_QUEUE = 16  # waiting requests
+OUTPUT_WIDTH, GAP = 816, 14  # width of the image area, and space between images, in pixels
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -39,12 +39,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="micro_dit_playground_") as folder:
         session = Session([FLAGS.workdir, *FLAGS.compare], Path(folder))
-        print("getting ready …", flush=True)
+        print("loading the model …", flush=True)
         page = build_page(session)
         url = serve(page, FLAGS.host, FLAGS.port, folder)
-        print(f"{url} — Ctrl-C stops it; save the images that you like, they are deleted then.", flush=True)
+        print(f"Running on {url}. Press Ctrl-C to stop; images that you did not save are deleted.", flush=True)
         if FLAGS.host not in LOCAL:
-            print("warning: whoever can reach this machine can draw with it now.", file=sys.stderr)
+            print(
+                f"warning: Everyone who can reach this machine can generate images at {url}. Remove --host to allow "
+                "only this machine.",
+                file=sys.stderr,
+            )
         try:
             page.block_thread()
         finally:
@@ -52,12 +56,12 @@ def main() -> None:
 
 
 def import_gradio() -> Any:
-    """Imports Gradio without analytics; raises UserError if it is missing."""
+    """Imports Gradio with analytics disabled; raises UserError if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio
     except ImportError as error:
-        raise UserError('the page needs Gradio: pip install "gradio>=6.31,<7" and run it again.') from error
+        raise UserError('The playground needs Gradio. Run: pip install "gradio>=6.31,<7".') from error
     return gradio
 
 
@@ -65,7 +69,7 @@ def import_gradio() -> Any:
 
 
 def build_page(session: "Session") -> Any:
-    """Loads the default model and returns the `gradio.Blocks` of a page that samples with a session."""
+    """Loads the default model and returns the page (a `gradio.Blocks`) for a session."""
     gr = import_gradio()
     model = session.warm_up()
     with gr.Blocks(title="micro_dit playground", analytics_enabled=False) as page:
@@ -76,12 +80,12 @@ def build_page(session: "Session") -> Any:
             with gr.Column(min_width=320, elem_id="output"):
                 messages = gr.HTML(elem_id="messages", apply_default_css=False)
                 output = gr.HTML(INVITATION, elem_id="images", apply_default_css=False)
-        gr.HTML('<h2 class="session">This session <span>a click brings back the settings</span></h2>')
+        gr.HTML('<h2 class="session">This session <span>Click on an image to restore its settings.</span></h2>')
         gallery = gr.Gallery(
             label="This session", show_label=False, container=False, columns=10, fit_columns=False, height="auto",
             object_fit="contain", allow_preview=False, interactive=False, buttons=[], elem_id="session",
         )  # fmt: skip
-        history = gr.State([])  # finished samples, the newest first
+        history = gr.State([])  # finished samples, newest first
 
         def restore(history: list[Any], event: gr.SelectData) -> tuple[Any, ...]:  # type: ignore[name-defined]
             if not isinstance(event.index, int) or not 0 <= event.index < len(history):
@@ -89,7 +93,7 @@ def build_page(session: "Session") -> Any:
             sample = history[event.index]
             return *controls_of(sample.request), sample_html(sample), ""
 
-        drawing = dict(
+        sampling = dict(
             fn=functools.partial(draw, session), inputs=[*controls.values(), history],
             outputs=[output, messages, gallery, history], show_progress="hidden", concurrency_limit=1,
             concurrency_id="device",
@@ -97,9 +101,9 @@ def build_page(session: "Session") -> Any:
         random_seed = "() => Math.floor(Math.random() * 2 ** 31)"
         new_seed = buttons["another"].click(None, None, controls["seed"], js=random_seed)
         started = [
-            buttons["draw"].click(**drawing, api_name="draw"),
-            controls["prompt"].submit(**drawing, api_visibility="private"),
-            new_seed.then(**drawing, api_visibility="private"),
+            buttons["draw"].click(**sampling, api_name="draw"),
+            controls["prompt"].submit(**sampling, api_visibility="private"),
+            new_seed.then(**sampling, api_visibility="private"),
         ]
         buttons["stop"].click(lambda: INVITATION, None, output, cancels=started, api_visibility="private", queue=False)
         restored = [*controls.values(), output, messages]
@@ -108,24 +112,24 @@ def build_page(session: "Session") -> Any:
 
 
 def build_controls(gr: Any, about: "About", choices: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the controls in the order of `read_request`, and the buttons, each by name."""
+    """Returns the controls, in the order of the arguments of `read_request`, and the buttons, both by name."""
     from micro_dit.playground.session import MAX_GUIDANCE, MAX_IMAGES, MAX_LETTERS, MAX_SEED, MAX_STEPS
 
     long = dict(max_lines=4, max_length=MAX_LETTERS)
     prompt = gr.Textbox(label="Prompt", placeholder="red heart", autofocus=True, elem_id="prompt", **long)
-    negative = gr.Textbox(label="Negative prompt", placeholder="what to lead away from", **long)
+    negative = gr.Textbox(label="Negative prompt", placeholder="what to steer away from", **long)
     with gr.Row():
-        draw = gr.Button("Draw", variant="primary", elem_id="draw")
+        draw = gr.Button("Generate", variant="primary", elem_id="draw")
         stop = gr.Button("Stop", min_width=80, elem_id="stop")
     with gr.Row(equal_height=True):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
-        another = gr.Button("Another seed", min_width=120, elem_id="another")
-    num = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Images, a seed each", elem_id="num")
+        another = gr.Button("Random seed", min_width=120, elem_id="another")
+    num = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Number of images", elem_id="num")
     steps = gr.Slider(1, MAX_STEPS, about.steps, step=1, label="Steps", elem_id="steps")
-    guidance = gr.Slider(0, MAX_GUIDANCE, about.guidance, step=0.1, label="Guidance")
+    guidance = gr.Slider(0, MAX_GUIDANCE, about.guidance, step=0.1, label="Guidance scale")
     sampler = gr.Radio(list(SAMPLERS), value="heun", label="Sampler")
     checkpoint = gr.Dropdown(choices, value=choices[0], label="Checkpoint")
-    beside = gr.Dropdown([NOBODY_BESIDE, *choices], value=NOBODY_BESIDE, label="Beside it, the same with")
+    beside = gr.Dropdown([NOBODY_BESIDE, *choices], value=NOBODY_BESIDE, label="Compare with")
     controls = dict(
         prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, sampler=sampler, num=num,
         checkpoint=checkpoint, beside=beside,
@@ -134,7 +138,12 @@ def build_controls(gr: Any, about: "About", choices: list[str]) -> tuple[dict[st
 
 
 def draw(session: "Session", *given: Any) -> Iterator[tuple[Any, ...]]:
-    """Yields output, messages, gallery and history while images form; the last of `given` is the history."""
+    """Yields output, messages, gallery and history while images are sampled.
+
+    Args:
+        session: The session.
+        *given: Values of the controls, in the order of the arguments of `read_request`, and the history.
+    """
     *values, history = given
     same = import_gradio().skip()
     try:
@@ -153,7 +162,13 @@ def draw(session: "Session", *given: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def read_request(*values: Any) -> "Request":
-    """Returns the request of the controls' values, which may come from elsewhere: UserError if one makes no sense."""
+    """Returns the request for the values of the controls.
+
+    The values are validated, because requests do not have to come from the page.
+
+    Raises:
+        UserError: A value is invalid.
+    """
     from micro_dit.api import GenerationSettings
     from micro_dit.playground.session import Request
 
@@ -164,22 +179,35 @@ def read_request(*values: Any) -> "Request":
             negative_prompt=str(negative or ""),
         )  # fmt: skip
     except (TypeError, ValueError, OverflowError) as error:
-        raise UserError("seed, steps, guidance and images must be numbers: fill them in.") from error
+        raise UserError(
+            "Seed, steps, guidance scale and number of images must be numbers. Fill in all four."
+        ) from error
     return Request(str(prompt or ""), settings, str(checkpoint), "" if beside == NOBODY_BESIDE else str(beside))
 
 
 def controls_of(request: "Request") -> tuple[Any, ...]:
-    """Returns the values of the controls for a request: the inverse of `read_request`."""
+    """Returns the values of the controls for a request. This is the inverse of `read_request`."""
     s = request.settings
     names = (request.prompt, s.negative_prompt, s.seed, s.steps, s.guidance, s.sampler, s.num, request.checkpoint)
     return *names, request.beside or NOBODY_BESIDE
 
 
 def serve(page: Any, host: str, port: int, folder: str) -> str:
-    """Starts the page in the background and returns its URL; raises UserError if the port is taken."""
+    """Starts the server in the background and returns its URL.
+
+    Args:
+        page: The `gradio.Blocks`.
+        host: Address to listen on.
+        port: Port to listen on.
+        folder: Folder of the images and of Gradio's temporary files.
+
+    Raises:
+        UserError: The port is in use.
+    """
     gr = import_gradio()
-    os.environ["GRADIO_TEMP_DIR"] = folder  # for Gradio's own files
-    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # themes bring fonts from the network
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    # Local fonts only, because Gradio's themes load fonts from the network.
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
     theme = gr.themes.Base(
         primary_hue="orange", neutral_hue="stone", radius_size="md", font=fonts, font_mono=["ui-monospace", "monospace"]
     ).set(body_background_fill="#fbfaf7", button_large_text_weight="500", button_large_padding="8px 16px")
@@ -190,15 +218,15 @@ def serve(page: Any, host: str, port: int, folder: str) -> str:
             allowed_paths=[folder],
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"port {port} of {host} can't be had: choose another with --port.") from error
+        raise UserError(f"Port {port} of {host} is not available. Set --port to another port.") from error
     return url
 
 
-# ---- HTML: every text that somebody else wrote is escaped ------------------------------------------------------------
+# ---- HTML: all text from users and models is escaped -----------------------------------------------------------------
 
 
 def heading(model: Any) -> str:
-    """Returns the name of the page and of the model."""
+    """Returns the heading of the page with the name and size of the model."""
     side = model.config.input_size * model.image_encoder.downsample
     return (
         f'<header class="heading"><h1>micro_dit</h1><p>{html.escape(model.about.name)} · {side}×{side} pixels'
@@ -206,17 +234,17 @@ def heading(model: Any) -> str:
     )
 
 
-INVITATION = '<div class="output"><p class="invitation">Write a prompt, and press Draw.</p></div>'
+INVITATION = '<div class="output"><p class="invitation">Enter a prompt and press Generate.</p></div>'
 WAITING = '<div class="output"><p class="invitation">Waiting for the device …</p></div>'
 
 
 def notice(text: str, kind: str = "warning") -> str:
-    """Returns a message to show above the images."""
+    """Returns a message that is shown above the images."""
     return f'<p class="notice {kind}" role="alert">{html.escape(text[:1].upper() + text[1:])}</p>'
 
 
 def frame_html(frame: "Frame") -> str:
-    """Returns the images of a request, the grids of two checkpoints side by side."""
+    """Returns the images of a request, with the grids of two checkpoints side by side."""
     count = len(frame.samples)
     grids = "".join(
         grid_html(label if count > 1 else "", samples, OUTPUT_WIDTH // count - GAP)
@@ -231,12 +259,12 @@ def frame_html(frame: "Frame") -> str:
 
 
 def sample_html(sample: "Sample") -> str:
-    """Returns one image of the session and its settings."""
+    """Returns one image and its settings."""
     return f'<div class="output finished">{grid_html("", [sample], OUTPUT_WIDTH)}{about(sample.request)}</div>'
 
 
 def grid_html(label: str, samples: Sequence["Sample | None"], width: int) -> str:
-    """Returns the images of a checkpoint, small ones enlarged by a whole number so that they stay sharp."""
+    """Returns the images of a checkpoint. Small images are enlarged by an integer factor, so that they stay sharp."""
     columns = next(n for n in range(1, 9) if n * n >= len(samples))
     room = min((width - GAP * (columns - 1)) // columns, 512)
     size = next((sample.image.width for sample in samples if sample), 0)
@@ -250,7 +278,7 @@ def grid_html(label: str, samples: Sequence["Sample | None"], width: int) -> str
 
 
 def figure(sample: "Sample | None") -> str:
-    """Returns an image with its seed and, when it is finished, a link to save its file."""
+    """Returns an image with its seed, and a link to save its file once it is finished."""
     if sample is None:
         return '<figure><div class="blank"></div><figcaption>…</figcaption></figure>'
     if sample.path:
@@ -265,20 +293,20 @@ def figure(sample: "Sample | None") -> str:
     return f'<figure><img src="{source}" alt="{html.escape(sample.request.prompt)}">{caption}</figure>'
 
 
-def about(request: "Request", alone: bool = True) -> str:
+def about(request: "Request", show_checkpoint: bool = True) -> str:
     """Returns a line with prompt and settings."""
     settings = request.settings
-    parts = [f"<q>{html.escape(request.prompt)}</q>" if request.prompt else "without a prompt"]
+    parts = [f"<q>{html.escape(request.prompt)}</q>" if request.prompt else "no prompt"]
     if settings.negative_prompt:
-        parts.append(f"away from <q>{html.escape(settings.negative_prompt)}</q>")
-    parts.append(f"{html.escape(settings.sampler)}, {settings.steps} steps, guidance {settings.guidance:g}")
-    if alone:
+        parts.append(f"negative prompt <q>{html.escape(settings.negative_prompt)}</q>")
+    parts.append(f"{html.escape(settings.sampler)}, {settings.steps} steps, guidance scale {settings.guidance:g}")
+    if show_checkpoint:
         parts.append(html.escape(request.checkpoint))
     return f'<p class="about">{" · ".join(parts)}</p>'
 
 
 def thumbnails(history: Sequence["Sample"]) -> list[tuple[str, str]]:
-    """Returns files and captions for the gallery, which escapes them itself."""
+    """Returns files and captions for the gallery. Gradio escapes the captions."""
     return [(str(p.path), f"{p.request.prompt or '–'} · {p.request.settings.seed}") for p in history]
 
 
@@ -288,9 +316,9 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("workdir", None, "Work directory of a run, or a model folder.", required=True)
-    flags.DEFINE_multi_string("compare", [], "Another one, whose checkpoints can be chosen too.")
-    flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets in whoever can reach this machine.")
-    flags.DEFINE_integer("port", 7860, "Port to listen at.", lower_bound=1, upper_bound=65535)
+    flags.DEFINE_multi_string("compare", [], "Work directory or model folder whose checkpoints can be selected too.")
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen on. 0.0.0.0 lets other machines connect.")
+    flags.DEFINE_integer("port", 7860, "Port to listen on.", lower_bound=1, upper_bound=65535)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The state behind the page of micro_dit/playground: bounded settings, checkpoints to choose, images as they form."""
+"""The state of the playground: validated requests, available checkpoints, and sampling with intermediate images."""
 
 import dataclasses
 import functools
@@ -24,12 +24,12 @@ from micro_dit.training.pretrained import read_run
 MAX_LETTERS, MAX_STEPS, MAX_GUIDANCE, MAX_IMAGES = 1000, 100, 20.0, 8
 MAX_SEED = 2**32 - MAX_IMAGES
 KEPT_MODELS = 2
-FORMING = 1 / 3  # largest fraction of the time that goes into decoding unfinished images
+FORMING = 1 / 3  # largest fraction of the time that is spent on decoding unfinished images
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A request for images; its bounds hold for requests that do not come from the page's controls, too.
+    """A request for images. The constructor checks all bounds, because requests do not have to come from the page.
 
     Raises:
         UserError: A setting is out of bounds.
@@ -38,32 +38,32 @@ class Request:
     prompt: str
     settings: GenerationSettings
     checkpoint: str  # one of `Session.choices`
-    beside: str = ""  # another one, to sample with the same settings
+    beside: str = ""  # a second checkpoint to sample with the same settings; empty for none
 
     def __post_init__(self) -> None:
         settings = self.settings
         for what, text in (("prompt", self.prompt), ("negative prompt", settings.negative_prompt)):
             if len(text) > MAX_LETTERS:
-                raise UserError(f"the {what} has {len(text)} letters: use at most {MAX_LETTERS}.")
+                raise UserError(f"The {what} has {len(text)} characters. Shorten it to at most {MAX_LETTERS}.")
         for what, number, low, high in (
             ("seed", settings.seed, 0, MAX_SEED),
             ("number of steps", settings.steps, 1, MAX_STEPS),
             ("number of images", settings.num, 1, MAX_IMAGES),
         ):
             if not isinstance(number, int) or not low <= number <= high:
-                raise UserError(f"the {what} is {number}: use a whole number from {low} to {high}.")
+                raise UserError(f"The {what} is {number}. Use an integer from {low} to {high}.")
         if settings.guidance is None or not 0 <= settings.guidance <= MAX_GUIDANCE:
-            raise UserError(f"the guidance is {settings.guidance}: use a number from 0 to {MAX_GUIDANCE:g}.")
+            raise UserError(f"The guidance scale is {settings.guidance}. Use a number from 0 to {MAX_GUIDANCE:g}.")
         Sampling(settings.steps, settings.guidance, settings.sampler)  # type: ignore[arg-type]
 
     def image(self, number: int, checkpoint: str) -> "Request":
-        """Returns the request for one of the images alone."""
+        """Returns the request for a single image of this request."""
         settings = dataclasses.replace(self.settings, num=1, seed=self.settings.seed + number)
         return Request(self.prompt, settings, checkpoint)
 
 
 class Choice(NamedTuple):
-    """A checkpoint, as the arguments of `micro_dit.api.load`."""
+    """The arguments of `micro_dit.api.load` for a checkpoint."""
 
     path: Path
     step: int | None = None
@@ -71,7 +71,7 @@ class Choice(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image, the request for it alone, and its PNG file, which is None while the image is forming."""
+    """An image, the request for this image, and its PNG file. The file is None while the image is unfinished."""
 
     image: Image.Image
     request: Request
@@ -79,29 +79,38 @@ class Sample(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The state of a request that is being sampled."""
+    """The state of a request in progress."""
 
-    done: float  # fraction
-    samples: dict[str, list[Sample | None]]  # by checkpoint; None where there is nothing to see yet
+    done: float  # fraction done, from 0 to 1
+    samples: dict[str, list[Sample | None]]  # images by checkpoint; None before the first intermediate image
     warnings: tuple[str, ...]
 
 
 class Session:
-    """Samples requests one after the other: a single thread has the device."""
+    """Processes requests one at a time, in a single thread that uses the device.
+
+    Attributes:
+        choices: Available checkpoints by label. The first one is the default.
+    """
 
     def __init__(self, paths: Sequence[str | Path], folder: Path):
-        """Finds the checkpoints of work directories and model folders; images go to `folder`."""
-        self.choices = find_checkpoints(paths)  # the first is the default
+        """Finds the available checkpoints.
+
+        Args:
+            paths: Work directories and model folders.
+            folder: Folder for the images.
+        """
+        self.choices = find_checkpoints(paths)
         self._folder = folder
         self._numbers = itertools.count()
-        self._models: dict[str, Model] = {}  # the last one is the most recently used
+        self._models: dict[str, Model] = {}  # ordered from least to most recently used
         self._device = ThreadPoolExecutor(1, "device")
         self._closed = threading.Event()
 
     def model(self, label: str) -> Model:
-        """Returns the model of a checkpoint; the KEPT_MODELS most recently used stay in memory."""
+        """Returns the model of a checkpoint. The KEPT_MODELS most recently used models stay in memory."""
         if label not in self.choices:
-            raise UserError(f"there is no checkpoint {label!r}; choose {' or '.join(self.choices)}.")
+            raise UserError(f"Unknown checkpoint {label!r}. Choose one of: {'; '.join(self.choices)}.")
         if (model := self._models.pop(label, None)) is None:
             while len(self._models) >= KEPT_MODELS:
                 del self._models[next(iter(self._models))]
@@ -113,7 +122,7 @@ class Session:
         return model
 
     def warm_up(self) -> Model:
-        """Returns the default model, with everything loaded and compiled that the first request needs."""
+        """Returns the default model, after loading and compiling everything that the first request needs."""
 
         def work() -> Model:
             model = self.model(next(iter(self.choices)))
@@ -123,10 +132,13 @@ class Session:
         return self._device.submit(work).result()
 
     def draw(self, request: Request) -> Iterator[Frame]:
-        """Yields frames while images form; the last has finished images, with files. Closing the iterator stops it.
+        """Samples images. Closing the iterator stops the request.
+
+        Yields:
+            Frames with intermediate images. The last frame has the finished images and their files.
 
         Raises:
-            UserError: A checkpoint can't be loaded, or the sampler can't be used with these settings.
+            UserError: A checkpoint can't be loaded, or a setting is invalid.
         """
         frames: SimpleQueue[Frame | None] = SimpleQueue()
         stop = threading.Event()
@@ -136,14 +148,14 @@ class Session:
                 raise InterruptedError("the request was stopped")
             frames.put(frame)
 
-        drawing = self._device.submit(self._draw, request, show)
-        drawing.add_done_callback(lambda _: frames.put(None))
+        sampling = self._device.submit(self._draw, request, show)
+        sampling.add_done_callback(lambda _: frames.put(None))
         try:
             while (frame := frames.get()) is not None:
                 yield frame
         finally:
             stop.set()
-        drawing.result()  # raises what went wrong
+        sampling.result()  # raises the exception of the request, if any
 
     def _draw(self, request: Request, show: Callable[[Frame], None]) -> None:
         labels = dict.fromkeys(label for label in (request.checkpoint, request.beside) if label)
@@ -172,7 +184,7 @@ class Session:
         return Sample(image, request, path)
 
     def close(self) -> None:
-        """Stops the request in progress and refuses further ones."""
+        """Stops the request in progress and rejects further requests."""
         self._closed.set()
         self._device.shutdown(cancel_futures=True)
 
@@ -180,9 +192,9 @@ class Session:
 def _show_forming(
     samples: list[Sample | None], model: Model, requests: Sequence[Request], report: Callable[[float], None]
 ) -> Callable[[float, np.ndarray, np.ndarray], None]:
-    """Returns a `watch` for `Model.generate` that updates `samples` in place and then reports the fraction done.
+    """Returns a callback `watch` for `Model.generate` that updates `samples` in place and reports the fraction done.
 
-    Decoding takes at most the fraction FORMING of the time.
+    Images are decoded only as often as the time limit FORMING allows.
     """
     shown, spent = 0.0, 0.0
 
@@ -200,23 +212,25 @@ def _show_forming(
 
 
 def find_checkpoints(paths: Sequence[str | Path]) -> dict[str, Choice]:
-    """Checkpoints of work directories and model folders by name, the newest of the first before the others.
+    """Returns the checkpoints of work directories and model folders by label.
+
+    The folders are in the given order, and the checkpoints of a run are sorted from newest to oldest.
 
     Raises:
-        UserError: a folder has none.
+        UserError: A folder has no checkpoints.
     """
     found: dict[str, Choice] = {}
     for path in map(Path, paths):
-        among = f"{path.resolve().name}, " if len(paths) > 1 else ""
+        prefix = f"{path.resolve().name}, " if len(paths) > 1 else ""
         run = read_run(path)
         if run is None:
             found[path.resolve().name] = Choice(path)
             continue
         phases, checkpoints = run["config"]["phases"], Checkpoints(path)
         for step in checkpoints.steps:
-            name = f"{among}step {step}, {phases[checkpoints.read_meta(step)['phase']]['name']}"
+            name = f"{prefix}step {step}, {phases[checkpoints.read_meta(step)['phase']]['name']}"
             if checkpoints.has_average(step):
-                found |= {f"{name}, average": Choice(path, step), f"{name}, raw": Choice(path, step, "raw")}
+                found |= {f"{name}, EMA": Choice(path, step), f"{name}, raw": Choice(path, step, "raw")}
             else:
                 found[name] = Choice(path, step)
         checkpoints.close()

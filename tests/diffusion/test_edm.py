@@ -22,18 +22,18 @@ def network(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("sigma_data", [0.9, 0.5])
-def test_the_scalings_keep_unit_variance(sigma_data: float) -> None:
+def test_preconditioning_keeps_unit_variance(sigma_data: float) -> None:
     c_skip, c_out, c_in, c_noise = edm.precondition(SIGMAS, sigma_data)
     # The network's input and its target have unit variance (EDM, equations 114 to 122).
     np.testing.assert_allclose(c_in**2 * (SIGMAS**2 + sigma_data**2), 1, rtol=1e-6)
     np.testing.assert_allclose((c_skip - 1) ** 2 * sigma_data**2 + c_skip**2 * SIGMAS**2, c_out**2, rtol=1e-4)
     np.testing.assert_allclose(c_noise, np.log(SIGMAS) / 4, rtol=1e-6)
-    # So the error in F has the weight 1 at every level.
+    # Therefore the error of F has weight 1 at every noise level.
     weight = (SIGMAS**2 + sigma_data**2) / (SIGMAS * sigma_data) ** 2
     np.testing.assert_allclose(weight * c_out**2, 1, rtol=1e-5)
 
 
-def test_without_noise_the_denoiser_is_the_identity_and_in_pure_noise_the_network() -> None:
+def test_denoiser_is_the_identity_at_low_noise_and_the_network_at_high_noise() -> None:
     x = images(0)
     np.testing.assert_allclose(edm.denoise(network, x, jnp.asarray([1e-6]), Y), x, atol=1e-5)
     large = jnp.asarray([1e6])
@@ -42,7 +42,7 @@ def test_without_noise_the_denoiser_is_the_identity_and_in_pure_noise_the_networ
 
 
 def brute_force(x: np.ndarray, D_x: np.ndarray, sigma: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
-    """Patch by patch, in float64."""
+    """Computes the loss patch by patch in float64."""
     losses = []
     for image in range(B):
         weight = (sigma[image] ** 2 + 0.81) / (sigma[image] * 0.9) ** 2
@@ -59,7 +59,7 @@ def brute_force(x: np.ndarray, D_x: np.ndarray, sigma: np.ndarray, keep: np.ndar
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_loss_is_that_of_a_loop_over_the_kept_patches(masked: bool) -> None:
+def test_loss_matches_a_loop_over_the_kept_patches(masked: bool) -> None:
     x, noise, sigma = images(1), images(2), jnp.asarray([0.1, 0.5, 1.0, 3.0])
     mask = mask_from_noise(jax.random.uniform(jax.random.key(0), (B, 16)), 5) if masked else None
     loss = edm.loss(network, x, Y, sigma, noise, mask=mask)
@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_a_loop_over_the_kept_patches(masked: bool) -> None:
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_dropped_patches_do_not_count() -> None:
+def test_dropped_patches_do_not_affect_the_loss() -> None:
     x, noise, sigma = images(1), images(2), jnp.ones(B)
     mask = mask_from_noise(jax.random.uniform(jax.random.key(0), (B, 16)), 5)
     dropped = jnp.repeat(jnp.repeat(mask.dropped.reshape(B, 4, 4), 2, 1), 2, 2)[..., None]
@@ -84,8 +84,8 @@ def test_dropped_patches_do_not_count() -> None:
     assert np.all(edm.loss(wrong_where_dropped, x, Y, sigma, noise) > 1000)
 
 
-def test_the_best_network_has_the_loss_of_the_posterior() -> None:
-    """For data ~ Normal(0, sigma_data²) the ideal denoiser is c_skip·x, so F = 0 and the weighted error is 1."""
+def test_ideal_denoiser_of_gaussian_data_has_loss_1() -> None:
+    """For data ~ Normal(0, sigma_data²), the ideal denoiser is c_skip·x, so F = 0 and the weighted error is 1."""
     generator = np.random.default_rng(0)
     x = jnp.asarray(0.9 * generator.standard_normal((2000, 4, 4, 2), dtype=np.float32))
     noise = jnp.asarray(generator.standard_normal(x.shape, dtype=np.float32))
@@ -94,10 +94,10 @@ def test_the_best_network_has_the_loss_of_the_posterior() -> None:
     assert float(loss.mean()) == pytest.approx(1, abs=0.02)
 
 
-def test_noise_levels_of_training_are_log_normal() -> None:
-    draws = np.log(np.asarray(edm.draw_sigma(jax.random.key(0), 40_000, -0.6, 1.2), np.float64))
-    assert draws.mean() == pytest.approx(-0.6, abs=0.03)
-    assert draws.std() == pytest.approx(1.2, abs=0.03)
-    standard = (draws + 0.6) / 1.2
+def test_training_noise_levels_are_log_normal() -> None:
+    log_sigma = np.log(np.asarray(edm.draw_sigma(jax.random.key(0), 40_000, -0.6, 1.2), np.float64))
+    assert log_sigma.mean() == pytest.approx(-0.6, abs=0.03)
+    assert log_sigma.std() == pytest.approx(1.2, abs=0.03)
+    standard = (log_sigma + 0.6) / 1.2
     assert (standard**3).mean() == pytest.approx(0, abs=0.08)
     assert (standard**4).mean() == pytest.approx(3, abs=0.2)

@@ -16,14 +16,14 @@ def network(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 5.0, -1.0])
-def test_the_formula_holds_at_every_scale(scale: float) -> None:
+def test_classifier_free_guidance_formula_holds_at_every_scale(scale: float) -> None:
     conditional, unconditional = network(X, T, Y), network(X, T, jnp.zeros_like(Y))
     expected = unconditional + scale * (conditional - unconditional)
     np.testing.assert_allclose(guide(network, scale)(X, T, Y), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("scale", "images"), [(0.0, 3), (1.0, 3), (2.0, 6)])
-def test_a_branch_that_is_not_needed_is_not_computed(scale: float, images: int) -> None:
+def test_unneeded_branch_is_not_computed(scale: float, images: int) -> None:
     sizes = []
 
     def counting(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
@@ -34,14 +34,14 @@ def test_a_branch_that_is_not_needed_is_not_computed(scale: float, images: int) 
     assert sizes == [images]
 
 
-def test_one_noise_level_for_all_images_may_be_given_once() -> None:
+def test_single_noise_level_is_broadcast_to_the_batch() -> None:
     np.testing.assert_allclose(
         guide(network, 3.0)(X, T[:1], Y), guide(network, 3.0)(X, jnp.repeat(T[:1], 3), Y), rtol=1e-6
     )
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 5.0])
-def test_a_negative_prompt_takes_the_place_of_the_zeros(scale: float) -> None:
+def test_negative_prompt_replaces_the_zero_embedding(scale: float) -> None:
     negative = Y[1]
     conditional, away_from = network(X, T, Y), network(X, T, jnp.broadcast_to(negative, Y.shape))
     expected = away_from + scale * (conditional - away_from)
@@ -58,6 +58,6 @@ def test_autoguidance_extrapolates_denoised_images() -> None:
     np.testing.assert_allclose(guided, bad + 2.5 * (good - bad), atol=1e-5)
 
 
-def test_there_is_guidance_within_the_interval_only() -> None:
+def test_guidance_is_applied_only_within_the_interval() -> None:
     assert [scale_at(sigma, 5.0, (0.3, 2.0)) for sigma in (0.2, 0.3, 0.31, 2.0, 2.1)] == [1, 1, 5, 5, 1]
     assert scale_at(80.0, 5.0, None) == 5

@@ -9,7 +9,7 @@ from micro_dit.diffusion.samplers import SAMPLERS, keep_known, noise_levels, par
 
 
 @pytest.mark.parametrize("steps", [1, 2, 18, 30])
-def test_noise_levels_go_down_to_zero(steps: int) -> None:
+def test_noise_levels_descend_to_zero(steps: int) -> None:
     levels = noise_levels(steps)
     assert levels.shape == (steps + 1,)
     assert levels[0] == pytest.approx(80)
@@ -17,16 +17,16 @@ def test_noise_levels_go_down_to_zero(steps: int) -> None:
     assert np.all(np.diff(levels) < 0)
     if steps > 1:
         assert levels[-2] == pytest.approx(0.002)
-        # Evenly spaced in the seventh root.
+        # The levels are evenly spaced in sigma^(1/7).
         np.testing.assert_allclose(np.diff(levels[:-1] ** (1 / 7), 2), 0, atol=1e-12)
 
 
-def test_no_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1 step, not 0"):
+def test_zero_steps_are_an_error() -> None:
+    with pytest.raises(ValueError, match="must be at least 1, but is 0"):
         noise_levels(0)
 
 
-def test_a_part_of_the_way_takes_a_part_of_the_steps() -> None:
+def test_partial_noise_levels_use_a_fraction_of_the_steps() -> None:
     np.testing.assert_allclose(partial_noise_levels(14, 1.0), noise_levels(14), rtol=1e-12)
     half = partial_noise_levels(14, 0.5)
     assert len(half) == 8
@@ -41,39 +41,39 @@ def noise() -> jax.Array:
 
 
 def linear_denoiser(x: jax.Array, sigma: float) -> jax.Array:
-    """The ideal one for data ~ Normal(0, 1): x(sigma) goes as sqrt(1 + sigma²)."""
+    """The ideal denoiser for data ~ Normal(0, 1): x(sigma) is proportional to sqrt(1 + sigma²)."""
     return x / (1 + sigma**2)
 
 
 def error(sampler: str, steps: int, variance: float) -> float:
-    """Relative error at the last level above 0, for data ~ Normal(0, variance)."""
+    """Returns the relative error of a sampler for data ~ Normal(0, variance)."""
     levels = noise_levels(steps, sigma_min=0.5, sigma_max=5.0)
     x = sample(lambda x, sigma: x * variance / (variance + sigma**2), noise(), levels, sampler)
-    # The last step, to 0, is Euler's by design and ends at D(x; 0.5).
+    # The last step, from 0.5 to 0, is an Euler step for every sampler and returns D(x; 0.5).
     exact = noise() * 5.0 * np.sqrt((variance + 0.25) / (variance + 25)) * variance / (variance + 0.25)
     return float(jnp.linalg.norm(x - exact) / jnp.linalg.norm(exact))
 
 
-# Not variance 1 for the last: there its errors nearly cancel.
+# The errors of dpmpp_2m nearly cancel at variance 1, so it is tested at another variance.
 @pytest.mark.parametrize(("sampler", "order", "variance"), [("heun", 2, 1.0), ("euler", 1, 1.0), ("dpmpp_2m", 2, 0.25)])
-def test_the_error_falls_with_the_order(sampler: str, order: int, variance: float) -> None:
-    errors = [error(sampler, steps, variance) for steps in (9, 17, 33)]  # 8, 16 and 32 steps above the last
+def test_error_decreases_with_the_order_of_the_sampler(sampler: str, order: int, variance: float) -> None:
+    errors = [error(sampler, steps, variance) for steps in (9, 17, 33)]  # 8, 16 and 32 before the last step
     assert errors[0] < (0.05 if order == 2 else 0.25)
     for coarse, fine in itertools.pairwise(errors):
         assert 0.82 * 2**order < coarse / fine < 1.3 * 2**order
 
 
-def test_eulers_method_is_ddim() -> None:
+def test_euler_is_ddim() -> None:
     levels = noise_levels(5)
     x = np.asarray(noise(), np.float64) * levels[0]
-    for sigma, following in itertools.pairwise(levels):  # DDIM: the guess of the image, under less of the same noise
+    for sigma, sigma_next in itertools.pairwise(levels):  # DDIM adds the predicted noise to D(x) at the next level
         D_x = x / (1 + sigma**2)
-        x = D_x + following * (x - D_x) / sigma
+        x = D_x + sigma_next * (x - D_x) / sigma
     np.testing.assert_allclose(sample(linear_denoiser, noise(), levels, "euler"), x, rtol=2e-3, atol=2e-5)
 
 
-def test_dpm_solver_is_the_papers() -> None:
-    """Algorithm 2 of arXiv 2211.01095, written out in lambda with alpha = 1."""
+def test_dpmpp_2m_matches_the_paper() -> None:
+    """Compares with algorithm 2 of arXiv 2211.01095, written in terms of lambda with alpha = 1."""
     levels = noise_levels(6, sigma_min=0.1, sigma_max=10.0)
     x, t = np.asarray(noise(), np.float64) * levels[0], -np.log(levels[:-1])
     images = []
@@ -90,38 +90,38 @@ def test_dpm_solver_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_one_step_is_the_denoiser_itself(name: str) -> None:
+def test_one_step_returns_the_denoiser_output(name: str) -> None:
     x = sample(linear_denoiser, noise(), noise_levels(1), name)
     np.testing.assert_allclose(x, linear_denoiser(80 * noise(), 80.0), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_denoiser_that_knows_the_answer_is_believed(name: str) -> None:
-    answer = jnp.full((2, 4, 4, 1), 0.7)
-    x = sample(lambda x, sigma: answer, noise(), noise_levels(10), name)
-    np.testing.assert_allclose(x, answer, atol=2e-5)
+def test_constant_denoiser_output_is_the_sample(name: str) -> None:
+    constant = jnp.full((2, 4, 4, 1), 0.7)
+    x = sample(lambda x, sigma: constant, noise(), noise_levels(10), name)
+    np.testing.assert_allclose(x, constant, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_known_part_is_the_original_under_the_noise_of_each_level(name: str) -> None:
+def test_known_part_stays_at_the_original_plus_noise_of_each_level(name: str) -> None:
     levels = noise_levels(6)
     known = jnp.linspace(-1, 1, 16).reshape(4, 4, 1)
     redraw = jnp.arange(4)[:, None, None] < 2
-    seen = []
+    calls = []
 
-    def watching(x: jax.Array, sigma: float) -> jax.Array:
-        seen.append((np.asarray(x), sigma))
+    def recording(x: jax.Array, sigma: float) -> jax.Array:
+        calls.append((np.asarray(x), sigma))
         return linear_denoiser(x, sigma)
 
-    x = sample(keep_known(watching, known, redraw), noise() + known / 80, levels, name)
-    assert len(seen) == (11 if name == "heun" else 6)
-    for state, sigma in seen:
+    x = sample(keep_known(recording, known, redraw), noise() + known / 80, levels, name)
+    assert len(calls) == (11 if name == "heun" else 6)
+    for state, sigma in calls:
         np.testing.assert_allclose(state[:, 2:], (known + sigma * noise())[:, 2:], atol=1e-4)
     np.testing.assert_allclose(x[:, 2:], jnp.broadcast_to(known, x.shape)[:, 2:], atol=1e-5)
     assert np.abs(x[:, :2] - known[:2]).max() > 0.1
 
 
-def test_heun_calls_the_denoiser_twice_per_step_but_once_in_the_last() -> None:
+def test_heun_calls_the_denoiser_twice_per_step_except_in_the_last() -> None:
     calls = []
 
     def counting(x: jax.Array, sigma: float) -> jax.Array:

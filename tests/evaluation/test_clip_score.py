@@ -1,4 +1,4 @@
-"""CLIP score and CMMD, with a tiny CLIP of random weights."""
+"""CLIP score and CMMD with a tiny, randomly initialized CLIP model."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as transformers saves it."""
+    """A CLIP checkpoint written by transformers."""
 
     from tests.helpers.published import shake, write_clip_tokenizer
 
@@ -52,7 +52,7 @@ def images(n: int, seed: int = 0) -> np.ndarray:
     return generator.integers(0, 256, (n, 4, 4, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
 
 
-def test_the_score_is_that_of_transformers(folder: Path, clip: Clip) -> None:
+def test_clip_score_matches_transformers(folder: Path, clip: Clip) -> None:
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
     pixels = processor([Image.fromarray(image) for image in images(4)], return_tensors="pt")["pixel_values"]
@@ -66,17 +66,17 @@ def test_the_score_is_that_of_transformers(folder: Path, clip: Clip) -> None:
     texts = clip.of_texts(PROMPTS)
     np.testing.assert_allclose((embeddings * texts).sum(1), cosines, atol=1e-5)
     assert np.std(cosines) > 1e-4
-    # Random weights may well find an image and its prompt opposed: the same with the sign that makes them alike.
+    # With random weights the cosines may be negative, so both signs are tested.
     for sign in (1, -1):
         found = clip_score(clip, InMemory(images(4), PROMPTS), np.float32(sign) * embeddings)
         assert found.value == pytest.approx(np.mean([max(100 * sign * cosine, 0) for cosine in cosines]), abs=1e-3)
     assert found.better == "higher"
     assert "sha256" in found.pipeline["network"]
-    with pytest.raises(UserError, match="needs a prompt for each image"):
+    with pytest.raises(UserError, match="needs a prompt for each image, but 4 images have 0 prompts"):
         clip_score(clip, InMemory(images(4)), embeddings)
 
 
-def test_the_discrepancy_by_its_formula() -> None:
+def test_mmd_matches_its_formula() -> None:
     generator = np.random.default_rng(0)
     x, y = generator.standard_normal((1030, 3)), 2 + generator.standard_normal((7, 3))
 
@@ -85,20 +85,20 @@ def test_the_discrepancy_by_its_formula() -> None:
 
     assert mmd(x, y) == pytest.approx(1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)), rel=1e-9)
     assert abs(mmd(x, x)) < 1e-9
-    # Two points far from each other: each kernel with itself is 1, and 0 with the other.
+    # The kernel of a point with itself is 1, and that of two distant points is 0.
     assert mmd(np.zeros((1, 2)), np.full((1, 2), 1e3)) == pytest.approx(2000)
 
 
-def test_references_of_cmmd(folder: Path, clip: Clip, tmp_path: Path) -> None:
+def test_cmmd_reference_is_computed_once_and_cached(folder: Path, clip: Clip, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     for number, image in enumerate(images(6)):
         Image.fromarray(image).save(tmp_path / "real" / f"{number}.png")
-    said: list[str] = []
+    messages: list[str] = []
     for _ in range(2):
-        inputs = MetricInputs(32, str(tmp_path / "real"), clip=str(folder), cache=tmp_path, say=said.append)
+        inputs = MetricInputs(32, str(tmp_path / "real"), clip=str(folder), cache=tmp_path, say=messages.append)
         measure = load_metrics(["cmmd", "clip_score"], inputs)
         same, _ = measure(InMemory(images(6), PROMPTS + PROMPTS[:2]))
-    assert len(said) == 1
+    assert len(messages) == 1
     assert abs(same.value) < 1e-3
     other, score = measure(InMemory(images(6, seed=1) // 3, PROMPTS + PROMPTS[:2]))
     assert other.value > same.value + 1e-3
@@ -106,15 +106,15 @@ def test_references_of_cmmd(folder: Path, clip: Clip, tmp_path: Path) -> None:
     assert other.pipeline["reference"].startswith("6 images of")
 
 
-def test_other_models_and_files_are_refused(clip: Clip, tmp_path: Path) -> None:
+def test_other_clip_models_and_files_are_rejected(clip: Clip, tmp_path: Path) -> None:
     save_embeddings(tmp_path / "clip.npz", np.zeros((3, 16), np.float32), {"network": "another"})
-    with pytest.raises(UserError, match=r"clip.npz was made with another, not with clip"):
+    with pytest.raises(UserError, match=r"clip.npz were computed with another, but --clip is clip"):
         load_embeddings(tmp_path / "clip.npz", clip)
     (tmp_path / "text.npz").write_text("no")
-    with pytest.raises(UserError, match="is no file of CLIP embeddings"):
+    with pytest.raises(UserError, match="is not a file of CLIP embeddings"):
         load_embeddings(tmp_path / "text.npz", clip)
-    with pytest.raises(UserError, match="the reference has CLIP embeddings of 5 numbers"):
+    with pytest.raises(UserError, match="embeddings of the reference have 5 features, but clip"):
         cmmd(clip, np.zeros((2, 16)), np.zeros((2, 5)), "here")
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(UserError, match="is a 't5', not a CLIP model with both towers"):
+    with pytest.raises(UserError, match="has the model type 't5', but a CLIP model"):
         Clip(str(tmp_path))

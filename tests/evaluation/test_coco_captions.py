@@ -1,4 +1,4 @@
-"""COCO's captions: one for an image, the same choice for everybody."""
+"""The selection of COCO captions."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def captions(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_caption_an_image_in_an_order_of_their_own(captions: Path) -> None:
+def test_each_image_has_one_caption_in_a_fixed_random_order(captions: Path) -> None:
     chosen = read_coco_prompts(captions)
     assert len(chosen) == len({c.file_name for c in chosen}) == 50
     for prompt, file_name in chosen:
@@ -30,11 +30,11 @@ def test_a_caption_an_image_in_an_order_of_their_own(captions: Path) -> None:
         assert caption in "01234"
     assert len({c.prompt[-1] for c in chosen}) == 5
     assert chosen != sorted(chosen, key=lambda c: c.file_name)
-    # The list is fixed: whoever reads the file gets these.
+    # The order is part of the protocol and must never change.
     assert [c.prompt for c in chosen[:3]] == ["image 31, caption 0", "image 33, caption 0", "image 43, caption 3"]
 
 
-def test_a_shorter_list_is_the_beginning_and_a_seed_another_one(captions: Path) -> None:
+def test_shorter_list_is_a_prefix_and_the_seed_changes_the_selection(captions: Path) -> None:
     content = json.loads(captions.read_text())
     content["annotations"].reverse()
     captions.with_name("reversed.json").write_text(json.dumps(content))
@@ -44,11 +44,11 @@ def test_a_shorter_list_is_the_beginning_and_a_seed_another_one(captions: Path) 
     assert read_coco_prompts(captions, seed=1) != chosen
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_rejected(tmp_path: Path) -> None:
     for text, message in (
-        ('{"images": []}', "is no file of COCO captions .*annotations.*take captions_val2014.json"),
-        ("[", "is no file of COCO captions"),
-        ('{"images": [], "annotations": []}', "has no captions of its images"),
+        ('{"images": []}', "is not a COCO captions file .*annotations.*Set --prompts to captions_val2014.json"),
+        ("[", "is not a COCO captions file"),
+        ('{"images": [], "annotations": []}', "has no image with a caption"),
     ):
         (tmp_path / "captions.json").write_text(text)
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""FID: the network against another implementation's features, the distance against closed forms, what damage does."""
+"""FID: the network against torch-fidelity, the distance against closed forms, and the effect of image damage."""
 
 import json
 import re
@@ -44,42 +44,46 @@ def params(tensors: dict[str, np.ndarray]) -> inception.Params:
 # ---- The network -----------------------------------------------------------------------------------------------------
 
 
-def test_features_are_those_of_torch_fidelity(params: inception.Params) -> None:
-    """Computed by torch-fidelity 0.4.0 in float32, with the same weights and images."""
+def test_features_match_torch_fidelity(params: inception.Params) -> None:
+    """The golden features were computed with torch-fidelity 0.4.0 in float32, with the same weights and images."""
     expected = np.load(GOLDEN)["features"]
     features = np.asarray(jax.jit(inception.features)(params, two_images()))
     assert np.abs(features - expected).max() <= 1e-4 * np.abs(expected).max()
-    # The images are told apart, which is less than what they have in common.
+    # The difference between the images is smaller than their common part, so it has its own tolerance.
     apart, expected_apart = features[0] - features[1], expected[0] - expected[1]
     assert np.linalg.norm(apart - expected_apart) <= 1e-3 * np.linalg.norm(expected_apart)
 
 
-def test_resizing_is_tensorflows() -> None:
-    """Pixel i comes from i·size/299; the last ones repeat, and nothing is smoothed."""
+def test_resizing_matches_tensorflow_1() -> None:
+    """Pixel i is at i·size/299, the last pixels are repeated, and there is no antialiasing."""
     ramp = np.arange(100, dtype=np.uint8)[None, None, :, None].repeat(598, 1).repeat(3, 3)
     resized = np.asarray(inception.resize(ramp))
     assert resized.shape == (1, 299, 299, 3)
     np.testing.assert_allclose(resized[0, 7, :, 1], np.minimum(np.arange(299) * 100 / 299, 99), atol=1e-4)
     rows = np.arange(598)[None, :, None, None].repeat(2, 2).repeat(3, 3) % 2 * 200
-    assert np.asarray(inception.resize(rows.astype(np.uint8))).max() == 0  # every other row alone
+    assert np.asarray(inception.resize(rows.astype(np.uint8))).max() == 0  # only even rows are sampled
 
 
-def test_other_weights_are_refused(
+def test_other_weights_are_rejected(
     tensors: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damaged = tensors | {"Mixed_7c.branch_pool.conv.weight": np.zeros((192, 2048, 3, 3), np.float32)}
     with pytest.raises(
-        UserError, match=r"not the FID network: Mixed_7c.branch_pool.conv.weight is \(192, 2048, 3, 3\)"
+        UserError, match=r"not the FID network: Mixed_7c.branch_pool.conv.weight has the shape \(192, 2048, 3, 3\)"
     ):
         inception.fold(damaged, "here")
     few = {name: tensor for name, tensor in tensors.items() if name.startswith("Conv2d_1a")}
     write_torch(tmp_path / "few.pth", few)
-    with pytest.raises(UserError, match=r"few.pth is not the FID network: Conv2d_2a_3x3.conv.weight is missing; get"):
+    with pytest.raises(
+        UserError, match=r"few.pth are not the FID network: Conv2d_2a_3x3.conv.weight is missing. Download https"
+    ):
         inception.load_params(tmp_path / "few.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=rf"not at {tmp_path}/hub/checkpoints/{inception.WEIGHTS}: download https://"):
+    with pytest.raises(
+        UserError, match=rf"not found at {tmp_path}/hub/checkpoints/{inception.WEIGHTS}. Download https://"
+    ):
         inception.find_weights()
-    with pytest.raises(UserError, match=r"not at nowhere\.pth"):
+    with pytest.raises(UserError, match=r"not found at nowhere\.pth"):
         inception.find_weights("nowhere.pth")
 
 
@@ -95,11 +99,11 @@ def random_covariance(seed: int, size: int = 12) -> np.ndarray:
     return x.T @ x / len(x)
 
 
-def test_distance_in_closed_form() -> None:
+def test_frechet_distance_matches_closed_forms() -> None:
     zero, one = np.zeros(12), np.ones(12)
     diagonal = np.arange(1.0, 13.0)
     ours, theirs = gaussian(zero, np.diag(diagonal)), gaussian(2 * one, np.diag(4 * diagonal))
-    # Of commuting covariances: |mu|² + Σ (√a - √b)².
+    # For commuting covariances, the distance is ‖mu‖² + Σ (√a - √b)².
     assert frechet_distance(ours, theirs) == pytest.approx(48 + diagonal.sum(), rel=1e-12)
     covariance = random_covariance(0)
     assert frechet_distance(gaussian(zero, covariance), gaussian(one, covariance)) == pytest.approx(12)
@@ -107,7 +111,7 @@ def test_distance_in_closed_form() -> None:
     assert frechet_distance(gaussian(zero, covariance), scaled) == pytest.approx(4 * np.trace(covariance))
 
 
-def test_distance_by_the_usual_formula() -> None:
+def test_frechet_distance_matches_the_matrix_square_root() -> None:
     from scipy.linalg import sqrtm
 
     a, b = random_covariance(1), random_covariance(2)
@@ -117,21 +121,21 @@ def test_distance_by_the_usual_formula() -> None:
     assert frechet_distance(gaussian(0 * mean, b), gaussian(mean, a)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_covariances_without_full_rank() -> None:
+def test_frechet_distance_of_covariances_without_full_rank() -> None:
     x = np.random.default_rng(4).standard_normal((10, 300))
     ours = statistics([x], {})
     assert abs(frechet_distance(ours, ours)) < 1e-9
     assert frechet_distance(ours, gaussian(ours.mu, 0 * ours.sigma)) == pytest.approx(np.trace(ours.sigma))
 
 
-def test_statistics_are_gathered_batch_by_batch() -> None:
+def test_statistics_are_accumulated_over_batches() -> None:
     x = 1000 + np.random.default_rng(5).standard_normal((57, 7)).astype(np.float32)
     found = statistics(np.split(x, [1, 20, 33]), {"network": "n"})
     assert found.n == 57
     assert found.mu.dtype == found.sigma.dtype == np.float64
     np.testing.assert_allclose(found.mu, x.astype(np.float64).mean(0), rtol=1e-13)
     np.testing.assert_allclose(found.sigma, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
-    with pytest.raises(UserError, match="statistics of 1 images"):
+    with pytest.raises(UserError, match="need at least 2 images, but there are 1"):
         statistics([x[:1]], {})
 
 
@@ -140,7 +144,7 @@ def test_statistics_are_gathered_batch_by_batch() -> None:
 
 @pytest.fixture(scope="module")
 def network(params: inception.Params) -> Iterator[FidNetwork]:
-    """The network at a size that a CPU computes in no time."""
+    """The network at a low resolution, which is fast on a CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inception, "SIDE", 107)
         patch.setattr("micro_dit.evaluation.fid.BATCH_SIZE", 16)
@@ -149,7 +153,7 @@ def network(params: inception.Params) -> Iterator[FidNetwork]:
         yield network
 
 
-def drawings(n: int, seed: int) -> np.ndarray:
+def random_images(n: int, seed: int) -> np.ndarray:
     """Smooth random color fields with an edge: (n, 64, 64, 3) uint8."""
     generator = np.random.default_rng(seed)
     images = []
@@ -169,10 +173,10 @@ def as_jpeg(images: np.ndarray, quality: int) -> np.ndarray:
     return np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in damaged])
 
 
-def test_what_damage_does(network: FidNetwork) -> None:
-    images, others = drawings(48, 0), drawings(48, 1)
+def test_distance_increases_with_damage(network: FidNetwork) -> None:
+    images, others = random_images(48, 0), random_images(48, 1)
 
-    def of_some_features(images: np.ndarray) -> Statistics:  # all of them would take minutes
+    def of_some_features(images: np.ndarray) -> Statistics:  # with all features the test would take minutes
         return statistics([network(images[start : start + 16])[:, ::16] for start in (0, 16, 32)], {})
 
     real = of_some_features(images)
@@ -190,9 +194,9 @@ def test_what_damage_does(network: FidNetwork) -> None:
     assert jpeg[2] > 2 * jpeg[0]
 
 
-def test_a_number_says_how_it_came_about(network: FidNetwork, tmp_path: Path) -> None:
-    images, warnings = InMemory(drawings(20, 0)), list[str]()
-    real = network.statistics(InMemory(drawings(33, 1)), set="val2014")
+def test_fid_records_its_pipeline_and_warns_of_few_images(network: FidNetwork, tmp_path: Path) -> None:
+    images, warnings = InMemory(random_images(20, 0)), list[str]()
+    real = network.statistics(InMemory(random_images(33, 1)), set="val2014")
     save_statistics(tmp_path / "real.npz", real)
     measure = fid(images, network, load_statistics(tmp_path / "real.npz"), warnings.append)
     assert measure.value > 0
@@ -202,66 +206,68 @@ def test_a_number_says_how_it_came_about(network: FidNetwork, tmp_path: Path) ->
     assert {"preprocessing", "rounding", "statistics"} <= set(measure.pipeline)
     json.dumps(measure.pipeline)
     assert [re.findall(r"with (\d+) (\w+)", text)[0] for text in warnings] == [("20", "generated"), ("33", "real")]
-    assert "not full rank" in warnings[0]
+    assert "not have full rank" in warnings[0]
 
 
 # ---- Statistics files ------------------------------------------------------------------------------------------------
 
 
-def test_wrong_statistics_files(network: FidNetwork, tmp_path: Path) -> None:
+def test_wrong_statistics_files_are_rejected(network: FidNetwork, tmp_path: Path) -> None:
     zeros = Statistics(np.zeros(2048), np.eye(2048), 5, {"network": "other, sha256 0123"})
     save_statistics(tmp_path / "other.npz", zeros)
-    with pytest.raises(UserError, match=r"made with another network \(other, sha256 0123\) than pt_inception"):
-        fid(InMemory(drawings(2, 0)), network, load_statistics(tmp_path / "other.npz"), print)
+    with pytest.raises(UserError, match=r"with another network \(other, sha256 0123\), not with pt_inception"):
+        fid(InMemory(random_images(2, 0)), network, load_statistics(tmp_path / "other.npz"), print)
     np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(UserError, match=r"small.npz is no statistics file of 2048 features: its mu is \(3,\)"):
+    with pytest.raises(UserError, match=r"small.npz is not a statistics file for 2048 features: .* shape \(3,\)"):
         load_statistics(tmp_path / "small.npz")
     (tmp_path / "text.npz").write_text("mu, sigma")
-    with pytest.raises(UserError, match=r"text.npz is no statistics file \(.npz\), or is damaged"):
+    with pytest.raises(UserError, match=r"text.npz is damaged or not a statistics file \(.npz\)"):
         load_statistics(tmp_path / "text.npz")
-    with pytest.raises(UserError, match="there is no statistics file"):
+    with pytest.raises(UserError, match=r"Statistics file .*none.npz not found"):
         load_statistics(tmp_path / "none.npz")
 
 
-def test_statistics_of_other_programs_are_read(tmp_path: Path) -> None:
+def test_statistics_files_of_other_programs_are_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "theirs.npz", mu=np.ones(2048), sigma=np.eye(2048))
     found = load_statistics(tmp_path / "theirs.npz")
-    assert (found.n, found.pipeline) == (0, {"network": "not told by the file"})
+    assert (found.n, found.pipeline) == (0, {"network": "not recorded in the file"})
 
 
 @pytest.fixture
 def weights(params: inception.Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A file that stands for the weights."""
+    """An empty weights file; the parameters are those of the fixture `params`."""
     monkeypatch.setattr(inception, "load_params", lambda path: (params, "random"))
     (tmp_path / "weights.pth").touch()
     return str(tmp_path / "weights.pth")
 
 
-def test_references_that_make_no_sense(tmp_path: Path, weights: str) -> None:
+def test_invalid_references_are_rejected(tmp_path: Path, weights: str) -> None:
     for reference, message in (
-        ("", "fid compares with real images: give --reference"),
-        (str(tmp_path / "nowhere"), "there is no folder .*nowhere; give one of real images, or a statistics file"),
-        (str(tmp_path), "holds no images"),
+        ("", "The metric fid compares with real images. Set --reference"),
+        (str(tmp_path / "nowhere"), "The folder .*nowhere does not exist. Set --reference"),
+        (str(tmp_path), "contains no images"),
     ):
         with pytest.raises(UserError, match=message):
             load_metrics(["fid"], MetricInputs(64, reference, inception=weights))
-    with pytest.raises(UserError, match="there is no metric 'fidd'; choose some of fid, cmmd, clip_score, domain"):
+    with pytest.raises(UserError, match=r"Unknown metric 'fidd'\. Choose from fid, cmmd, clip_score, domain"):
         load_metrics(["fidd"], MetricInputs(64))
 
 
-def test_statistics_of_a_folder_are_kept(
+def test_statistics_of_a_folder_are_cached(
     network: FidNetwork, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "real").mkdir()
-    for number, image in enumerate(drawings(5, 3)):
+    for number, image in enumerate(random_images(5, 3)):
         Image.fromarray(image).resize((96, 80)).save(tmp_path / "real" / f"{number}.png")
     monkeypatch.setattr("micro_dit.evaluation.registry.FidNetwork", lambda *arguments: network)
     monkeypatch.setattr("micro_dit.evaluation.registry.fid", lambda images, network, reference, warn: reference)
-    said: list[str] = []
+    messages: list[str] = []
     for _ in range(2):
-        inputs = MetricInputs(64, str(tmp_path / "real"), inception=weights, cache=tmp_path / "kept", say=said.append)
-        (reference,) = load_metrics(["fid"], inputs)(InMemory(drawings(2, 0)))
+        inputs = MetricInputs(
+            64, str(tmp_path / "real"), inception=weights, cache=tmp_path / "cache", say=messages.append
+        )
+        (reference,) = load_metrics(["fid"], inputs)(InMemory(random_images(2, 0)))
         assert reference.n == 5
         assert "center crop" in reference.pipeline["crop"]
-    assert len(said) == 1  # computed once
-    assert len(list((tmp_path / "kept").iterdir())) == 1
+    assert len(messages) == 1  # printed when the statistics are computed
+    assert len(list((tmp_path / "cache").iterdir())) == 1

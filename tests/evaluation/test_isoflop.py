@@ -1,4 +1,4 @@
-"""The table, the curves and the plot of a comparison."""
+"""The table and the plot of a comparison."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def result(name: str, budget: float, loss: float, **fields: Any) -> dict[str, An
     return common | fields
 
 
-def test_the_table_has_means_spreads_and_the_best_first() -> None:
+def test_table_has_means_and_deviations_with_the_best_recipe_first() -> None:
     results = [result("a", 1e12, 0.5), result("b", 1e12, 0.3), result("a", 1e12, 0.7), result("a", 2e12, 0.25)]
     assert [(name, budget, len(group)) for name, budget, group in grouped(results)] == [
         ("b", 1e12, 1), ("a", 1e12, 2), ("a", 2e12, 1),
@@ -29,7 +29,7 @@ def test_the_table_has_means_spreads_and_the_best_first() -> None:
     ]
 
 
-def test_the_table_has_seconds_and_the_flops_to_reach_the_baseline() -> None:
+def test_table_has_seconds_and_the_fraction_of_flops_to_reach_the_baseline() -> None:
     results = [
         result("base", 1e12, 0.5, training_seconds=1000, curve=[[2.5e11, 0.9], [5e11, 0.7], [1e12, 0.5]]),
         result("base", 1e12, 0.5, training_seconds=2000.4, curve=[[2.5e11, 0.7], [5e11, 0.5], [1e12, 0.5]]),
@@ -51,7 +51,7 @@ def test_the_table_has_seconds_and_the_flops_to_reach_the_baseline() -> None:
         assert "reach" not in results_table(results, baseline)
 
 
-def test_mean_curves_have_the_flops_that_all_runs_share() -> None:
+def test_mean_curve_has_the_flops_that_all_runs_share() -> None:
     runs = [
         result("a", 4.0, 0.5, curve=[[1, 0.9], [2, 0.7], [4, 0.5]]),
         result("a", 4.0, 0.5, curve=[[2, 0.5], [3, 0.4], [4, 0.3]]),
@@ -62,10 +62,10 @@ def test_mean_curves_have_the_flops_that_all_runs_share() -> None:
     assert mean_curve([result("a", 4.0, 0.5, curve=[])]) == []
 
 
-def test_flops_to_reach_a_loss_are_interpolated_in_their_logarithm() -> None:
+def test_flops_to_reach_a_loss_are_interpolated_logarithmically() -> None:
     curve = [(100, 1.0), (10_000, 0.5), (20_000, 0.6), (40_000, 0.2)]
     assert flops_to_reach(curve, 0.75) == pytest.approx(1000)
-    assert flops_to_reach(curve, 0.5) == pytest.approx(10_000)  # the first time
+    assert flops_to_reach(curve, 0.5) == pytest.approx(10_000)  # the first crossing
     assert flops_to_reach(curve, 0.4) == pytest.approx(20_000 * 2**0.5)
     assert flops_to_reach(curve, 0.2) == pytest.approx(40_000)
     assert flops_to_reach(curve, 1.5) == 100
@@ -81,11 +81,11 @@ def test_results_with_and_without_curves_are_plotted(tmp_path: Path, curve: dict
     only_images = [result("a", 1e12, 0.5, **curve) | {"measures": {"latent_frechet": 3.0}}]
     plot_isoflop(only_images, tmp_path / "images.png")
     for path in tmp_path.iterdir():
-        with Image.open(path) as picture:
-            assert picture.size[0] > picture.size[1]
+        with Image.open(path) as image:
+            assert image.size[0] > image.size[1]
 
 
-def test_the_first_panel_has_a_line_for_each_recipe_and_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_first_panel_has_a_line_for_each_recipe_and_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
     figures: list[Figure] = []

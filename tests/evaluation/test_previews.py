@@ -17,7 +17,7 @@ PROMPTS = ["A <b>Red</b> Heart #12", "plain"]
 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Puts small encoders in place of the real ones; what the text encoder is given."""
+    """Replaces the encoders with small ones and returns the prompts of each call of the text encoder."""
     calls: list[list[str]] = []
 
     def encode(prompts: list[str]) -> np.ndarray:
@@ -35,12 +35,12 @@ def embed(workdir: Path, prompts: list[str] = PROMPTS, **manifest: Any) -> np.nd
     return embed_prompts(prompts, "noise", tiny.make_manifest((64,), **manifest), workdir / "prompts.npz")
 
 
-def test_prompts_are_cleaned_as_the_shards_captions_were(tmp_path: Path, encoded: list[list[str]]) -> None:
+def test_prompts_are_cleaned_like_the_captions_of_the_shards(tmp_path: Path, encoded: list[list[str]]) -> None:
     embed(tmp_path, caption_cleaning="deepfloyd-2")
     assert encoded == [["a red heart", "plain"]]
 
 
-def test_a_preview_shows_the_ema_weights_samples_of_the_prompts_in_the_users_words() -> None:
+def test_preview_is_sampled_from_the_ema_weights_and_shows_the_original_prompts() -> None:
     sampled: list[tuple[Any, ...]] = []
 
     def sample(params: Any, captions: np.ndarray, seeds: Any) -> np.ndarray:
@@ -57,15 +57,15 @@ def test_a_preview_shows_the_ema_weights_samples_of_the_prompts_in_the_users_wor
     assert params["base"] is base
     assert given is captions
     assert seeds == [0, 1]
-    picture = results.images["samples"]
-    assert picture.pixels.dtype == np.uint8
-    assert picture.metadata == {
+    preview = results.images["samples"]
+    assert preview.pixels.dtype == np.uint8
+    assert preview.metadata == {
         "prompts": "A <b>Red</b> Heart #12 | plain", "seeds": "0 to 1", "checkpoint": "step 4 of run", "guidance": "3.0"
     }  # fmt: skip
     assert not results.scalars
 
 
-def test_embeddings_are_kept_for_the_same_prompts_and_cleaning_only(tmp_path: Path, encoded: list[list[str]]) -> None:
+def test_embeddings_are_cached_for_the_same_prompts_and_cleaning(tmp_path: Path, encoded: list[list[str]]) -> None:
     first, second = embed(tmp_path), embed(tmp_path)
     np.testing.assert_array_equal(first, second)
     assert encoded == [PROMPTS]
@@ -75,13 +75,13 @@ def test_embeddings_are_kept_for_the_same_prompts_and_cleaning_only(tmp_path: Pa
     assert encoded[2:] == [PROMPTS[:1]]
 
 
-def test_unknown_rules_of_cleaning_are_refused(tmp_path: Path, encoded: list[list[str]]) -> None:
+def test_unknown_caption_cleaning_is_rejected(tmp_path: Path, encoded: list[list[str]]) -> None:
     with pytest.raises(UserError, match="were cleaned by 'other-1', and this code knows 'deepfloyd-2' and 'none'"):
         embed(tmp_path, caption_cleaning="other-1")
 
 
 @pytest.mark.parametrize("which", ["image", "text"])
-def test_other_encoders_are_refused(tmp_path: Path, encoded: list[list[str]], which: str) -> None:
+def test_other_encoders_are_rejected(tmp_path: Path, encoded: list[list[str]], which: str) -> None:
     other = {"image": dict(vae=tiny.VAE), "text": dict(text=tiny.TEXT)}[which]
     other = {name: type(info)(**vars(info) | {"fingerprint": "89ab"}) for name, info in other.items()}
     manifest = tiny.make_manifest((64,), **other)
@@ -90,5 +90,5 @@ def test_other_encoders_are_refused(tmp_path: Path, encoded: list[list[str]], wh
         load_matching_image_encoder("noise", manifest)
         embed_prompts(PROMPTS, "noise", manifest, tmp_path / "prompts.npz")
 
-    with pytest.raises(UserError, match=rf"made with {which} encoder noise \(89ab\), but noise is"):
+    with pytest.raises(UserError, match=rf"built with the {which} encoder noise \(89ab\), but noise has"):
         load()

@@ -1,4 +1,4 @@
-"""report.html: it needs nothing but itself, and a browser shows all of it."""
+"""report.html: its content, and that a browser shows it without a network."""
 
 import importlib.util
 import re
@@ -19,7 +19,7 @@ PROMPTS = ["<b>red</b> heart", "grinning cat & dog", 'a "quoted" face']
 
 
 def evaluation(folder: Path) -> Path:
-    """A report of two scales of guidance, a loss by noise level, and numbers."""
+    """Writes a report with two guidance scales, losses by noise level, and metrics."""
     measures = Measures(folder, {"model": "run <1>", "step": 1200, "attribution": "nobody", "parameters": 4_800_000})
     generator = np.random.default_rng(0)
     for guidance in (1.5, 3.0):
@@ -38,7 +38,7 @@ def evaluation(folder: Path) -> Path:
     return write_report(folder, measures, 3.0)
 
 
-def test_what_it_says(tmp_path: Path) -> None:
+def test_report_has_escaped_prompts_metrics_and_images(tmp_path: Path) -> None:
     text = evaluation(tmp_path).read_text(encoding="utf-8")
     assert "run &lt;1&gt;, step 1,200" in text
     assert "&lt;b&gt;red&lt;/b&gt; heart" in text
@@ -46,12 +46,12 @@ def test_what_it_says(tmp_path: Path) -> None:
     assert "14.16" in text
     assert "15.66" in text
     assert "images: 30000; set: val2014" in text
-    assert text.count("<img") == 9 + 2 * 8 + 1 + 1  # the set at the usual scale, both side by side, two charts
+    assert text.count("<img") == 9 + 2 * 8 + 1 + 1  # samples, comparison of two guidance scales, two charts
     assert set(re.findall(r'(?:src|href)="([a-z]+:)', text)) == {"data:"}
     assert not re.findall(r"<script|<link(?! rel=\"icon\")|url\(|@import", text)
 
 
-def test_a_report_of_nothing_but_a_loss(tmp_path: Path) -> None:
+def test_report_with_only_a_loss_has_no_images(tmp_path: Path) -> None:
     measures = Measures(tmp_path, {"model": "run", "step": None})
     measures.add(Measure("heldout_loss", 0.25, "lower", {"loss": "EDM"}, {"params": "ema"}))
     text = write_report(tmp_path, measures, 3.0).read_text()
@@ -67,18 +67,18 @@ def browser_path() -> str:
     return path
 
 
-def test_a_browser_shows_it_without_a_network(tmp_path: Path, browser_path: str) -> None:
+def test_browser_shows_the_report_without_a_network(tmp_path: Path, browser_path: str) -> None:
     from playwright.sync_api import sync_playwright
 
     page_file = evaluation(tmp_path)
     requests: list[str] = []
-    said: list[str] = []
+    messages: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         for width in (1180, 400):
             page = browser.new_page(viewport={"width": width, "height": 800})
             page.on("request", lambda request: requests.append(request.url))
-            page.on("console", lambda message: said.append(message.text))
+            page.on("console", lambda message: messages.append(message.text))
             page.goto(page_file.as_uri())
             page.wait_for_load_state("load")
             evaluate: Callable[[str], int] = page.evaluate
@@ -89,4 +89,4 @@ def test_a_browser_shows_it_without_a_network(tmp_path: Path, browser_path: str)
         assert page.locator("dd", has_text="val2014").first.is_visible()
         browser.close()
     assert {url for url in requests if not url.startswith("data:")} == {page_file.as_uri()}
-    assert said == []
+    assert messages == []

@@ -1,4 +1,4 @@
-"""The page: bounds, one drawing after the other, the picture that the API draws, and all of it in a browser."""
+"""The playground: validation, sequential requests, agreement with the API, and the page in a browser."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ from micro_dit.playground import __main__ as playground
 from micro_dit.playground.session import MAX_IMAGES, MAX_LETTERS, MAX_STEPS, Request, Session, find_checkpoints
 from tests.helpers.tiny import Blocks, Words
 
-NEWEST, RAW, MASKED = "step 84, unmasked, average", "step 84, unmasked, raw", "step 48, masked"
+NEWEST, RAW, MASKED = "step 84, unmasked, EMA", "step 84, unmasked, raw", "step 48, masked"
 SHORT: dict[str, Any] = dict(
     prompt="one", negative_prompt="", seed=3, steps=2, guidance=2.0, sampler="heun", num=1, checkpoint=NEWEST
 )
@@ -45,22 +45,22 @@ def stubs() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def session(finished_run: Path, stubs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
-    made = Session([finished_run], tmp_path_factory.mktemp("pictures"))
-    yield made
-    made.close()
+    session = Session([finished_run], tmp_path_factory.mktemp("images"))
+    yield session
+    session.close()
 
 
-def pixels(picture: Image.Image | Path) -> np.ndarray:
-    if isinstance(picture, Path):
-        with Image.open(picture) as opened:
+def pixels(source: Image.Image | Path) -> np.ndarray:
+    if isinstance(source, Path):
+        with Image.open(source) as opened:
             return np.asarray(opened.convert("RGB"))
-    return np.asarray(picture)
+    return np.asarray(source)
 
 
 # ---- The session -----------------------------------------------------------------------------------------------------
 
 
-def test_the_checkpoints_of_a_run_can_be_chosen_averaged_and_raw(
+def test_checkpoints_of_a_run_are_listed_with_ema_and_raw_weights(
     finished_run: Path, session: Session, tmp_path: Path
 ) -> None:
     assert list(session.choices)[:2] == [NEWEST, RAW]
@@ -74,37 +74,39 @@ def test_the_checkpoints_of_a_run_can_be_chosen_averaged_and_raw(
         find_checkpoints([tmp_path])
 
 
-def test_a_drawing_forms_and_ends_as_the_picture_of_the_api(session: Session, finished_run: Path) -> None:
+def test_request_yields_intermediate_images_and_ends_with_the_images_of_the_api(
+    session: Session, finished_run: Path
+) -> None:
     *forming, last = session.draw(request(num=5, beside=RAW))
     assert [frame.done for frame in forming] == sorted(frame.done for frame in forming)
     seen = [frame.samples[NEWEST][0] for frame in forming]
-    assert any(picture is not None and picture.path is None for picture in seen)
+    assert any(sample is not None and sample.path is None for sample in seen)
     assert last.done == 1.0
     for label, params in ((NEWEST, None), (RAW, "raw")):
         settings = {name: SHORT[name] for name in ("seed", "steps", "guidance", "sampler")}
         images = load(finished_run, params=params).generate("one", num=5, **settings)
-        for i, (picture, expected) in enumerate(zip(last.samples[label], images, strict=True)):
-            assert picture is not None
-            assert picture.path is not None
-            np.testing.assert_array_equal(pixels(picture.path), pixels(expected))
-            assert picture.request == request(seed=3 + i, checkpoint=label)
+        for i, (sample, expected) in enumerate(zip(last.samples[label], images, strict=True)):
+            assert sample is not None
+            assert sample.path is not None
+            np.testing.assert_array_equal(pixels(sample.path), pixels(expected))
+            assert sample.request == request(seed=3 + i, checkpoint=label)
     both = [pixels(last.samples[label][0].image) for label in (NEWEST, RAW)]
     assert (both[0] != both[1]).any()
 
 
-def test_a_file_tells_what_the_command_would_tell(session: Session) -> None:
+def test_png_metadata_is_that_of_the_sample_command(session: Session) -> None:
     *_, last = session.draw(request(checkpoint=RAW, negative_prompt="two"))
     with Image.open(last.samples[RAW][0].path) as opened:
-        told = dict(opened.text)
+        metadata = dict(opened.text)
     model = session.model(RAW)
-    assert told == {
+    assert metadata == {
         "prompt": "one", "seed": "3", "sampler": "heun, 2 steps", "guidance": "2.0", "negative_prompt": "two",
         "checkpoint": f"step 84 of {model.about.name}, raw parameters", "config": model.about.config_hash,
         "attribution": "nobody",
     }  # fmt: skip
 
 
-def test_checkpoints_of_a_run_share_encoders_and_programs_and_few_stay_in_memory(session: Session) -> None:
+def test_checkpoints_of_a_run_share_encoders_and_programs_and_two_models_stay_in_memory(session: Session) -> None:
     first, second = session.model(NEWEST), session.model(RAW)
     assert first._generator is second._generator
     assert first._encoders is second._encoders
@@ -112,17 +114,17 @@ def test_checkpoints_of_a_run_share_encoders_and_programs_and_few_stay_in_memory
     assert list(session._models) == [RAW, MASKED]
 
 
-def test_drawings_follow_one_another(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, at_once, most = session.model(NEWEST), list[None](), list[int]()
-    plain = type(model).generate
+def test_requests_are_processed_one_at_a_time(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, running, counts = session.model(NEWEST), list[None](), list[int]()
+    original = type(model).generate
 
     def generate(self: Any, *arguments: Any, **settings: Any) -> Any:
-        at_once.append(None)
-        most.append(len(at_once))
+        running.append(None)
+        counts.append(len(running))
         time.sleep(0.05)
-        drawn = plain(self, *arguments, **settings)
-        at_once.pop()
-        return drawn
+        images = original(self, *arguments, **settings)
+        running.pop()
+        return images
 
     monkeypatch.setattr(type(model), "generate", generate)
     threads = [threading.Thread(target=lambda: list(session.draw(request()))) for _ in range(3)]
@@ -130,37 +132,37 @@ def test_drawings_follow_one_another(session: Session, monkeypatch: pytest.Monke
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1, 1, 1]
+    assert counts == [1, 1, 1]
 
 
-def test_a_drawing_that_nobody_looks_at_stops(session: Session) -> None:
+def test_closing_the_iterator_stops_the_request(session: Session) -> None:
     before = set(session._folder.iterdir())
     frames = session.draw(request(steps=MAX_STEPS))
     next(frames)
     frames.close()
-    list(session.draw(request()))  # comes after it
+    list(session.draw(request()))  # waits for the stopped request
     assert len(set(session._folder.iterdir()) - before) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(prompt="x" * (MAX_LETTERS + 1)), "the prompt has 1001 letters: use at most 1000"),
-        (dict(negative_prompt="x" * (MAX_LETTERS + 1)), "the negative prompt has 1001 letters"),
-        (dict(num=MAX_IMAGES + 1), "number of images is 9: use a whole number from 1 to 8"),
+        (dict(prompt="x" * (MAX_LETTERS + 1)), "The prompt has 1001 characters. Shorten it to at most 1000"),
+        (dict(negative_prompt="x" * (MAX_LETTERS + 1)), "The negative prompt has 1001 characters"),
+        (dict(num=MAX_IMAGES + 1), "number of images is 9. Use an integer from 1 to 8"),
         (dict(num=0), "number of images is 0"),
-        (dict(steps=MAX_STEPS + 1), "number of steps is 101: use a whole number from 1 to 100"),
-        (dict(steps=1, sampler="dpmpp_2m"), "use at least 2 sampling steps"),
-        (dict(sampler="rm -rf"), "no sampler 'rm -rf'"),
-        (dict(seed=-1), "the seed is -1"),
-        (dict(seed=2**32), "the seed is 4294967296"),
-        (dict(guidance=float("nan")), "the guidance is nan"),
-        (dict(guidance=1e9), "the guidance is 1000000000.0: use a number from 0 to 20"),
-        (dict(checkpoint="/etc/passwd"), "no checkpoint '/etc/passwd'"),
-        (dict(beside="../secret"), "no checkpoint '../secret'"),
+        (dict(steps=MAX_STEPS + 1), "number of steps is 101. Use an integer from 1 to 100"),
+        (dict(steps=1, sampler="dpmpp_2m"), "dpmpp_2m needs at least 2 steps"),
+        (dict(sampler="rm -rf"), "Unknown sampler 'rm -rf'"),
+        (dict(seed=-1), "The seed is -1"),
+        (dict(seed=2**32), "The seed is 4294967296"),
+        (dict(guidance=float("nan")), "The guidance scale is nan"),
+        (dict(guidance=1e9), "The guidance scale is 1000000000.0. Use a number from 0 to 20"),
+        (dict(checkpoint="/etc/passwd"), "Unknown checkpoint '/etc/passwd'"),
+        (dict(beside="../secret"), "Unknown checkpoint '../secret'"),
     ],
 )
-def test_settings_are_bounded_whoever_asks(session: Session, change: dict[str, Any], message: str) -> None:
+def test_settings_out_of_bounds_are_rejected(session: Session, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         list(session.draw(request(**change)))
 
@@ -168,7 +170,7 @@ def test_settings_are_bounded_whoever_asks(session: Session, change: dict[str, A
 # ---- HTML ------------------------------------------------------------------------------------------------------------
 
 
-def test_texts_are_escaped(session: Session) -> None:
+def test_prompts_are_escaped_in_html(session: Session) -> None:
     prompt = '<script>alert("x")</script>'
     *_, last = session.draw(request(prompt=prompt, negative_prompt=prompt))
     for page in (
@@ -180,7 +182,7 @@ def test_texts_are_escaped(session: Session) -> None:
         assert "&lt;script&gt;alert(&quot;x&quot;)" in page
 
 
-def test_the_picture_in_the_page_is_the_file(session: Session) -> None:
+def test_save_link_contains_the_image_file(session: Session) -> None:
     *_, last = session.draw(request())
     path = last.samples[NEWEST][0].path
     (saved,) = re.findall(r'<a href="data:image/png;base64,([^"]+)" download="([^"]+)"', playground.frame_html(last))
@@ -188,9 +190,9 @@ def test_the_picture_in_the_page_is_the_file(session: Session) -> None:
     assert saved[1] == path.name
 
 
-def test_settings_come_back_as_they_were() -> None:
-    for made in (request(), request(beside=RAW, guidance=2.5)):
-        assert playground.read_request(*playground.controls_of(made)) == made
+def test_settings_of_a_request_are_restored() -> None:
+    for original in (request(), request(beside=RAW, guidance=2.5)):
+        assert playground.read_request(*playground.controls_of(original)) == original
     with pytest.raises(UserError, match="must be numbers"):
         playground.read_request("one", "", None, 2, 2.0, "heun", 1, NEWEST, "none")
 
@@ -200,15 +202,15 @@ def test_settings_come_back_as_they_were() -> None:
 
 @pytest.fixture(scope="module")
 def connections() -> Iterator[list[Any]]:
-    """Addresses outside this machine that this process tries to reach."""
+    """Addresses outside this machine that this process tries to connect to."""
     tried: list[Any] = []
-    plain = socket.socket.connect
+    original = socket.socket.connect
 
     def connect(self: socket.socket, address: Any) -> None:
         if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in playground.LOCAL:
             tried.append(address)
             raise OSError(f"{address} is not this machine")
-        plain(self, address)
+        original(self, address)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect)
@@ -223,7 +225,7 @@ def url(session: Session, connections: list[Any], tmp_path_factory: pytest.TempP
         port = free.getsockname()[1]
     page, folder = playground.build_page(session), str(tmp_path_factory.mktemp("gradio"))
     yield playground.serve(page, "127.0.0.1", port, folder)
-    with gradio.Blocks() as another, pytest.raises(UserError, match=f"port {port} of 127.0.0.1 can't be had"):
+    with gradio.Blocks() as another, pytest.raises(UserError, match=f"Port {port} of 127.0.0.1 is not available"):
         playground.serve(another, "127.0.0.1", port, folder)
     page.close()
     assert connections == []
@@ -235,7 +237,9 @@ def controls(**changes: Any) -> list[Any]:
     return [values[name] for name in names]
 
 
-def test_the_button_draws_and_crafted_requests_are_refused(url: str, session: Session, finished_run: Path) -> None:
+def test_button_generates_images_and_crafted_requests_are_rejected(
+    url: str, session: Session, finished_run: Path
+) -> None:
     from gradio_client import Client
     from gradio_client.exceptions import AppError
 
@@ -254,7 +258,7 @@ def test_the_button_draws_and_crafted_requests_are_refused(url: str, session: Se
     before = set(session._folder.iterdir())
     _, messages, _ = client.predict(*controls(prompt="x" * 2000), api_name="/draw")
     assert "notice error" in messages
-    assert "2000 letters" in messages
+    assert "2000 characters" in messages
     for crafted in (dict(num=100), dict(steps=10**6), dict(checkpoint="/etc/passwd"), dict(sampler="x")):
         with pytest.raises(AppError):
             client.predict(*controls(**crafted), api_name="/draw")
@@ -263,7 +267,7 @@ def test_the_button_draws_and_crafted_requests_are_refused(url: str, session: Se
         assert b"googleapis" not in config.read()
 
 
-def test_a_prompt_typed_in_a_browser_becomes_a_picture(url: str) -> None:
+def test_prompt_typed_in_a_browser_generates_an_image(url: str) -> None:
     api = pytest.importorskip("playwright.sync_api", reason="the browser is driven by playwright")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
@@ -280,31 +284,31 @@ def test_a_prompt_typed_in_a_browser_becomes_a_picture(url: str) -> None:
         page.locator("#steps input[type=number]").fill("2")
         page.locator("#steps input[type=number]").press("Tab")
         page.click("#draw")
-        picture = page.locator(".finished .images img")
-        picture.wait_for()
-        encoded = picture.get_attribute("src").removeprefix("data:image/png;base64,")
+        image = page.locator(".finished .images img")
+        image.wait_for()
+        encoded = image.get_attribute("src").removeprefix("data:image/png;base64,")
         with Image.open(io.BytesIO(base64.b64decode(encoded))) as opened:
             assert opened.size == (16, 16)
             assert opened.text["prompt"] == "<img src=http://example.com onerror=alert(1)>"
         page.locator("#session img").wait_for()
-        assert page.locator(".output img, #session img").count() == 2  # the prompt made none
+        assert page.locator(".output img, #session img").count() == 2  # the prompt did not add an image
 
         prompt.fill("two")
         page.click("#another")
         page.locator("#session img").nth(1).wait_for()
-        page.locator("#session img").nth(1).click()  # the first: the newest comes first
+        page.locator("#session img").nth(1).click()  # the first image, because the newest one comes first
         api.expect(prompt).to_have_value("<img src=http://example.com onerror=alert(1)>")
         api.expect(page.get_by_label("Seed", exact=True)).to_have_value("0")
         prompt.fill("one two three four five")
         prompt.press("Enter")
         page.locator(".notice.warning").wait_for()
-        assert "not 'four five'" in page.locator(".notice.warning").inner_text()
+        assert "without 'four five'" in page.locator(".notice.warning").inner_text()
         browser.close()
     outside = [address for address in requests if not address.startswith((url, "data:", "blob:"))]
     assert outside == []
 
 
-def test_a_missing_gradio_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gradio_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     with pytest.raises(UserError, match=re.escape('pip install "gradio>=6.31,<7"')):
         playground.import_gradio()

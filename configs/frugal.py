@@ -5,8 +5,8 @@
     python -m micro_dit.main --config=configs/frugal.py:tiny         256 px, at most the FLOPs of mask75.py:tiny
     python -m micro_dit.main --config=configs/frugal.py:xl           256 and 512 px, at most the paper's FLOPs
 
-The variants and their data are the same as in mask75.py, and so are the phases of `openmoji`, `tiny` and `xl`, which have
-not been run. docs/recipe.md has the measurements. The recipe changes four things:
+The variants and their data are the same as in mask75.py. The phases of `openmoji`, `tiny` and `xl` are the same too;
+these three have not been run. docs/recipe.md has the measurements. The recipe changes four things:
 
 - Dense residual (SPRINT, arXiv 2510.21986): a decoder of two blocks sees all tokens. Its input is the mixer's output,
   plus the backbone's output for the kept tokens. The loss is over all tokens, and the mixer is shorter.

@@ -164,7 +164,7 @@ def test_what_is_refused(run: Path, metrics: tuple[str, ...], settings: dict[str
 
 
 def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no work directory"):
+    with pytest.raises(UserError, match="is neither the work directory"):
         evaluate(tmp_path, ("domain",))
     (tmp_path / "config.json").write_text('{"config": {}, "shards": {}}')
     with pytest.raises(UserError, match="has no checkpoints yet"):

@@ -1,9 +1,9 @@
-"""A smaller network instead of masking: as many images for as many FLOPs as in mask75.py, within 3%, on all tokens.
+"""A smaller network instead of masking: all tokens, with the images and FLOPs of mask75.py within 3%.
 
     python -m micro_dit.main --config=configs/downscale.py:small
 
-Its blocks are those of mask75.py, experts and mixer included; what is scaled is width, and depth where it is large.
-Variants as in mask75.py; docs/ablations.md compares them.
+The blocks are those of mask75.py, including experts and the patch mixer. The width is reduced, and for `tiny` and `xl`
+also the depth. The variants are those of mask75.py; docs/ablations.md compares them.
 """
 
 import runpy
@@ -23,6 +23,6 @@ SIZES = {
 def get_config(variant: str = "demo") -> ConfigDict:
     config = runpy.run_path(str(Path(__file__).with_name("mask75.py")))["get_config"](variant)
     config.name = config.name.replace("mask75", "downscale")
-    config.masking.ratio = 0.0  # the phases keep their names
+    config.masking.ratio = 0.0  # the phases keep their names, although no phase masks
     config.model.update(SIZES[variant])
     return config

@@ -1,19 +1,19 @@
-"""Training goes on from a model that is there, on other images: LoRA, which trains a small adapter, or everything.
+"""Fine-tunes a pretrained model on other images, either all parameters or a LoRA adapter.
 
-    python -m micro_dit.main --config=configs/finetune.py           LoRA: the demo learns OpenMoji's mammals
+    python -m micro_dit.main --config=configs/finetune.py           LoRA: the demo's model on OpenMoji's mammals
     python -m micro_dit.main --config=configs/finetune.py:full      the same with all parameters
-    python -m micro_dit.main --config=configs/finetune.py:xl        LoRA: the released MicroDiT-XL/2, your own images
+    python -m micro_dit.main --config=configs/finetune.py:xl        LoRA: the released MicroDiT-XL/2 on your images
     python -m micro_dit.main --config=configs/finetune.py:xl-full   the same with all parameters
 
-The first two start from the demo's run (`make demo`), or from any model folder of its network:
-`--config.init_from=models/emoji`. They make their data themselves. The last two start from the released weights
-(docs/released_weights.md) and train on a folder of images with captions beside them (docs/data.md):
+The first two start from the demo's run (`make demo`), or from any model folder with the same network:
+`--config.init_from=models/emoji`. Their shards are prepared automatically. The last two start from the released weights
+(docs/released_weights.md) and train on a folder of images with caption files (docs/data.md):
 
     python -m micro_dit.convert --out=models/microdit --from_torch=dit_4_channel_37M_real_and_synthetic_data.pt
     python -m micro_dit.precompute --source=folder:MY_IMAGES --resolutions=512 --validation=0.05 --out=shards/mine \\
         --vae=stabilityai/stable-diffusion-xl-base-1.0 --text_encoder=apple/DFN5B-CLIP-ViT-H-14-378 --caption_tokens=77
 
-docs/finetuning.md tells what LoRA changes, and what to expect.
+docs/finetuning.md describes what LoRA changes, and the expected results.
 """
 
 import runpy
@@ -31,12 +31,12 @@ def get_config(variant: str = "lora") -> ConfigDict:
 
 
 def mask75(name: str) -> Any:
-    """Something of configs/mask75.py."""
+    """Returns a function or constant of configs/mask75.py."""
     return runpy.run_path(str(Path(__file__).with_name("mask75.py")))[name]
 
 
 def full() -> ConfigDict:
-    """The demo's network on 63 drawings of mammals: it has seen faces, hearts and cats' faces only."""
+    """The demo's network on 65 drawings of mammals. The demo was trained only on faces, hearts and cat faces."""
     config = mask75("base")(name="finetune-full", init_from="runs/mask75")
     config.data.update(shards="data/openmoji_mammals_128", source="openmoji:animal-mammal")
     config.adam.update(b2=0.99, weight_decay=0.0)
@@ -61,8 +61,8 @@ MAMMALS = ("dog", "elephant", "panda", "pig face", "polar bear", "zebra", "hedge
 
 
 def xl_full() -> ConfigDict:
-    """All of the released network at 512 px, a few thousand images or more. 1.17 billion parameters with optimizer take
-    19 GB; mesh.fsdp=8 splits them over eight devices."""
+    """All parameters of the released network at 512 px, for a few thousand images or more. The 1.17 billion parameters,
+    optimizer state and EMA weights require 19 GB; mesh.fsdp=8 splits them over eight devices."""
     config = mask75("base")(name="finetune-xl-full", init_from="models/microdit", dtype="bfloat16")
     config.model.size = "MicroDiT_XL_2"
     config.data.update(shards="shards/mine", resolutions=(512,), **mask75("CLIP_CAPTIONS"))
@@ -78,7 +78,7 @@ def xl_full() -> ConfigDict:
 
 
 def xl() -> ConfigDict:
-    """An adapter for the attention of the released network: some hundred images are enough to begin with."""
+    """A LoRA adapter for the attention of the released network, for a few hundred images or more."""
     config = xl_full()
     config.name = "finetune-xl"
     config.lora.update(rank=16, alpha=16.0)

@@ -1,14 +1,14 @@
 """The micro-budget recipe: masked pre-training, then unmasked fine-tuning.
 
-    python -m micro_dit.main --config=configs/mask75.py              OpenMoji faces at 128 px: two CPU cores
-    python -m micro_dit.main --config=configs/mask75.py:small        about the same on all of OpenMoji, to compare
-    python -m micro_dit.main --config=configs/mask75.py:openmoji     all of OpenMoji at 128 px: a GPU, or a night
+    python -m micro_dit.main --config=configs/mask75.py              OpenMoji faces at 128 px, for two CPU cores
+    python -m micro_dit.main --config=configs/mask75.py:small        all of OpenMoji at 128 px, for comparisons
+    python -m micro_dit.main --config=configs/mask75.py:openmoji     all of OpenMoji at 128 px, for a GPU or overnight
     python -m micro_dit.main --config=configs/mask75.py:tiny         MicroDiT-Tiny/2, the paper's ablation size, 256 px
     python -m micro_dit.main --config=configs/mask75.py:xl           MicroDiT-XL/2, the paper's four phases
 
-The first three make their data themselves. `tiny` and `xl` need latent shards of real images with CLIP captions, in the
-folders that they name; docs/data.md gives the commands that make them. Expected of `xl`, from the paper: 2.6 days on
-8 H100, FID-30K 12.7 on COCO.
+The shards of the first three are prepared automatically. `tiny` and `xl` require latent shards of real images with CLIP
+captions in the folders `data.shards`; docs/data.md has the commands that build them. According to the paper, `xl`
+requires 2.6 days on 8 × H100 and reaches an FID-30K of 12.7 on COCO.
 """
 
 from typing import Any
@@ -25,12 +25,13 @@ def get_config(variant: str = "demo") -> ConfigDict:
 
 
 def base(**fields: Any) -> ConfigDict:
-    """Every field there is, with the paper's values."""
+    """Returns a config with all fields. The diffusion and Adam settings are the paper's. The network, the encoders and
+    the remaining values are defaults for small runs; variants set the shards, the phases and what differs."""
     config = ConfigDict(
         dict(
             name="mask75",  # the default work directory is runs/<name>
             seed=0,
-            # A size of micro_dit/models/config.py; each other field that is set replaces the size's own.
+            # A size in micro_dit/models/config.py. Other fields override those of the size if they are set.
             model=dict(
                 size="Nano",
                 depth=placeholder(int),
@@ -47,23 +48,23 @@ def base(**fields: Any) -> ConfigDict:
                 qkv_multipliers=placeholder(tuple),
                 ffn_multipliers=placeholder(tuple),
                 decoder_depth=placeholder(int),
-                decoder_dim=placeholder(int),  # MaskDiT's, configs/maskdit75.py, or with fusion configs/frugal.py
+                decoder_dim=placeholder(int),  # used by configs/maskdit75.py and, with fusion, by configs/frugal.py
                 fusion=placeholder(bool),
                 rope=placeholder(bool),
             ),
-            # Where training starts: a model folder or another run's work directory; see configs/finetune.py. With
-            # lora.rank 0 all parameters are trained.
+            # Pretrained weights to start from: a model folder, or the work directory of another run; see
+            # configs/finetune.py. With lora.rank 0 all parameters are trained.
             init_from="",
             lora=dict(rank=0, alpha=8.0, targets=r"attn\.(qkv|q|kv|proj)\.kernel$"),
-            masking=dict(ratio=placeholder(float)),  # if set, the mask_ratio of all phases that mask
-            dtype="float32",  # of the matrix products
-            remat="dots",  # what the backward pass computes again to save memory: "none", "dots" or "full"
+            masking=dict(ratio=placeholder(float)),  # overrides the mask_ratio of all masked phases if set
+            dtype="float32",  # dtype of the matrix products
+            remat="dots",  # rematerialization in the backward pass: "none", "dots" or "full" (least memory)
             diffusion=dict(sigma_data=0.9, caption_drop=0.1, path_drop=0.0),
-            optimizer="adamw",  # or "muon", for the matrices of the blocks
+            optimizer="adamw",  # or "muon", which updates the matrices of the blocks with Muon
             adam=dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.1),
             data=dict(
                 shards="",  # a folder, or a mix of folders: 'a,b' or 'a=0.7,b=0.3'
-                source="",  # if set, missing shards are made from it: the embedded data
+                source="",  # source from which missing shards are prepared, such as the embedded OpenMoji data
                 resolutions=(128,),
                 vae="openmoji_vae",
                 text_encoder="minilm",
@@ -72,19 +73,18 @@ def base(**fields: Any) -> ConfigDict:
                 heldout_images=64,
             ),
             phases=(),  # see micro_dit/training/phases.py
-            # Kept are the two newest checkpoints, those at the ends of phases, and those at multiples of keep_every.
+            # The two newest checkpoints, those at the ends of phases, and those at multiples of keep_every are kept.
             checkpoint_every=1000,
-            checkpoint_minutes=10.0,  # saves whenever nothing was saved for so long; 0 goes by steps alone
+            checkpoint_minutes=10.0,  # maximum minutes between checkpoints; 0 saves only by steps
             keep_every=0,
             evaluate_every=1000,
-            # Metrics of images that are drawn while training, see docs/evaluation.md; every=0 draws none.
+            # Metrics of images sampled during training, see docs/evaluation.md; every=0 disables them.
             evaluation=dict(every=0, metrics=("domain",), num_images=256, reference="", clip="", inception=""),
             sampling=dict(every=1000, prompts=(), guidance=5.0, steps=30, path_drop=False),
             logging=dict(every=10, tensorboard=True, wandb_project=""),
-            cost=dict(dollars_per_device_hour=0.0, mfu=0.3),  # for the plan and the bill
+            cost=dict(dollars_per_device_hour=0.0, mfu=0.3),  # for the predicted and the reported cost
             microbatch=0,  # images per forward and backward pass, over all devices; 0 is the whole batch at once
-            # Devices that share a batch; that share the parameters too; that share the experts; that share each matrix
-            # product. -1 is the rest. See micro_dit/parallel/mesh.py.
+            # Number of devices along each axis of the mesh, see micro_dit/parallel/mesh.py. -1 is inferred.
             mesh=dict(data=-1, fsdp=1, expert=1, tensor=1),
         )
     )
@@ -93,8 +93,8 @@ def base(**fields: Any) -> ConfigDict:
 
 
 def demo() -> ConfigDict:
-    """OpenMoji's faces, hearts and cats. Muon and higher noise levels than the paper's learn them in fewer steps; the
-    paper's are --config.optimizer=adamw and P_mean -0.6. docs/recipe.md compares them."""
+    """OpenMoji's faces, hearts and cats. Muon and higher noise levels than the paper's reduce the number of steps. The
+    paper's settings are --config.optimizer=adamw and P_mean -0.6; docs/recipe.md compares them."""
     config = paper_demo()
     masked, unmasked = (dict(phase, P_mean=0.2) for phase in config.phases)
     config.phases = dict(masked, steps=800), dict(unmasked, steps=160)
@@ -126,8 +126,8 @@ FACES = (
 
 
 def small() -> ConfigDict:
-    """What docs/ablations.md compares: the demo with the paper's optimizer and noise levels, on all of OpenMoji, with a
-    mixer as narrow as the paper's."""
+    """The setting of docs/ablations.md: the demo on all of OpenMoji, with the paper's optimizer and noise levels, and
+    with the paper's ratio of mixer width to backbone width."""
     config = paper_demo()
     config.name = "mask75-small"
     config.model.patch_mixer_dim = 96
@@ -136,7 +136,7 @@ def small() -> ConfigDict:
 
 
 def openmoji() -> ConfigDict:
-    """All of OpenMoji, with a network four times as wide in its products as the demo's."""
+    """All of OpenMoji, with a network that is wider and deeper than the demo's."""
     config = base(name="mask75-openmoji")
     config.model.update(dim=256, patch_mixer_dim=256, depth=8, multiple_of=64)
     config.data.update(shards="data/openmoji_128", source="openmoji")
@@ -161,7 +161,7 @@ CLIP_CAPTIONS = dict(
 
 
 def tiny() -> ConfigDict:
-    """The paper's ablation: 60k steps of 256 images, then 5k unmasked ones. Shards: 256 px latents."""
+    """The paper's ablation: 60k masked and 5k unmasked steps with batch size 256. Requires shards of 256 px latents."""
     config = base(name="mask75-tiny", dtype="bfloat16")
     config.model.size = "MicroDiT_Tiny_2"
     config.data.update(shards="shards/cc12m", resolutions=(256,), **CLIP_CAPTIONS)
@@ -177,8 +177,8 @@ def tiny() -> ConfigDict:
 
 
 def xl() -> ConfigDict:
-    """The paper's four phases (batch 2048, AdamW, bfloat16). Shards: 256 px of everything; 512 px without
-    DiffusionDB and without CC12M's smaller images."""
+    """The paper's four phases (batch size 2048, AdamW, bfloat16). Requires 256 px shards of all data sets, and 512 px
+    shards without DiffusionDB and without the smaller images of CC12M."""
     config = base(name="mask75-xl", dtype="bfloat16")
     config.model.size = "MicroDiT_XL_2"
     at_both = "shards/sa1b,shards/textcaps,shards/journeydb"

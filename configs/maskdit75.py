@@ -1,11 +1,11 @@
-"""MaskDiT: naive masking, and a small decoder on all tokens that tells what the dropped patches hold.
+"""MaskDiT: naive masking, and a small decoder on all tokens that reconstructs the dropped patches.
 
     python -m micro_dit.main --config=configs/maskdit75.py:small
 
 "Fast Training of Diffusion Models with Masked Transformers" (Zheng et al. 2023, arXiv 2306.09305). The decoder of `xl`
-is that of its release, 8 blocks of width 512; the others have it as wide and deep in proportion to their backbones.
-The loss of reconstruction counts a tenth (micro_dit/diffusion/maskdit.py); phases without masking have none. Variants
-as in mask75.py; docs/ablations.md compares them.
+is that of the public release, 8 blocks of width 512; the other variants scale it in proportion to their backbones. The
+reconstruction loss has weight 0.1 (micro_dit/diffusion/maskdit.py) and is not used in phases without masking. The
+variants are those of mask75.py; docs/ablations.md compares them.
 """
 
 import runpy

@@ -1,9 +1,9 @@
-"""Naive masking: tokens are dropped before the backbone sees any, there is no mixer.
+"""Naive masking: tokens are dropped before the backbone, without a patch mixer.
 
     python -m micro_dit.main --config=configs/naive75.py:small
 
-Variants as in mask75.py. What the dropped patches hold reaches nothing. An image costs 0.65 times (xl) to 0.48 times
-(demo) as much as in mask75.py; docs/ablations.md compares them at the same budget.
+The network receives no information about the dropped patches. An image costs 0.48 times (demo) to 0.65 times (xl) as
+many FLOPs as in mask75.py. The variants are those of mask75.py; docs/ablations.md compares them at the same budget.
 """
 
 import runpy

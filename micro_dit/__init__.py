@@ -9,7 +9,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load` on first use, so that importing a submodule loads nothing else."""
+    """Imports `load` on first use, so that importing a submodule does not import the whole package."""
     if name == "load":
         from micro_dit.api import load
 

@@ -1,4 +1,4 @@
-"""Estimates what a training run costs: FLOPs of the recipe, and time and dollars for a chip and MFU.
+"""Estimates the cost of a training run: its FLOPs, and the time and dollars on a given chip at a given MFU.
 
 python -m micro_dit.budget --config=configs/mask75.py:xl --chip=h100 --price_per_hour=3.75 --mfu=0.45 --paper
 """
@@ -18,10 +18,10 @@ from micro_dit.training.phases import make_phases, with_mask_ratio
 
 
 def main() -> None:
-    """Prints what the run of the flags should cost."""
+    """Prints the estimated cost of the config given by the flags."""
     config = FLAGS.config
     if config is None:
-        raise UserError("no config given; try --config=configs/mask75.py:xl.")
+        raise UserError("No config was given. Set --config, for example --config=configs/mask75.py:xl.")
     phases = make_phases(with_mask_ratio(config.phases, config.masking.ratio))
     networks, tokens = phase_networks(phases, config.model, config.data)
     mfu = config.cost.mfu if FLAGS.mfu is None else FLAGS.mfu
@@ -48,14 +48,17 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    """Defines the flags of the command."""
-    config_flags.DEFINE_config_file("config", None, "The recipe, e.g. configs/mask75.py:xl.")
-    flags.DEFINE_enum("chip", "h100", list(CHIPS), "What to train on.")
-    flags.DEFINE_integer("devices", 8, "How many of them.", lower_bound=1)
-    flags.DEFINE_float("price_per_hour", None, "Dollars per chip-hour; by default the config's, or the chip's.")
-    flags.DEFINE_float("mfu", None, "Share of the peak that is reached; by default the config's cost.mfu.")
-    flags.DEFINE_bool("paper", False, "Show the paper's table of costs beside ours.")
-    flags.DEFINE_bool("json", False, "Print JSON.")
+    """Defines the command's flags."""
+    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/mask75.py:xl.")
+    flags.DEFINE_enum("chip", "h100", list(CHIPS), "Type of the chips.")
+    flags.DEFINE_integer("devices", 8, "Number of chips.", lower_bound=1)
+    flags.DEFINE_float(
+        "price_per_hour", None,
+        "Dollars per chip-hour; by default cost.dollars_per_device_hour of the config, or the chip's list price.",
+    )  # fmt: skip
+    flags.DEFINE_float("mfu", None, "Model FLOPs utilization, in (0, 1]; by default cost.mfu of the config.")
+    flags.DEFINE_bool("paper", False, "Also compare the estimate with the paper's table of costs.")
+    flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
 
 
 if __name__ == "__main__":

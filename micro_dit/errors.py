@@ -1,16 +1,16 @@
-"""The one exception that a user is meant to read."""
+"""The exception for errors that the user can fix."""
 
-# Config fields of earlier versions, and why they were removed.
-REMOVED_FIELDS = {"quantize": "8-bit products showed no gain, see docs/lab_notes.md"}
+# Config fields of earlier versions, and the reason for their removal.
+REMOVED_FIELDS = {"quantize": "8-bit matrix products showed no benefit, see docs/lab_notes.md"}
 
 
 class UserError(Exception):
-    """Something the user can put right: one sentence that says what is wrong, where, and what to do.
+    """An error that the user can fix. The message states what is wrong, where, and which flag or command fixes it.
 
-    Commands print it without a traceback and exit with status 1.
+    Commands print the message as one line without a traceback and exit with status 1.
     """
 
 
 def removed_field(name: str) -> UserError:
     """Returns the error for a config or an override that sets one of REMOVED_FIELDS."""
-    return UserError(f"the config field `{name}` was removed ({REMOVED_FIELDS[name]}); drop --config.{name}.")
+    return UserError(f"Config field `{name}` was removed ({REMOVED_FIELDS[name]}). Remove --config.{name}.")

@@ -1,4 +1,7 @@
-"""Trains a model: `python -m micro_dit.main --config=configs/mask75.py [--workdir=…] [--config.FIELD=VALUE …]`."""
+"""Trains a model.
+
+python -m micro_dit.main --config=configs/mask75.py [--workdir=…] [--config.FIELD=VALUE …]
+"""
 
 from pathlib import Path
 
@@ -14,20 +17,20 @@ FLAGS = flags.FLAGS
 
 
 def main() -> None:
-    """Sets up the process and trains."""
+    """Configures the process and trains the config given by the flags."""
     from micro_dit.train import train
 
     if FLAGS.config is None:
-        raise UserError("no config given; try --config=configs/mask75.py.")
+        raise UserError("No config was given. Set --config, for example --config=configs/mask75.py.")
     keep_memory()
     distributed.start(**distributed_options())
     train(FLAGS.config, FLAGS.workdir or Path("runs") / FLAGS.config.name)
 
 
 def define_flags() -> None:
-    """Defines the flags of the command."""
-    config_flags.DEFINE_config_file("config", None, "The recipe, e.g. configs/mask75.py or configs/mask75.py:xl.")
-    flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<name of the config>.")
+    """Defines the command's flags."""
+    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/mask75.py or configs/mask75.py:xl.")
+    flags.DEFINE_string("workdir", None, "Work directory of the run; by default runs/<config.name>.")
     define_distributed_flags()
 
 

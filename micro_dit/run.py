@@ -1,6 +1,6 @@
-"""A run before its first step: what is checked, what is printed, and the state that it starts from.
+"""Prepares a run for its first step: checks the config, prints the plan, and restores or initializes the state.
 
-Configs are known here, in train.py and in the commands only; what lies below takes plain arguments.
+Only this module, train.py and the commands read configs. The modules they call have plain arguments.
 """
 
 import copy
@@ -35,19 +35,19 @@ from micro_dit.training.workdir import claim_workdir
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run whose settings are checked.
+    """A run whose settings have been validated.
 
     Attributes:
         config: The config, with masking.ratio applied to its phases.
         workdir: The work directory.
-        mesh: The devices.
+        mesh: Mesh of all devices.
         recipe: Settings that all phases share.
-        phases: The phases.
-        starts: First step of each phase, and the total number of steps.
-        networks: Network of each phase.
-        manifests: Manifest of each phase's shards.
-        chip: The kind of device.
-        say: Prints a line, on the first process only.
+        phases: The training phases, in order.
+        starts: Global step at which each phase starts, followed by the total number of steps.
+        networks: Network configuration of each phase.
+        manifests: Shard manifest of each phase.
+        chip: Type of the devices, with its peak FLOP/s.
+        say: Prints a line on process 0 and does nothing on other processes.
     """
 
     config: Any
@@ -62,18 +62,20 @@ class Run:
     say: Callable[[str], None]
 
     def abstract_state(self, phase: int) -> TrainState:
-        """Returns shapes, dtypes and shardings of the state in a phase."""
+        """Returns the shapes, dtypes and shardings of the train state in a phase."""
         return abstract_train_state(self.networks[phase], self.phases[phase], self.recipe, self.mesh)
 
 
 def check(config: Any, workdir: Path) -> tuple[Run, Start | None]:
-    """Checks everything that can be checked before the first step, and claims the work directory.
+    """Validates the config, shards and initial weights, and claims the work directory.
 
     Returns:
-        The run, and the weights that it starts from, if the config names any and nothing is saved yet.
+        The run, and the initial weights named by `config.init_from`. The weights are None if the config names none or
+        if the work directory already has checkpoints.
 
     Raises:
-        UserError: Something is wrong. Nothing is written then.
+        UserError: The config, the shards or the work directory is invalid. Nothing has been written to the work
+            directory in that case.
     """
     main_process = jax.process_index() == 0
     say: Callable[[str], None] = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
@@ -86,7 +88,10 @@ def check(config: Any, workdir: Path) -> tuple[Run, Start | None]:
     vae, text = manifests[0].vae, manifests[0].text_encoder
     networks = [network_of(phase, config.model, vae, text) for phase in phases]
     if recipe.path_drop and not networks[0].fusion:
-        raise UserError("diffusion.path_drop needs model.fusion: set --config.diffusion.path_drop=0.")
+        raise UserError(
+            f"diffusion.path_drop is {recipe.path_drop}, but path drop requires a network with model.fusion. Set "
+            "--config.diffusion.path_drop=0."
+        )
     sharding.param_shardings(mesh, abstract_params(networks[0]))
     recipe.trainable(networks[0]).abstract()
     start = load_start(config.init_from) if config.init_from and not has_checkpoints(workdir) else None
@@ -103,7 +108,7 @@ def check(config: Any, workdir: Path) -> tuple[Run, Start | None]:
 
 
 def report_plan(run: Run) -> None:
-    """Prints the parameters, how they are sharded, and predicted time and cost."""
+    """Prints the parameter table, the sharding table, and the predicted time and cost."""
     params, cost = abstract_params(run.networks[0]), run.config.cost
     run.say(parameter_table(params))
     if run.mesh.size > 1:
@@ -118,15 +123,16 @@ def report_plan(run: Run) -> None:
 def restore_or_start(
     run: Run, start: Start | None, checkpoints: Checkpoints
 ) -> tuple[TrainState, Meta, dict[str, jax.Array] | None]:
-    """Restores the newest readable checkpoint, or makes the state of step 0 (with the weights of `start`).
+    """Restores the newest readable checkpoint, or initializes the state of step 0 (from `start` if it is given).
 
     Returns:
-        The state, its meta, and the parameters under a LoRA adapter (None without LoRA), all on the devices.
+        The train state on the devices, its metadata, and the frozen base parameters of a LoRA run on the devices (None
+        without LoRA).
     """
     restored = checkpoints.restore(lambda meta: run.abstract_state(meta["phase"]), warn=run.say)
     if restored is not None:
         state, meta = restored[0], Meta.from_dict(restored[1])
-        run.say(f"continuing from step {meta.step} of {run.starts[-1]} ({checkpoints.folder / str(meta.step)})")
+        run.say(f"Resuming from step {meta.step} of {run.starts[-1]} ({checkpoints.folder / str(meta.step)})")
         start = load_under(meta.lora) if meta.lora else None
     else:
         places, phase = sharding.shardings_of(run.abstract_state(0)), run.phases[0]
@@ -138,14 +144,14 @@ def restore_or_start(
             state = init_state(trainable, optimizer, run.config.seed, places, with_ema)
             meta = Meta(lora=start.under(run.recipe.lora) if start and run.recipe.lora else None)
         if start:
-            run.say(f"starting from {start}")
+            run.say(f"Starting from the weights in {start}")
     if start is None or not meta.lora:
         return state, meta, None
     return state, meta, place(start.params, sharding.param_shardings(run.mesh, start.params))
 
 
 def load_evaluation(run: Run) -> TrainingEvaluation:
-    """Loads what the evaluators of all phases share."""
+    """Loads the data, encoders and settings that the evaluators of all phases share."""
     data, sampling, metrics = run.config.data, run.config.sampling, run.config.evaluation.to_dict()
     settings = EvaluationSettings(
         loss_every=run.config.evaluate_every, split=data.heldout, loss_images=data.heldout_images,

@@ -1,7 +1,7 @@
 """The training loop. A run is a list of phases that share one work directory.
 
-Everything a phase needs is checked before the first step. After an interrupt, a kill or a NaN, the same command resumes
-from the newest complete checkpoint, bitwise.
+All phases are validated before the first step. After an interrupt or a kill, the same command resumes from the newest
+complete checkpoint, and the result is bitwise identical to that of an uninterrupted run.
 """
 
 import dataclasses
@@ -37,27 +37,31 @@ from micro_dit.training.step import Metrics, make_train_step
 
 
 def train(config: Any, workdir: str | Path) -> Path:
-    """Trains a config (see configs/mask75.py), or resumes its run in the work directory.
+    """Trains a config, or resumes its run in the work directory.
+
+    Args:
+        config: A config as returned by configs/mask75.py.
+        workdir: Work directory of the run; created if it does not exist.
 
     Returns:
-        The work directory.
+        The absolute path of the work directory.
 
     Raises:
-        UserError: The config, the shards or the work directory needs a correction, or the loss is not finite.
+        UserError: The config, the shards or the work directory is invalid, or the loss is not finite.
     """
-    # 1. Check everything that can be checked before the first step.
+    # 1. Validate everything that can be validated before the first step.
     run, start = check(config, Path(workdir).absolute())
 
-    # 2. Report the plan.
+    # 2. Print the plan.
     report_plan(run)
 
-    # 3. Restore, or start.
+    # 3. Restore a checkpoint, or initialize the state.
     total, ends = run.starts[-1], tuple(run.starts[1:])
     checkpoints = Checkpoints(run.workdir, keep_steps=ends, keep_every=run.config.keep_every, clean=True)
     state, meta, base = restore_or_start(run, start, checkpoints)
-    del start  # the copy on the host
+    del start  # frees the copy of the weights on the host
 
-    # 4. Train phase after phase.
+    # 4. Train the phases in order.
     writer = MetricWriter(
         run.workdir, tensorboard=run.config.logging.tensorboard, wandb_project=run.config.logging.wandb_project or None,
         config=run.config.to_dict(), enabled=jax.process_index() == 0,
@@ -70,7 +74,7 @@ def train(config: Any, workdir: str | Path) -> Path:
         )  # fmt: skip
         for index, phase in enumerate(run.phases):
             if meta.step >= run.starts[index + 1]:
-                continue  # finished before the restart
+                continue  # the phase was completed before this process started
             if index > meta.phase:
                 meta = dataclasses.replace(meta, phase=index, data=None)
                 places = sharding.shardings_of(run.abstract_state(index))
@@ -85,7 +89,7 @@ def train(config: Any, workdir: str | Path) -> Path:
     # 5. Finish.
     if meta.step < total:
         done = f"step {meta.step:,} of {total:,}"
-        run.say(f"stopped at {done}, saved in {run.workdir}: resumable by running the same command again.")
+        run.say(f"Stopped at {done} and saved a checkpoint in {run.workdir}. Run the same command to resume.")
     elif jax.process_index() == 0:
         spans = [(phase.name, run.starts[i], run.starts[i + 1]) for i, phase in enumerate(run.phases)]
         run.say(finish(run.workdir, spans, meta, next(iter(run.config.sampling.prompts), None)))
@@ -97,13 +101,13 @@ class PhaseLoop:
     """The loop over the steps of one phase.
 
     Attributes:
-        run: The run.
-        index: Number of the phase.
-        checkpoints: Where states are saved.
-        writer: Where metrics are written.
-        saves: When to save and when to stop.
-        evaluation: Makes the phase's evaluators.
-        base: The parameters under a LoRA adapter.
+        run: The validated run.
+        index: Index of the phase.
+        checkpoints: Saves train states.
+        writer: Writes metrics.
+        saves: Decides when to save and when to stop.
+        evaluation: Creates the evaluators of the phase.
+        base: Frozen base parameters of a LoRA run; None without LoRA.
     """
 
     run: Run
@@ -115,7 +119,7 @@ class PhaseLoop:
     base: dict[str, jax.Array] | None
 
     def train(self, state: TrainState, meta: Meta) -> tuple[TrainState, Meta]:
-        """Trains the phase from `state` on; returns early after a signal, with everything saved."""
+        """Trains the phase starting from `state`; after a signal, saves a checkpoint and returns early."""
         run, phase, last_step = self.run, self.run.phases[self.index], self.run.starts[self.index + 1]
         iterator = self._data(meta)
         shards = phase.shards or run.config.data.shards
@@ -126,7 +130,7 @@ class PhaseLoop:
         progress, start, started = self._progress(meta), meta, time.monotonic()
 
         def meta_at(step: int) -> Meta:
-            """Returns the counters after a step; the data position is that of the batches taken until now."""
+            """Returns the metadata after `step`; the data position is the iterator's current one."""
             return dataclasses.replace(
                 start, step=step, images=start.images + (step - start.step) * phase.batch_size,
                 seconds=start.seconds + time.monotonic() - started, dollars=progress.dollars,
@@ -138,8 +142,9 @@ class PhaseLoop:
         compiled = self._compile(state, batch, key)
         step, previous = meta.step, None
         while True:
-            # The order matters: dispatch the step, and only then read the metrics of the one before, so that the device
-            # never waits; the iterator's position is saved before the next batch is taken, so that it fits the state.
+            # The order matters. The metrics of the previous step are read after this step has been dispatched, so that
+            # the device never waits for the host. The iterator's position is saved before the next batch is read, so
+            # that it matches the saved state.
             state, metrics = compiled(state, batch, key, self.base)
             step += 1
             if previous is not None:
@@ -149,7 +154,7 @@ class PhaseLoop:
             ending = stopping or step == last_step
             due = [evaluator for evaluator in evaluators if evaluator.due(step)]
             if saving or ending or due:
-                # Nothing is saved or shown before this step's loss is known to be finite.
+                # This raises if the loss of this step is not finite, so that such a state is never saved or evaluated.
                 self._record(step, previous, progress)
                 previous = None
                 with progress.paused():
@@ -160,7 +165,7 @@ class PhaseLoop:
                     for evaluator in due:
                         if not self.saves.stop_requested():
                             self._write(step, evaluator.run(weights, step))
-                    if due and not ending and self.saves.stop_requested():  # a signal came during an evaluation
+                    if due and not ending and self.saves.stop_requested():  # a signal arrived during an evaluation
                         ending = True
                         self.checkpoints.save(state, meta_at(step).to_dict(), wait=True)
             if ending:
@@ -169,7 +174,7 @@ class PhaseLoop:
             batch = meshes.to_device(next(iterator), run.mesh)
 
     def _data(self, meta: Meta) -> Any:
-        """Returns the iterator over batches, at the position where the run continues."""
+        """Returns the iterator over training batches, at the position stored in `meta`."""
         config, phase = self.run.config, self.run.phases[self.index]
         share, shares = meshes.share_of_batch(self.run.mesh)
         iterator = make_train_iterator(
@@ -181,7 +186,7 @@ class PhaseLoop:
         return iterator
 
     def _progress(self, meta: Meta) -> Progress:
-        """Returns the progress display of the phase."""
+        """Returns the progress bar of the phase."""
         run, phase, chip = self.run, self.run.phases[self.index], self.run.chip
         tokens = run.manifests[0].text_encoder.tokens
         return Progress(
@@ -193,7 +198,7 @@ class PhaseLoop:
         )  # fmt: skip
 
     def _compile(self, state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array) -> Any:
-        """Compiles the train step, which takes the place of its state in memory."""
+        """Compiles the train step with its state donated."""
         run, phase = self.run, self.run.phases[self.index]
         register_lowerings()
         step = make_train_step(run.networks[self.index], phase, run.starts[self.index], run.recipe, run.mesh)
@@ -202,30 +207,31 @@ class PhaseLoop:
         return compile_step(phase.name, step, (state, batch, key, self.base), run.say)
 
     def _record(self, step: int, metrics: Metrics, progress: Progress) -> None:
-        """Shows and writes a step's metrics.
+        """Displays and writes the metrics of a step.
 
         Raises:
-            UserError: The loss or the gradient is not finite. Nothing of this step is saved then.
+            UserError: The loss or the gradient norm is not finite. The state of this step has not been saved.
         """
         run, values = self.run, {name: float(value) for name, value in metrics.items()}
         if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
             progress.close()
             self.checkpoints.close()
             folder, steps = self.checkpoints.folder, self.checkpoints.steps
-            kept = f"the last good checkpoint is {folder / str(steps[0])}" if steps else "no checkpoint was saved yet"
+            kept = f"The last good checkpoint is {folder / str(steps[0])}" if steps else "No checkpoint was saved yet"
             raise UserError(
-                f"the loss is {values['loss']} (gradient norm {values['gradient_norm']}) at step {step}, in phase "
-                f"{run.phases[self.index].name!r}; {kept}; lower learning_rate or clip and restart in a new --workdir."
+                f"Loss is {values['loss']} (gradient norm {values['gradient_norm']}) at step {step} in phase "
+                f"{run.phases[self.index].name!r}. {kept}. Lower learning_rate or clip of the phase and restart in a "
+                "new --workdir."
             )
         progress.update(step - run.starts[self.index], values)
         if (every := run.config.logging.every) and (step % every == 0 or step == run.starts[self.index + 1]):
             self.writer.write_scalars(step, values | progress.scalars())
 
     def _write(self, step: int, results: Results) -> None:
-        """Writes scalars, and images with their files."""
+        """Writes the scalars and images of an evaluation; images are also written to PNG files."""
         if results.scalars:
             self.writer.write_scalars(step, results.scalars)
-        for name, picture in results.images.items():
-            self.writer.write_images(step, {name: picture.pixels})
+        for name, image in results.images.items():
+            self.writer.write_images(step, {name: image.pixels})
             if jax.process_index() == 0:
-                save_png(picture.pixels, self.run.workdir / name / f"step_{step:08d}.png", picture.metadata)
+                save_png(image.pixels, self.run.workdir / name / f"step_{step:08d}.png", image.metadata)

@@ -1,4 +1,4 @@
-"""Options and settings that every test shares."""
+"""Options, environment settings and fixtures that all tests share."""
 
 import os
 from importlib.metadata import version
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Making machine code takes most of the time of a program that runs once or twice: it is not optimized, and made the old
-# way, in half the time, where there are two (later versions stop at a flag that they don't know).
+# Compilation dominates the time of programs that run once or twice. Optimization is therefore disabled, and XLA's older
+# emitters, which take half the time, are used if this version has them. Other versions abort on the unknown flag.
 XLA_FLAGS = ["--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
     XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 GOLDEN = Path(__file__).parent / "golden"
-# What takes longest comes first, so that with several workers none of them is left alone with it at the end.
+# The longest tests run first, so that several workers finish at about the same time.
 LONGEST = (
     "test_train", "parity/test_network", "test_resume", "test_evaluate", "playground/test_playground",
     "parity/test_full_size", "multidevice/test_processes", "launch/test_notebooks", "test_sample",
@@ -28,7 +28,7 @@ LONGEST = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-dir", default=str(GOLDEN), help="folder of golden tensors for tests/parity")
-    parser.addoption("--kills", type=int, default=3, help="how often tests/test_resume.py kills a run")
+    parser.addoption("--kills", type=int, default=3, help="number of times that tests/test_resume.py kills a run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of noise at 64 and 128 px; see tests/helpers/tiny.py."""
+    """Shards of random noise at 64 and 128 px; see tests/helpers/tiny.py."""
     from tests.helpers import tiny
 
     return tiny.write_shards(tmp_path_factory.mktemp("tiny") / "shards", (64, 128))
@@ -46,7 +46,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The work directory of a tiny run that nothing disturbed; copy it before changing anything in it."""
+    """The work directory of an uninterrupted tiny run. Tests must copy it before they modify it."""
     from micro_dit.train import train
     from tests.helpers import tiny
 

@@ -1,4 +1,4 @@
-"""The command, and the costs of the shipped recipe against the paper's table."""
+"""The `budget` command, and its estimate for the paper's recipe compared with the paper's table of costs."""
 
 import json
 import pathlib
@@ -20,8 +20,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_command_agrees_with_the_paper_and_shows_what_the_gather_saves() -> None:
-    """The paper's recipe as it is shipped, with no shards in sight."""
+def test_command_agrees_with_the_paper_and_reports_the_flops_saved_by_gathering() -> None:
+    """Uses configs/mask75.py:xl without any shards."""
     done = run("--config=configs/mask75.py:xl", "--price_per_hour=3.75", "--mfu=0.45", "--paper", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -41,29 +41,29 @@ def test_command_agrees_with_the_paper_and_shows_what_the_gather_saves() -> None
 def test_command_prints_tables() -> None:
     done = run("--config=configs/mask75.py:xl", "--chip=v5e", "--devices=64", "--paper")
     assert done.returncode == 0, done.stderr
-    assert "64 × v5e at 30.0% of 197 TFLOP/s, $3.75 a chip-hour" in done.stdout  # the config's share and price
+    assert "64 × v5e at 30.0% of 197 TFLOP/s, $3.75 per chip-hour" in done.stdout  # MFU and price from the config
     assert done.stdout.count("masked-512") == 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no config given"),
-        (["--config=configs/mask75.py", "--paper"], "the config has 2; use configs/mask75.py:xl"),
+        ([], "No config was given"),
+        (["--config=configs/mask75.py", "--paper"], "the config has 2. Use --config=configs/mask75.py:xl"),
         (["--config=configs/mask75.py", "--config.data.vae=mine"], "image encoder 'mine'"),
         (["--config=configs/mask75.py", "--config.data.text_encoder=mine"], "text encoder 'mine'"),
         (["--config=configs/mask75.py", "--chip=abacus"], "abacus"),
     ],
 )
-def test_command_says_what_is_wrong_in_one_line(arguments: list[str], message: str) -> None:
+def test_command_prints_user_errors_as_one_line(arguments: list[str], message: str) -> None:
     if arguments and "xl" not in arguments[0]:
-        arguments = [*arguments, "--config.data.shards="]  # whatever an earlier run left there
+        arguments = [*arguments, "--config.data.shards="]  # ignores the shards of an earlier run
     done = run(*arguments)
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.returncode == 1
 
 
-def test_paper_rows_need_its_phases() -> None:
+def test_paper_rows_require_the_papers_four_phases() -> None:
     with pytest.raises(UserError, match="four phases"):
         paper_rows([make_config("Nano", input_size=16)], [Phase("p", 128, 10, 10, 1e-3, 0.0)], 77)

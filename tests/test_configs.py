@@ -1,4 +1,4 @@
-"""Every variant of every shipped config is checked and its train step traced; nothing is compiled or allocated."""
+"""Validates every variant of every config and traces its train step; nothing is compiled or allocated."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ VARIANTS += [(tiny.CONFIGS / "finetune.py", variant) for variant in ("lora", "fu
 
 
 def manifest_of(config: ConfigDict) -> Manifest:
-    """What the recipe's shards would say of themselves."""
+    """Returns the manifest that the shards of a config would have."""
     vae = ImageEncoderInfo(config.data.vae, "0123", channels=CHANNELS.get(config.data.vae, 4), downsample=8)
     channels = 384 if config.data.text_encoder == "minilm" else 1024
     text = TextEncoderInfo(config.data.text_encoder, "4567", config.data.caption_tokens, channels)
@@ -47,16 +47,16 @@ def test_every_config_is_listed() -> None:
 
 
 @pytest.mark.parametrize(("path", "variant"), VARIANTS, ids=[f"{path.stem}:{variant}" for path, variant in VARIANTS])
-def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str) -> None:
+def test_every_phase_of_every_config_can_be_traced(path: Path, variant: str) -> None:
     config = tiny.load_config_file(path, variant)
     manifest, phases = manifest_of(config), make_phases(with_mask_ratio(config.phases, config.masking.ratio))
     recipe = make_recipe(config)
     assert {resolution for resolution in config.data.resolutions} <= set(manifest.resolutions)
-    networks = [network_of(phase, config.model, manifest.vae, manifest.text_encoder) for phase in phases]  # checks them
-    # Every phase can take over the parameters of the one before.
+    networks = [network_of(phase, config.model, manifest.vae, manifest.text_encoder) for phase in phases]
+    # The parameters of all phases have the same shapes.
     assert len({(n.mixer_blocks(), n.backbone_blocks(), n.in_channels, n.caption_channels) for n in networks}) == 1
-    # Phases that mask alike differ in sizes and numbers only: the last of them, the largest, stands for all. And blocks
-    # follow one another by the same widths: some stand for all; tests/parity has them all.
+    # Phases with the same masking differ only in sizes and settings, so only the last and largest of them is traced.
+    # A few blocks of each kind are sufficient here; tests/parity covers complete networks.
     programs = {(p.mask_ratio, p.mask_position): (p, n) for p, n in zip(phases, networks, strict=True)}
     for phase, network in programs.values():
         decoder_depth = min(network.decoder_depth, 2)
@@ -79,7 +79,7 @@ def test_every_phase_of_every_recipe_can_be_traced(path: Path, variant: str) -> 
         }
 
 
-def test_the_papers_recipe_is_the_papers() -> None:
+def test_the_xl_config_has_the_papers_settings() -> None:
     config = tiny.load_config_file(MASK75, "xl")
     phases = make_phases(config.phases)
     table = [(p.resolution, p.mask_ratio, p.steps, p.learning_rate, p.clip, p.P_mean, p.P_std) for p in phases]
@@ -104,7 +104,7 @@ def test_the_papers_recipe_is_the_papers() -> None:
     assert sum(sizes.values()) in (1_165_442_320, 1_165_442_320 - buffers)
 
 
-def test_an_unknown_variant_is_refused() -> None:
+def test_an_unknown_variant_is_rejected() -> None:
     with pytest.raises(ValueError, match="no variant 'foo'; use one of demo, small, openmoji, tiny, xl"):
         tiny.load_config_file(MASK75, "foo")
 
@@ -121,8 +121,8 @@ def test_every_variant_has_the_same_fields() -> None:
 
 
 @pytest.mark.parametrize("variant", MASK75_VARIANTS)
-def test_the_comparisons_cost_what_they_say(variant: str) -> None:
-    """Networks are checked by `network_of`; FLOPs are those of the whole recipe, relative to mask75's."""
+def test_the_comparisons_have_the_documented_cost(variant: str) -> None:
+    """Compares the FLOPs of whole runs with those of mask75."""
     flops, names = {}, set()
     for name in RECIPES:
         config = tiny.load_config_file(tiny.CONFIGS / f"{name}.py", variant)
@@ -135,7 +135,7 @@ def test_the_comparisons_cost_what_they_say(variant: str) -> None:
         assert masked == [0.0 if name in ("mask0", "downscale") else 0.75] * len(masked)
         assert [phase.mask_ratio for phase in phases[1::2]] == [0.0] * len(masked)
     relative = {name: value / flops["mask75"] for name, value in flops.items()}
-    # mask75's demo, with Muon, has four fifths of the steps that AdamW had; `compare` sets the steps of `small`.
+    # The demo of mask75 has four fifths of the steps of its AdamW version; `compare` sets the steps of `small`.
     limit = {"demo": 1 / 0.8, "small": math.inf}.get(variant, 1.0)
     assert 0.9 < relative["frugal"] <= limit
     assert relative["downscale"] == pytest.approx(1, abs=0.03)
@@ -151,11 +151,11 @@ def test_the_mask_ratio_of_all_masked_phases_can_be_set(ratio: float) -> None:
     config.masking.ratio = ratio
     changed = with_mask_ratio(config.phases, config.masking.ratio)
     assert [phase["mask_ratio"] for phase in changed] == [ratio, 0.0, ratio, 0.0]
-    assert [phase["mask_ratio"] for phase in config.phases] == [0.75, 0.0, 0.75, 0.0]  # ours is left alone
+    assert [phase["mask_ratio"] for phase in config.phases] == [0.75, 0.0, 0.75, 0.0]  # the config is not modified
     assert make_phases(changed)[0].steps == 250_000
 
 
-def test_a_config_survives_being_written_down() -> None:
+def test_a_config_survives_a_round_trip_through_json() -> None:
     for path, variant in VARIANTS:
         config = tiny.load_config_file(path, variant)
         written = json.loads(json.dumps(config.to_dict()))

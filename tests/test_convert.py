@@ -186,7 +186,7 @@ def test_the_command_refuses_code_in_one_line_and_runs_none(
         (dict(from_torch="a.pt", out="m", step=3), "--step means nothing with --from_torch"),
         (dict(to_torch="a.pt", workdir="m", vae="x", sigma_data=1.0), "--vae, --sigma_data means nothing with --to"),
         (dict(to_torch="a.bin", workdir="m"), r"the name a\.bin should end in \.pt or \.pth or \.safetensors"),
-        (dict(to_torch="a.pt", workdir="missing"), "missing is no work directory of a run and no model folder"),
+        (dict(to_torch="a.pt", workdir="missing"), "missing is neither the work directory of a run nor a model folder"),
         (dict(from_torch="missing.pt", out="m"), r"there is no file missing\.pt"),
     ],
 )

@@ -167,7 +167,7 @@ def test_invalid_requests_are_rejected_before_sampling(
 
 
 def test_folders_without_a_model_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no work directory"):
+    with pytest.raises(UserError, match="is neither the work directory"):
         evaluate(tmp_path, ("domain",))
     (tmp_path / "config.json").write_text('{"config": {}, "shards": {}}')
     with pytest.raises(UserError, match="has no checkpoints yet"):

@@ -1,4 +1,4 @@
-"""Runs that start from the weights of another: all parameters, or a LoRA adapter."""
+"""Fine-tuning of pretrained weights, with all parameters or with a LoRA adapter."""
 
 import json
 import shutil
@@ -49,12 +49,12 @@ def lora_run(finished_run: Path, tiny_shards: Path, tmp_path_factory: pytest.Tem
 
 
 def loss_of(params: Any, shards: Path) -> float:
-    """On the images that were trained on."""
+    """Returns the mean loss over the training images."""
     data = load_split(shards, "train", 64)
     return make_heldout_loss(NETWORK, data, sigma_data=0.9, dtype=jnp.float32)(params)["heldout_loss"]
 
 
-def test_lora_lowers_the_loss_and_its_checkpoint_holds_the_adapter_alone(
+def test_lora_lowers_the_loss_and_its_checkpoint_holds_only_the_adapter(
     lora_run: Path, finished_run: Path, tiny_shards: Path
 ) -> None:
     base, _ = run_params(finished_run)
@@ -70,66 +70,70 @@ def test_lora_lowers_the_loss_and_its_checkpoint_holds_the_adapter_alone(
     assert meta["lora"]["rank"] == RANK
 
 
-def test_base_and_adapter_draw_what_the_merged_weights_draw(lora_run: Path, finished_run: Path, tmp_path: Path) -> None:
+def test_base_and_adapter_predict_the_same_as_merged_weights(
+    lora_run: Path, finished_run: Path, tmp_path: Path
+) -> None:
     inputs = tiny.inputs(NETWORK)
     base, adapter = run_params(finished_run)[0], tiny.read_checkpoint(lora_run)["ema"]
 
     @jax.jit
-    def apart(base: Any, adapter: Any) -> jax.Array:
+    def unmerged(base: Any, adapter: Any) -> jax.Array:
         return bind(NETWORK, LoRA(RANK, ALPHA, TARGETS).merge(base, adapter))(*inputs)
 
     model = load(lora_run)
     about = {"sigma_data": 0.9, "vae": "noise", "text_encoder": "noise", "caption_tokens": 4,
              "caption_cleaning": "none", "source": ""}  # fmt: skip
     save_model_folder(tmp_path / "model", {n: np.asarray(v) for n, v in model.params.items()}, NETWORK, about)
-    drawn = jax.jit(lambda params: bind(NETWORK, params)(*inputs))
-    np.testing.assert_array_equal(drawn(load(tmp_path / "model").params), drawn(model.params))
-    np.testing.assert_allclose(drawn(model.params), apart(base, adapter), rtol=1e-4, atol=1e-5)
-    assert not np.allclose(drawn(model.params), drawn(base), atol=1e-3)
+    predict = jax.jit(lambda params: bind(NETWORK, params)(*inputs))
+    np.testing.assert_array_equal(predict(load(tmp_path / "model").params), predict(model.params))
+    np.testing.assert_allclose(predict(model.params), unmerged(base, adapter), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(predict(model.params), predict(base), atol=1e-3)
 
 
-def test_a_lora_run_that_was_cut_off_ends_bitwise_the_same(
+def test_an_interrupted_lora_run_resumes_bitwise(
     lora_run: Path, finished_run: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut = shutil.copytree(lora_run, tmp_path / "run")
     shutil.rmtree(cut / "checkpoints" / str(STEPS))
     train(finetune(finished_run, tiny_shards, RANK), cut)
-    assert f"continuing from step {STEPS // 2}" in capsys.readouterr().out
+    assert f"Resuming from step {STEPS // 2}" in capsys.readouterr().out
     tiny.assert_same_end(cut, lora_run)
 
 
-def test_full_finetuning_starts_from_the_weights_and_lora_with_the_same_loss(
+def test_full_finetuning_starts_from_the_pretrained_weights_and_with_the_loss_of_lora(
     finished_run: Path, lora_run: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
     base = run_params(finished_run)[0]
     about = {"sigma_data": 0.9, "vae": "noise", "text_encoder": "noise", "caption_tokens": 4,
              "caption_cleaning": "none", "source": ""}  # fmt: skip
-    larger = tiny.network(input_size=16, pos_interp_scale=2.0)  # the same parameters
+    larger = tiny.network(input_size=16, pos_interp_scale=2.0)  # has the same parameter shapes
     save_model_folder(tmp_path / "model", base, larger, about)
     config = finetune(tmp_path / "model", tiny_shards, rank=0)
-    config.phases = (config.phases[0] | dict(steps=1),)  # at a learning rate of 0
+    config.phases = (config.phases[0] | dict(steps=1),)  # the first step has learning rate 0
     full = tiny.read_checkpoint(train(config, tmp_path / "full"))
     for part in ("params", "ema"):
         jax.tree.map(np.testing.assert_array_equal, full[part], base)
     first, lora = (read_metrics(run / "metrics.jsonl")[0]["loss"] for run in (tmp_path / "full", lora_run))
     assert first == pytest.approx(lora, rel=1e-5)
-    shutil.rmtree(tmp_path / "model")  # not needed any more
+    shutil.rmtree(tmp_path / "model")  # a run with checkpoints does not read init_from
     train(config, tmp_path / "full")
 
 
-def test_what_does_not_fit_is_named(finished_run: Path, tiny_shards: Path, tmp_path: Path) -> None:
-    def refused(match: str, **fields: Any) -> None:
+def test_configs_that_do_not_match_the_pretrained_model_are_rejected(
+    finished_run: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    def check_rejected(match: str, **fields: Any) -> None:
         config = finetune(finished_run, tiny_shards, RANK)
         config.update_from_flattened_dict(fields)
-        with pytest.raises(UserError, match=match) as told:
+        with pytest.raises(UserError, match=match) as error:
             train(config, tmp_path / "run")
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(error.value)
         assert not (tmp_path / "run").exists()
 
-    refused(r"another network: depth \(2 there, 3 here\)", **{"model.depth": 3})
-    refused("init_from: .* is no work directory of a run and no model folder", init_from=str(tmp_path))
-    refused("LoRA adapts existing weights", init_from="")
-    refused("found in no kernel's name", **{"lora.targets": "no_such_kernel"})
+    check_rejected(r"differs from the config: depth \(model: 2, config: 3\)", **{"model.depth": 3})
+    check_rejected("init_from: .* is neither the work directory of a run nor a model folder", init_from=str(tmp_path))
+    check_rejected("lora.rank is 2, but init_from is empty", init_from="")
+    check_rejected("matches no kernel", **{"lora.targets": "no_such_kernel"})
 
 
 @pytest.mark.parametrize(
@@ -137,7 +141,7 @@ def test_what_does_not_fit_is_named(finished_run: Path, tiny_shards: Path, tmp_p
     [("sigma_data", 0.5), ("vae", "another"), ("text_encoder", "another"), ("caption_tokens", 77),
      ("vae_fingerprint", "9999"), ("text_fingerprint", "9999")],
 )  # fmt: skip
-def test_weights_of_other_encoders_are_refused(field: str, value: Any) -> None:
+def test_weights_trained_with_other_encoders_are_rejected(field: str, value: Any) -> None:
     about = {"sigma_data": 0.9, "vae": "noise", "text_encoder": "noise", "caption_tokens": 4}
     manifest = tiny.make_manifest((64,))
     Start(Path("model"), None, {}, NETWORK, about).check(NETWORK, manifest, 0.9, "noise", "noise")
@@ -146,14 +150,14 @@ def test_weights_of_other_encoders_are_refused(field: str, value: Any) -> None:
         Start(Path("model"), None, {}, NETWORK, about | {field: value}).check(NETWORK, manifest, 0.9, "noise", "noise")
 
 
-def test_an_adapter_without_the_weights_under_it_is_refused(lora_run: Path, finished_run: Path, tmp_path: Path) -> None:
-    """The base may have moved, or may be other weights by now."""
-    under = tiny.read_checkpoint(lora_run)["meta"]["lora"]
-    assert under["folder"] == str(finished_run)
+def test_an_adapter_without_its_base_weights_is_rejected(lora_run: Path, finished_run: Path, tmp_path: Path) -> None:
+    """Loading fails if the base weights were moved or replaced."""
+    about = tiny.read_checkpoint(lora_run)["meta"]["lora"]
+    assert about["folder"] == str(finished_run)
     aside = finished_run.with_name("aside")
     finished_run.rename(aside)
     try:
-        with pytest.raises(UserError, match=f"trained on the weights in .*{finished_run}; bring them back"):
+        with pytest.raises(UserError, match=f"trained on the weights in .*{finished_run}, which can't be loaded"):
             load(lora_run)
         params = {name: value + 1 for name, value in load_start(aside).params.items()}
         about = {"sigma_data": 0.9, "vae": "noise", "text_encoder": "noise", "caption_tokens": 4,
@@ -166,7 +170,7 @@ def test_an_adapter_without_the_weights_under_it_is_refused(lora_run: Path, fini
         aside.rename(finished_run)
 
 
-def test_the_average_and_what_it_is_of_are_both_merged(lora_run: Path) -> None:
+def test_raw_and_ema_adapters_are_merged(lora_run: Path) -> None:
     raw, ema = run_params(lora_run, params="raw")[0], run_params(lora_run)[0]
     assert Checkpoints(lora_run).has_average(STEPS)
     assert any(not np.array_equal(raw[name], ema[name]) for name in raw)
@@ -174,7 +178,7 @@ def test_the_average_and_what_it_is_of_are_both_merged(lora_run: Path) -> None:
 
 
 @pytest.mark.parametrize(("variant", "caption_channels"), [("lora", 384), ("xl", 1024)])
-def test_the_shipped_adapters_are_below_two_percent_of_the_model(variant: str, caption_channels: int) -> None:
+def test_adapters_of_the_configs_are_below_two_percent_of_the_model(variant: str, caption_channels: int) -> None:
     config = tiny.load_config_file(tiny.CONFIGS / "finetune.py", variant)
     network = make_config(config.model.size, input_size=32, in_channels=4, caption_channels=caption_channels)
     base = abstract_params(network)

@@ -1,4 +1,4 @@
-"""Command, Python, page and notebook draw the same picture for the same prompt and seed, with the demo's encoders."""
+"""The command, Python, the web page and a notebook sample the same image for the same prompt and seed."""
 
 import base64
 import dataclasses
@@ -29,7 +29,7 @@ PROMPT, SEED, STEPS, GUIDANCE = "grinning cat", 7, 3, 2.5
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves, of a tiny network that has learned nothing."""
+    """The work directory of a run with a tiny network and random weights, for the demo's encoders."""
     path = tmp_path_factory.mktemp("four_ways") / "run"
     config = tiny.network(in_channels=8, caption_channels=384)
     params = tiny.random_params(config)
@@ -46,8 +46,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def drawn(workdir: Path) -> np.ndarray:
-    """What Python draws."""
+def expected(workdir: Path) -> np.ndarray:
+    """The image sampled in Python."""
     (image,) = load(workdir).generate(PROMPT, seed=SEED, steps=STEPS, guidance=GUIDANCE)
     assert image.size == (64, 64)
     assert np.asarray(image).std() > 1
@@ -59,19 +59,21 @@ def pixels(file: object) -> np.ndarray:
         return np.asarray(opened.convert("RGB"))
 
 
-def test_the_command_draws_it(workdir: Path, drawn: np.ndarray, tmp_path: Path) -> None:
+def test_the_command_samples_the_same_image(workdir: Path, expected: np.ndarray, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "micro_dit.sample", f"--workdir={workdir}", f"--out={tmp_path / 'cat.png'}",
         f"--prompt={PROMPT}", f"--seed={SEED}", f"--steps={STEPS}", f"--guidance={GUIDANCE}",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    np.testing.assert_array_equal(pixels(tmp_path / "cat.png"), drawn)
+    np.testing.assert_array_equal(pixels(tmp_path / "cat.png"), expected)
 
 
-def test_a_notebook_draws_it(workdir: Path, drawn: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient = pytest.importorskip("nbclient", reason="notebooks are run by nbclient and ipykernel")
-    pytest.importorskip("ipykernel", reason="notebooks are run by nbclient and ipykernel")
+def test_a_notebook_samples_the_same_image(
+    workdir: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbclient = pytest.importorskip("nbclient", reason="running notebooks requires nbclient and ipykernel")
+    pytest.importorskip("ipykernel", reason="running notebooks requires nbclient and ipykernel")
     import nbformat
 
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -82,17 +84,17 @@ def test_a_notebook_draws_it(workdir: Path, drawn: np.ndarray, monkeypatch: pyte
     )
     nbclient.NotebookClient(nbformat.v4.new_notebook(cells=[cell]), timeout=300, kernel_name="python3").execute()
     (shown,) = [output.data["image/png"] for output in cell.outputs if output.output_type == "execute_result"]
-    np.testing.assert_array_equal(pixels(io.BytesIO(base64.b64decode(shown))), drawn)
+    np.testing.assert_array_equal(pixels(io.BytesIO(base64.b64decode(shown))), expected)
 
 
-def test_the_page_draws_it(workdir: Path, drawn: np.ndarray, tmp_path: Path) -> None:
-    pytest.importorskip("gradio", reason="the page needs the extra `playground`")
+def test_the_page_samples_the_same_image(workdir: Path, expected: np.ndarray, tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="the page requires the extra `playground`")
     from gradio_client import Client
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    session = Session([workdir], tmp_path / "pictures")
+    session = Session([workdir], tmp_path / "images")
     page = playground.build_page(session)
     url = playground.serve(page, "127.0.0.1", port, str(tmp_path))
     try:
@@ -103,4 +105,4 @@ def test_the_page_draws_it(workdir: Path, drawn: np.ndarray, tmp_path: Path) -> 
         page.close()
         session.close()
     assert messages == ""
-    np.testing.assert_array_equal(pixels(gallery[0]["image"]), drawn)
+    np.testing.assert_array_equal(pixels(gallery[0]["image"]), expected)

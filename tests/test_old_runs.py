@@ -1,8 +1,8 @@
-"""Runs and model folders written before the package got its present layout are resumed and loaded.
+"""Runs and model folders written before the package had its current layout can be resumed and loaded.
 
-tests/fixtures/before_layout/runs.tar.xz holds the work directory of a run stopped in its second phase, that of a LoRA
-fine-tune stopped in its only one, and the exported model that the fine-tune started from. expected.json and latents.npy
-record what the code that wrote them got when it continued the runs to their ends and sampled the model.
+tests/fixtures/before_layout/runs.tar.xz holds the work directory of a run stopped in its second phase, the work
+directory of a LoRA run stopped in its only phase, and the exported model that the LoRA run started from. expected.json
+and latents.npy hold the results of the old code after it finished the runs and sampled from the model.
 """
 
 import json
@@ -28,10 +28,10 @@ SIZE = dict(depth=1, dim=16, head_dim=8, patch_mixer_depth=1, patch_mixer_dim=16
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the old runs and their shards; relative paths in the runs start there."""
+    """A folder with the old runs and their shards, which is the current folder, as the runs have relative paths."""
     with tarfile.open(FIXTURE / "runs.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
-    for strings in tmp_path.glob("lora/checkpoints/*/meta/_strings.json"):  # absolute: where the fine-tune started
+    for strings in tmp_path.glob("lora/checkpoints/*/meta/_strings.json"):  # the path of the base model is absolute
         strings.write_text(strings.read_text().replace("/tmp/fix/w/model", str(tmp_path / "model")))
     tiny.write_shards(tmp_path / "shards")
     monkeypatch.chdir(tmp_path)
@@ -59,17 +59,17 @@ def finetune_config() -> ConfigDict:
 
 
 def assert_close(ours: Mapping[str, Any], theirs: Mapping[str, float], tolerance: float) -> None:
-    """Rounding differs between processors; another mask, noise, batch or learning rate differs by far more."""
+    """Asserts equality within `tolerance`, which allows for rounding but not for another mask, noise or batch."""
     assert set(ours) == set(theirs)
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, rel=tolerance), name
 
 
 @pytest.mark.parametrize(("name", "config"), [("run", run_config), ("lora", finetune_config)])
-def test_a_stopped_run_ends_with_the_recorded_numbers(name: str, config: Any, folder: Path) -> None:
+def test_a_resumed_old_run_has_the_recorded_results(name: str, config: Any, folder: Path) -> None:
     expected = json.loads((FIXTURE / "expected.json").read_text())[name]
     fields = json.loads((folder / name / "config.json").read_text())["config"]
-    assert fields["quantize"] == "", "an old run names the field that was deleted"
+    assert fields["quantize"] == "", "the config of an old run has the field that was removed"
     stopped = max(int(path.name) for path in (folder / name / "checkpoints").iterdir())
     workdir = train(config(), folder / name)
     rows = read_metrics(workdir / "metrics.jsonl")

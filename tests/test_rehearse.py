@@ -1,4 +1,4 @@
-"""A run is rehearsed for eight fake devices by the command itself: what fits, what does not, and what it needs."""
+"""The `rehearse` command for eight fake devices: memory, FLOPs, collectives and suggestions."""
 
 import importlib.util
 import json
@@ -30,9 +30,9 @@ from micro_dit.training.state import TrainState
 from tests.helpers import tiny
 
 ROOT = Path(__file__).parent.parent
-IMAGES = 4096  # in a step of the first phase
-TOO_MANY = 2**20  # images in a step: more than the machine holds, but nothing is allocated
-# Wide enough that products are nearly all of the work, as in real networks; few operations, so that it compiles fast.
+IMAGES = 4096  # batch size of the first phase
+TOO_MANY = 2**20  # batch size of the second phase, which does not fit in memory; nothing is allocated
+# Wide enough that matrix products dominate, as in real networks, with few operations, so that it compiles fast.
 MODEL = dict(dim=256, depth=1, use_patch_mixer=False, multiple_of=64)
 
 
@@ -48,48 +48,48 @@ def run(shards: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def rehearsed(tiny_shards: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    """Both phases, of which the second can't fit."""
+    """The output of a rehearsal of two phases, of which the second does not fit."""
     done = run(tiny_shards, "--json", "--config.cost.dollars_per_device_hour=2")
     assert done.stdout, done.stderr
     return done, json.loads(done.stdout)
 
 
-def test_what_does_not_fit_is_told_by_the_exit_status(rehearsed: tuple[Any, dict[str, Any]]) -> None:
+def test_exit_status_is_1_if_a_phase_does_not_fit(rehearsed: tuple[Any, dict[str, Any]]) -> None:
     done, found = rehearsed
     assert done.returncode == 1
     assert [phase["fits"] for phase in found["phases"]] == [True, False]
     assert found["fits"] is False
-    assert "error: it does not fit" in done.stderr
-    assert "compiling phase unmasked" in done.stderr
+    assert "error: The run does not fit" in done.stderr
+    assert "Compiling phase unmasked" in done.stderr
 
 
-def test_the_microbatch_that_it_suggests_was_compiled_and_fits(rehearsed: tuple[Any, dict[str, Any]]) -> None:
+def test_the_suggested_microbatch_was_compiled_and_fits(rehearsed: tuple[Any, dict[str, Any]]) -> None:
     done, found = rehearsed
-    suggested = re.search(r"--config\.microbatch=(\d+) it takes ([\d.]+) GB", done.stderr)
+    suggested = re.search(r"--config\.microbatch=(\d+), which requires ([\d.]+) GB", done.stderr)
     assert suggested
     assert 8 <= int(suggested[1]) < TOO_MANY
     assert TOO_MANY % int(suggested[1]) == 0
     assert float(suggested[2]) <= found["chip"]["memory"] / 1e9
-    assert f"in passes of {suggested[1]}" in done.stderr
+    assert f"in microbatches of {suggested[1]}" in done.stderr
 
 
-def test_bytes_are_those_of_the_sharded_state(rehearsed: tuple[Any, dict[str, Any]]) -> None:
+def test_bytes_match_the_sharded_state(rehearsed: tuple[Any, dict[str, Any]]) -> None:
     masked, unmasked = rehearsed[1]["phases"]
     network = tiny.network(**MODEL)
     parameters = sum(int(np.prod(leaf.shape)) for leaf in abstract_params(network).values())
     assert masked["parameters"] == parameters
-    # float32: parameters and two moments, and in the second phase the moving average. Two devices share them, but for
-    # what is small.
+    # Parameters, two moments, and EMA weights in the second phase are float32. They are split over two devices, except
+    # for small ones.
     assert 1 < masked["state_bytes"] / (3 * 4 * parameters / 2) < 1.05
     assert unmasked["state_bytes"] == pytest.approx(masked["state_bytes"] * 4 / 3, rel=1e-3)
-    images = 2 * 8 * 8 * 4 * 2 + 4 * 12 * 2  # float16: mean and deviation of a latent, and a caption
+    images = 2 * 8 * 8 * 4 * 2 + 4 * 12 * 2  # float16: mean and standard deviation of a latent, and a caption
     assert masked["step"]["arguments"] == pytest.approx(masked["state_bytes"] + IMAGES // 8 * images, rel=0.01)
     assert masked["peak_bytes"] > masked["step"]["arguments"]
     assert masked["sampler_peak_bytes"] > 4 * parameters / 2
 
 
-def test_flops_agree_with_those_counted_by_hand(rehearsed: tuple[Any, dict[str, Any]]) -> None:
-    """Without recomputation; what is no product makes the difference."""
+def test_the_compilers_flops_agree_with_the_formula(rehearsed: tuple[Any, dict[str, Any]]) -> None:
+    """Rematerialization is disabled, so the difference is due to operations other than matrix products."""
     network = tiny.network(**MODEL)
     for phase, images, mask in zip(rehearsed[1]["phases"], (IMAGES, TOO_MANY), (0.75, 0.0), strict=True):
         assert phase["flops"] == images * training_flops(network, mask, tiny.TEXT.tokens)
@@ -99,31 +99,33 @@ def test_flops_agree_with_those_counted_by_hand(rehearsed: tuple[Any, dict[str, 
 def test_collectives_and_times(rehearsed: tuple[Any, dict[str, Any]]) -> None:
     masked = rehearsed[1]["phases"][0]
     traffic = masked["step"]["traffic"]
-    assert traffic["all-gather"]["bytes"] > 0, "parameters that two devices share are gathered"
+    assert traffic["all-gather"]["bytes"] > 0, "parameters that are split over two devices must be gathered"
     gradients = 4 * masked["parameters"] / 2
     assert sum(of_kind["bytes"] for kind, of_kind in traffic.items() if kind != "all-gather") > gradients
-    assert masked["seconds_per_step"] == masked["compute"] > 0  # of a CPU, only the speed of products is known
+    assert masked["seconds_per_step"] == masked["compute"] > 0  # for a CPU, only the compute speed is known
     assert masked["hours"] == pytest.approx(tiny.MASKED["steps"] * masked["seconds_per_step"] / 3600)
     assert masked["dollars"] == pytest.approx(masked["hours"] * 8 * 2)
     assert masked["images_per_second"] == pytest.approx(IMAGES / masked["seconds_per_step"])
 
 
-def test_the_table_says_how_many_collectives_are_hidden() -> None:
+def test_the_table_reports_hidden_collectives() -> None:
     assert rehearsal._of_kind(Traffic(4, 8e6, 6e6)) == "4 × 2"
     assert rehearsal._of_kind(Traffic(4, 8e6, 6e6, hidden=3)) == "4 × 2, 3 hidden"
     assert rehearsal._of_kind(None) == "–"
 
 
-def test_what_fits_exits_with_0_and_prints_a_table(tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]) -> None:
-    done = run(tiny_shards, "--phase=masked")  # compiled before
+def test_a_run_that_fits_exits_with_0_and_prints_a_table(
+    tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]
+) -> None:
+    done = run(tiny_shards, "--phase=masked")  # compiled by the fixture
     assert done.returncode == 0, done.stderr
     assert f"{rehearsed[1]['phases'][0]['parameters']:,}" in done.stdout
     for row in ("temporaries", "sampler's peak", "fits", "all-gather", "images/s", "dollars"):
         assert row in done.stdout
 
 
-def test_an_unknown_phase_is_refused() -> None:
-    with pytest.raises(UserError, match="no phase 'nothing'; the phases are masked, unmasked"):
+def test_an_unknown_phase_is_rejected() -> None:
+    with pytest.raises(UserError, match=r"no phase 'nothing'\. Set --phase to one of masked, unmasked"):
         rehearse.rehearse(tiny.get_config("nowhere"), Topology("cpu", (8,)), only="nothing")
 
 
@@ -131,21 +133,21 @@ def test_an_unknown_phase_is_refused() -> None:
     ("fixed", "per_image", "compilations", "suggestion"),
     [
         (1e9, 1e6, 1, ""),
-        (4e9, 4e7, 2, "--config.microbatch=256 "),
-        (1.599e10, 4e7, 2, "even with 1 images at once it takes 16 GB, 10.7 of them for parameters"),
+        (4e9, 4e7, 2, "--config.microbatch=256,"),
+        (1.599e10, 4e7, 2, "a microbatch of 1 images already requires 16 GB, of which 10.7 GB are parameters"),
     ],
-    ids=["fits", "fits in passes", "never fits"],
+    ids=["fits", "fits in microbatches", "never fits"],
 )
 def test_search_for_a_microbatch(
     monkeypatch: pytest.MonkeyPatch, fixed: float, per_image: float, compilations: int, suggestion: str
 ) -> None:
-    """A step of 512 images on a chip of 16 GB, which is made to need a fixed part and one in proportion."""
+    """A step of 512 images on a chip with 16 GB; its fake memory is `fixed` plus `per_image` for each image."""
     tried = []
 
     def lowered(network: Any, phase: Phase, recipe: Any, mesh: Any, text_tokens: int) -> tuple[Any, ...]:
         tried.append(recipe.microbatch or phase.batch_size)
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        weights = jax.ShapeDtypeStruct((int(fixed / 12),), jnp.float32, sharding=place)  # a third: state and gradients
+        weights = jax.ShapeDtypeStruct((int(fixed / 12),), jnp.float32, sharding=place)  # state and gradients: a third
         return None, TrainState(weights, {"w": weights}, (), None), None, None, None
 
     def compiled(*arguments: Any, **options: Any) -> Compiled:
@@ -188,30 +190,31 @@ def test_the_largest_microbatch_that_fits(peak_of: Any) -> None:
     assert len(tried) == len(set(tried)) <= 4
 
 
-def test_passes_save_memory(tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]) -> None:
-    """With 32 images on each device at once instead of 512."""
+def test_microbatches_reduce_memory(tiny_shards: Path, rehearsed: tuple[Any, dict[str, Any]]) -> None:
+    """Each device processes 32 images at once instead of 512."""
     whole = rehearsed[1]["phases"][0]
     done = run(tiny_shards, "--json", "--phase=masked", "--config.microbatch=256")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["phases"][0]
     assert found["step"]["arguments"] == whole["step"]["arguments"]
     assert found["step"]["temporaries"] < 0.5 * whole["step"]["temporaries"]
-    assert found["compiler_flops"] == pytest.approx(whole["compiler_flops"], rel=0.1)  # every pass is counted
+    assert found["compiler_flops"] == pytest.approx(whole["compiler_flops"], rel=0.1)  # all microbatches are counted
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, XLA's compiler for TPUs, is missing")
-def test_a_slice_of_tpus_is_rehearsed_without_one(tiny_shards: Path) -> None:
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="requires libtpu, XLA's compiler for TPUs")
+def test_a_tpu_slice_is_rehearsed_without_tpus(tiny_shards: Path) -> None:
     arguments = ["--topology=v5e:2x2", "--phase=masked", "--json", "--config.mesh.data=1", "--config.mesh.fsdp=4"]
-    narrow = ["--config.model.dim=64", "--config.phases[0].batch_size=16"]  # half a minute of compiling is enough
+    narrow = ["--config.model.dim=64", "--config.phases[0].batch_size=16"]  # limits compilation to half a minute
     done = run(tiny_shards, *arguments, *narrow)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     phase = found["phases"][0]
     assert (found["chips"], found["fits"], found["chip"]["memory"]) == (4, True, 16e9)
     assert "libtpu" in found["versions"]
-    assert 1 < phase["compiler_flops"] / phase["flops"] < 2  # in so narrow a network, much is no product
+    # In such a narrow network, operations other than matrix products and padding are a large share.
+    assert 1 < phase["compiler_flops"] / phase["flops"] < 2
     assert phase["state_bytes"] < phase["step"]["arguments"] < phase["peak_bytes"] < 1e9
     assert phase["step"]["traffic"]["all-gather"]["bytes"] > 0
     assert phase["sampler"]["temporaries"] > 0
-    assert 0.3 < phase["padding"] < 1  # in so narrow a network
+    assert 0.3 < phase["padding"] < 1
     assert min(phase["compute"], phase["memory"], phase["interconnect"]) > 0

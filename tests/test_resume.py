@@ -1,6 +1,6 @@
-"""A run that is killed and stopped at any moments ends bit for bit as an undisturbed one does, by the same batches.
+"""A run that is killed and stopped at random times is bitwise identical to an uninterrupted one, with the same batches.
 
-It runs under the loop that all launchers run their training in.
+The run is started by launch/until_done.py, like the runs of all launchers.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from tests.helpers.recorded_run import checksum
 ROOT = Path(__file__).parent.parent
 SECONDS = 600
 STEPS = 84
-# The ways to die, in turn: once a step is done, while a checkpoint is saved, and before the first step.
+# The run is killed after a step, while a checkpoint is being saved, and before the first step, in turn.
 WAYS = ("after a step", "in a save", "at the start")
 
 
 class Loop:
-    """The real command line, as all launchers start it; to be used in a with statement, after which nothing runs."""
+    """A training run started by launch/until_done.py. It is a context manager that ends all processes on exit."""
 
     def __init__(self, shards: Path, workdir: Path, restarts: int) -> None:
         self.workdir, self.metrics, self.out = workdir, workdir / "metrics.jsonl", workdir.with_name("out.txt")
@@ -59,7 +59,7 @@ class Loop:
         return [int(line) for line in subprocess.run(command, capture_output=True, text=True).stdout.split()]
 
     def next_run(self) -> None:
-        """Waits until the loop has started the training anew; `run` is then its process."""
+        """Waits until the loop has started another training process, and sets `run` to its process id."""
         while (runs := self.children()) in ([], [self.run]):
             self.check("another start")
             time.sleep(0.01)
@@ -67,7 +67,7 @@ class Loop:
         self.size = self.metrics.stat().st_size if self.metrics.exists() else 0
 
     def wait_for(self, step: int) -> None:
-        """Until this start, not one before, has done a step."""
+        """Waits until the current training process has completed a step."""
         while not (self.metrics.exists() and self.metrics.stat().st_size > self.size and self.last_step() >= step):
             self.check(f"step {step}")
             time.sleep(0.002)
@@ -77,7 +77,7 @@ class Loop:
         return int(steps[-1]) if steps else 0
 
     def freeze_in_a_save(self) -> None:
-        """Stops the run at a moment at which a checkpoint is half written."""
+        """Suspends the run while a checkpoint is partially written."""
         while True:
             self.check("a save")
             if half_saved(self.workdir):
@@ -92,7 +92,7 @@ class Loop:
         assert time.monotonic() < self.until, f"no {awaited} within {SECONDS} seconds: {self.out.read_text()}"
 
     def finish(self) -> tuple[int, str]:
-        """Its exit status and what was printed, once it has ended by itself."""
+        """Waits until the loop exits, and returns its exit status and output."""
         return self.process.wait(timeout=SECONDS), self.out.read_text()
 
 
@@ -101,7 +101,7 @@ def half_saved(workdir: Path) -> list[Path]:
 
 
 def batches_of(shards: Path) -> dict[tuple[str, str], int]:
-    """The checksum of each batch of a tiny run, by phase and position, from the data alone."""
+    """Returns the checksum of each batch of a tiny run by phase and iterator position, without training."""
     config, found = tiny.get_config(str(shards)), {}
     for index, phase in enumerate(config.phases):
         iterator = make_train_iterator(
@@ -113,7 +113,7 @@ def batches_of(shards: Path) -> dict[tuple[str, str], int]:
     return found
 
 
-def test_kills_and_a_signal_change_nothing(
+def test_a_run_with_kills_and_a_signal_is_bitwise_identical(
     tiny_shards: Path, finished_run: Path, tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture
 ) -> None:
     kills = pytestconfig.getoption("kills")
@@ -136,34 +136,34 @@ def test_kills_and_a_signal_change_nothing(
             os.kill(loop.run, signal.SIGKILL)
             assert step < STEPS, "killed too late"
 
-        # Asked to stop, as a machine is that is taken away, it saves first.
+        # On SIGTERM, as sent before a preemption, the run saves a checkpoint.
         loop.next_run()
         loop.wait_for(Checkpoints(workdir).steps[0] + 1)
         loop.process.send_signal(signal.SIGTERM)
         status, out = loop.finish()
     assert status == 75, out
     assert re.findall(r"the run ended with status (.*): starting it again", out) == [str(-signal.SIGKILL)] * kills
-    assert "stopping after this step, saving first" in out
-    (stopped,) = re.findall(rf"stopped at step (\d+) of {STEPS}, saved in .*: resumable by running the same", out)
+    assert "Stopping after this step and saving a checkpoint" in out
+    (stopped,) = re.findall(rf"Stopped at step (\d+) of {STEPS} and saved a checkpoint in .*\. Run the same", out)
     assert Checkpoints(workdir).steps[0] == int(stopped) < STEPS
 
-    # To the end.
+    # The next start finishes the run.
     with Loop(tiny_shards, workdir, restarts=0) as loop:
         status, out = loop.finish()
     assert status == 0, out
-    assert f"continuing from step {stopped} of {STEPS}" in out
-    assert f"done: {STEPS} steps, {4 * STEPS} images" in out
+    assert f"Resuming from step {stopped} of {STEPS}" in out
+    assert f"Finished: {STEPS} steps, {4 * STEPS} images" in out
     assert not half_saved(workdir)
     ours, theirs = (read_metrics(folder / "metrics.jsonl")[-1] for folder in (workdir, finished_run))
     assert (ours["step"], ours["loss"]) == (STEPS, theirs["loss"])
     tiny.assert_same_end(workdir, finished_run)
 
-    # Every batch is what it should be, each time it was taken, and none is left out.
+    # Every batch is the expected one each time that it is read, and no batch is skipped.
     lines = (workdir.with_name("batches.jsonl")).read_text().splitlines()
-    taken = [json.loads(line) for line in lines]
+    batches_read = [json.loads(line) for line in lines]
     expected = batches_of(tiny_shards)
-    assert [value for _, _, value in taken] == [expected[data, position] for data, position, _ in taken]
-    assert list(dict.fromkeys((data, position) for data, position, _ in taken)) == list(expected)
+    assert [value for _, _, value in batches_read] == [expected[data, position] for data, position, _ in batches_read]
+    assert list(dict.fromkeys((data, position) for data, position, _ in batches_read)) == list(expected)
     with capsys.disabled():
         if kills > len(WAYS):
-            print("", *seen, f"{len(taken) - STEPS} batches were taken again", sep="\n")
+            print("", *seen, f"{len(batches_read) - STEPS} batches were read again", sep="\n")

@@ -286,14 +286,14 @@ def test_model_folder_samples_the_same_images_as_its_run(model: Model, tmp_path:
     folder = load(tmp_path / "model")
     assert (folder.about.step, folder.about.source, folder.about.steps) == (None, "a test", 30)
     np.testing.assert_array_equal(folder.latents("one", **SHORT), model.latents("one", **SHORT))
-    with pytest.raises(UserError, match="leave out the step"):
+    with pytest.raises(UserError, match="Remove --step and --params"):
         load(tmp_path / "model", 3)
 
 
 def test_missing_models_and_checkpoints_are_rejected(finished_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint of step 7 \(it has steps 48, 80, 84\)"):
         load(finished_run, 7)
-    with pytest.raises(UserError, match="is no work directory of a run and no model folder"):
+    with pytest.raises(UserError, match="is neither the work directory of a run nor a model folder"):
         load(tmp_path)
     shutil.copy(finished_run / "config.json", tmp_path)
     with pytest.raises(UserError, match="has no checkpoints yet"):
@@ -393,7 +393,7 @@ def test_start_image_is_unchanged_at_strength_0(command: SimpleNamespace, tmp_pa
         (dict(out="image.jpg"), "--out=image.jpg does not end in .png"),
         (dict(guidance_interval="1"), "give two noise levels, as in 0.3,5"),
         (dict(image="none.png"), "The image none.png can't be read"),
-        (dict(workdir="nowhere"), "nowhere is no work directory"),
+        (dict(workdir="nowhere"), "nowhere is neither the work directory"),
         (dict(autoguidance="7"), "no checkpoint of step 7"),
     ],
 )

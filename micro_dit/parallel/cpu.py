@@ -1,4 +1,4 @@
-"""Settings of XLA and the C library for training steps on a CPU; each is a function, so that importing sets nothing."""
+"""Settings of XLA and the C library for training on a CPU. Importing this module changes no settings."""
 
 import ctypes
 import importlib.metadata
@@ -16,22 +16,23 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def compiler_options() -> dict[str, str]:
-    """Returns XLA's options for a training step on the backend in use.
+    """Returns XLA's compiler options for a training step on the current backend.
 
-    On a CPU, XLA drops all optimization barriers before it merges equal expressions and fuses. That undoes
-    rematerialization, and sums along the residual stream are then computed again for every reader, which costs time
+    On a CPU, XLA removes all optimization barriers before common subexpression elimination and fusion. That undoes
+    rematerialization. It also recomputes the sums along the residual stream for every consumer, so that the time grows
     with the square of the depth. These options keep the barriers.
     """
     return {"xla_disable_hlo_passes": "cse_barrier_expander"} if jax.default_backend() == "cpu" else {}
 
 
 def keep_memory() -> None:
-    """Makes this process keep the memory that it frees, if the CPU is JAX's only backend.
+    """Keeps freed memory in the process instead of returning it to the system, if the CPU is JAX's only backend.
 
-    On a CPU, XLA allocates a step's temporary memory again, and the C library returns it to the system afterwards: a
-    quarter of Tiny/2's masked step was spent in page faults. Only the main thread's heap can keep as much, so steps run
-    in the thread that dispatches them, not in one of JAX's; the host has nothing else to do that would not take their
-    cores. Call it before JAX starts its backend. Without glibc it does nothing.
+    On a CPU, XLA allocates temporary memory in every step and frees it afterwards. If the C library returns it to the
+    system, page faults take a quarter of Tiny/2's masked step. Only the heap of the main thread can hold that much
+    memory, so asynchronous dispatch is disabled and steps run in the thread that dispatches them.
+
+    Must be called before JAX initializes its backend. Has no effect without glibc.
     """
     if platforms := os.environ.get("JAX_PLATFORMS"):
         only_cpu = platforms == "cpu"
@@ -39,15 +40,15 @@ def keep_memory() -> None:
         only_cpu = not (importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu"))
     if only_cpu and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
-        mallopt(M_MMAP_MAX, 0)  # what is mapped is always given back
+        mallopt(M_TRIM_THRESHOLD, -1)  # never shrinks the heap
+        mallopt(M_MMAP_MAX, 0)  # allocates everything on the heap, because mapped memory is always returned when freed
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def register_lowerings() -> None:
-    """Makes rounding float32 to its own precision free on a CPU; call it before a training step is lowered.
+    """Removes the rounding of float32 to float32 precision on a CPU. Must be called before a train step is lowered.
 
-    `jax.checkpoint` rounds the values it keeps in that way, and XLA would make a copy of each.
+    `jax.checkpoint` inserts such a rounding for every value that it saves, and XLA would copy each value for it.
     """
     mlir.register_lowering(jax.lax.reduce_precision_p, _reduce_precision, platform="cpu")
 

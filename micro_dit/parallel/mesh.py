@@ -1,11 +1,11 @@
-"""The devices as a grid with four named axes, and how a batch is split over it.
+"""The device mesh with four named axes, and how a batch is split over it.
 
-    data    devices that share a batch, each with a full copy of the parameters
-    fsdp    devices that share a batch and the parameters
-    expert  devices that share a batch and the experts
-    tensor  devices that share each matrix product of the same images
+    data    splits the batch; each device has a full copy of the parameters
+    fsdp    splits the batch and the parameters
+    expert  splits the batch and the experts
+    tensor  splits matrix products; its devices process the same images
 
-Which parameter is split over which axis is the table in sharding.py.
+The table in sharding.py defines which parameter is split over which axis.
 """
 
 import math
@@ -19,66 +19,76 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from micro_dit.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
-BATCH_AXES = ("data", "fsdp", "expert")  # a batch is split over all of these
+BATCH_AXES = ("data", "fsdp", "expert")  # the axes that a batch is split over
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns a mesh with the axes of AXES, by default of all devices of all processes on the axis 'data'.
+    """Returns a mesh with the axes in AXES.
 
-    Axes that `sizes` doesn't name have size 1. One size may be -1, which takes the devices that the others leave.
+    Args:
+        sizes: Size of each axis; 1 if not given. One size may be -1 and is then inferred from the number of devices. By
+            default, all devices are on the axis 'data'.
+        devices: Devices of the mesh; by default all devices of all processes.
 
     Raises:
-        UserError: an axis is unknown, or the sizes do not multiply to the number of devices.
+        UserError: An axis is unknown, or the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict.fromkeys(AXES, 1) | dict({"data": -1} if sizes is None else sizes)
-    asked = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "1"
+    shape = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "1"
     if unknown := sorted(set(sizes) - set(AXES)):
-        raise UserError(f"mesh has no axis {', '.join(unknown)}; the axes are {', '.join(AXES)}.")
+        raise UserError(f"mesh has no axis {', '.join(unknown)}. Its axes are {', '.join(AXES)}.")
     rest = [axis for axis, size in sizes.items() if size == -1]
     if len(rest) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise UserError(f"the mesh is {asked}: each size must be at least 1, and only one may be -1, the rest.")
+        raise UserError(
+            f"mesh is {shape}, but each size must be at least 1. One size may be -1 and is then inferred from the "
+            "number of devices."
+        )
     if rest:
         sizes[rest[0]] = len(devices) // math.prod(size for size in sizes.values() if size != -1)
     if math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"the mesh is {asked}, which does not take exactly the {len(devices)} devices there are "
-            f"({devices[0].device_kind}); set one size to the rest, such as --config.mesh.data=-1."
+            f"mesh is {shape}, which does not match the {len(devices)} available devices ({devices[0].device_kind}). "
+            "Set one size to -1, such as --config.mesh.data=-1, to infer it."
         )
-    # Auto: the compiler propagates shardings. With explicit axes each reshape that splits the batch would need its own.
+    # With automatic axes, the compiler propagates shardings. With explicit axes, each reshape of the batch dimension
+    # would need a sharding.
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device in full."""
+    """Returns the sharding of an array that every device holds in full."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first dimension split over all axes that share a batch."""
+    """Returns the sharding of a batch: the first dimension is split over BATCH_AXES."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """Returns the number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def check_batch(mesh: Mesh, batch_size: int, name: str) -> None:
-    """Raises UserError if a batch of this size can't be split evenly."""
+    """Raises UserError, with `name` as the name of the batch size, if a batch can't be split evenly over the mesh."""
     if batch_size < 1 or batch_size % batch_shards(mesh):
-        parts = f"{batch_shards(mesh)} parts that the mesh splits a batch into ({' × '.join(BATCH_AXES)})"
-        raise UserError(f"{name} is {batch_size}, which is not a multiple of the {parts}; change one.")
+        parts = f"{batch_shards(mesh)}, the number of parts that the mesh splits a batch into"
+        raise UserError(
+            f"{name} is {batch_size}, which is not a multiple of {parts} ({' × '.join(BATCH_AXES)}). Change the batch "
+            "size or --config.mesh."
+        )
 
 
 def share_of_batch(mesh: Mesh) -> tuple[int, int]:
-    """Returns which share of each batch this process reads, and how many shares there are.
+    """Returns the index of the share of each batch that this process reads, and the number of shares.
 
-    Processes whose devices hold the same rows, as along 'tensor', have the same share. Shares are counted by the first
-    row, so that the shares one after another are the batch wherever a process's devices are neighbors in the mesh.
+    Processes whose devices hold the same rows, as along 'tensor', have the same share. Shares are ordered by their
+    first row. If the devices of each process are neighbors in the mesh, the concatenated shares are the batch.
 
     Raises:
-        UserError: Some processes would share only a part of their rows.
+        UserError: The shares of two processes overlap only partially.
     """
     shards = batch_shards(mesh)
     rows: dict[int, set[int]] = {}
@@ -88,17 +98,17 @@ def share_of_batch(mesh: Mesh) -> tuple[int, int]:
     shares = sorted({tuple(sorted(of_process)) for of_process in rows.values()})
     if sum(map(len, shares)) != shards or len({len(share) for share in shares}) != 1:
         raise UserError(
-            f"the mesh {dict(mesh.shape)} would give some processes partly the same images; make each of its sizes a "
-            "multiple or a divisor of a process's devices."
+            f"mesh is {dict(mesh.shape)}, with which the images of some processes would overlap partially. Set each "
+            "size of --config.mesh to a multiple or a divisor of the number of devices per process."
         )
     return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
 def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """This process's rows of a batch as global arrays, split over the mesh.
+    """Returns global arrays, split over the mesh, from this process's rows of a batch.
 
-    On a CPU they are waited for: only a step whose arguments are all there runs in the thread that asks for it, and so
-    keeps its memory (see `micro_dit.parallel.cpu.keep_memory`).
+    On a CPU, waits until the arrays are ready. Only then does a step run in the dispatching thread, which
+    `micro_dit.parallel.cpu.keep_memory` requires.
     """
     sharding, shares = batch_sharding(mesh), share_of_batch(mesh)[1]
     arrays = {

@@ -1,7 +1,7 @@
-"""Compiles a program for hardware that is not there, and tells what it would need there.
+"""Compiles programs ahead of time for devices that this machine does not have, and reports their requirements.
 
-XLA compiles for a description of devices as well as for devices: libtpu describes TPU slices, and JAX's CUDA plugin
-describes GPUs from a few figures; neither needs a driver or a chip. Fake CPU devices need nothing at all.
+XLA can compile for a description of devices. libtpu describes TPU slices, and JAX's CUDA plugin describes GPUs from a
+few figures; neither requires a driver or a chip. Fake CPU devices require no additional package.
 """
 
 import contextlib
@@ -34,10 +34,10 @@ from micro_dit.training.recipe import Recipe
 from micro_dit.training.state import TrainState
 from micro_dit.training.step import abstract_train_state, make_train_step
 
-TPUS = ("v5e", "v5p", "v6e")  # a v4 is described as two devices a chip, which share its memory: left out
+TPUS = ("v5e", "v5p", "v6e")  # without v4, which is described as two devices per chip that share its memory
 GPUS = {"h100": "NVIDIA H100 80GB HBM3"}
 CUDA_WHEELS = ("jax-cuda12-pjrt", "jax-cuda12-plugin")
-# What XLA asks a GPU's driver for, as far as it is known of an H100; not compared with a real one yet.
+# The values that XLA queries from a GPU's driver, for an H100. They have not been compared with a real one.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -68,29 +68,39 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for: 'v5e:8x8' is 64 chips of a TPU slice, 'h100:8' one host, 'cpu:8' fake devices."""
+    """Devices to compile for: 'v5e:8x8' is a TPU slice of 64 chips, 'h100:8' is one host, 'cpu:8' are fake devices.
+
+    Attributes:
+        chip: Name of the chip, one of TPUS, GPUS or 'cpu'.
+        shape: Number of chips along each dimension.
+    """
 
     chip: str
     shape: tuple[int, ...]
 
     @classmethod
     def parse(cls, text: str) -> "Topology":
-        """Raises UserError for what is no topology."""
+        """Parses a topology such as 'v5e:8x8'; raises UserError if it is invalid."""
         chip, _, sizes = text.partition(":")
         example = "4x4x4" if chip == "v5p" else "8x8" if chip in TPUS else "8"
         if chip not in (*TPUS, *GPUS, "cpu"):
             known = ", ".join((*TPUS, *GPUS, "cpu"))
-            raise UserError(f"topology {text!r}: the chip must be one of {known}, as in v5e:8x8, v5p:4x4x4 or h100:8.")
+            raise UserError(
+                f"--topology={text} has an unknown chip. Use one of {known}, for example --topology=v5e:8x8, v5p:4x4x4 "
+                "or h100:8."
+            )
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes) or sizes.count("x") != example.count("x"):
-            raise UserError(f"topology {text!r}: give the chips along each side, as in {chip}:{example}.")
+            raise UserError(
+                f"--topology={text} must specify the number of chips along each dimension, as in {chip}:{example}."
+            )
         shape = tuple(int(size) for size in sizes.split("x"))
         if chip in GPUS and shape[0] > 8:
-            raise UserError(f"topology {text!r}: at most the 8 GPUs of one host can be described.")
+            raise UserError(f"--topology={text} has more than the 8 GPUs of one host. Use at most {chip}:8.")
         return cls(chip, shape)
 
     @property
     def size(self) -> int:
-        """Number of devices."""
+        """Returns the number of devices."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -98,48 +108,55 @@ class Topology:
 
 
 def describe_devices(topology: Topology) -> Sequence[Any]:
-    """Returns a topology's devices. Call it before anything else of JAX: it makes this process run on its CPU.
+    """Returns the devices of a topology.
+
+    Restricts JAX to the CPU backend in this process, and must therefore be called before JAX is used.
 
     Raises:
-        UserError: the package that describes them is missing, or knows no such slice.
+        UserError: The package that describes the devices is not installed, or does not support the topology.
     """
     jax.config.update("jax_platforms", "cpu")
     if topology.chip == "cpu":
         jax.config.update("jax_num_cpu_devices", topology.size)
         return jax.devices()
-    jax.devices()  # or else a plugin would look for devices of its own
+    jax.devices()  # initializes the CPU backend, so that the plugin does not search for devices
     from jax.experimental import topologies
 
     if topology.chip in TPUS:
         if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
-            raise UserError(f"{topology} needs the TPU compiler: pip install 'micro_dit[tpu-rehearsal]'.")
-        # What a TPU machine would be asked about itself, and libtpu complains of not being told: any will do.
+            raise UserError(
+                f"--topology={topology} requires the TPU compiler. Run: pip install 'micro_dit[tpu-rehearsal]'."
+            )
+        # libtpu logs errors if a TPU machine does not set these variables. Their values do not matter here.
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it guards a chip, and there is none
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the lock file protects a chip, which is not used
         arguments: dict[str, Any] = dict(platform="tpu", topology_name=str(topology))
     else:
         if not all(importlib.util.find_spec(module) for module in ("jax_plugins", "jax_plugins.xla_cuda12")):
-            raise UserError(f"{topology} needs XLA's compiler for GPUs: pip install 'micro_dit[gpu-rehearsal]'.")
+            raise UserError(
+                f"--topology={topology} requires XLA's GPU compiler. Run: pip install 'micro_dit[gpu-rehearsal]'."
+            )
         shape = f"1x1x{topology.size}"
         arguments = dict(platform="cuda", topology_name=topology.chip, target_config=H100, topology=shape)
     try:
         return topologies.get_topology_desc(**arguments).devices
     except Exception as error:
-        raise UserError(f"{topology} can't be described: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--topology={topology} is not supported: {str(error).splitlines()[0]}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program; all figures are of one device.
+    """The compiler's report on a program. All figures are per device.
 
     Attributes:
-        seconds: that compiling took.
-        arguments, outputs, aliased, temporaries, code: bytes; what is aliased is output in the place of an argument.
-        flops, bytes_accessed: that the compiler counts, with a loop's body counted once; None if it does not count.
-        traffic: by kind of collective.
-        memory_limit: bytes, if the compiler refused the program for needing more; all but `seconds` and `temporaries`
-            (what it says the program needs) are then 0.
+        seconds: Compilation time.
+        arguments, outputs, aliased, temporaries, code: Bytes. Aliased outputs reuse the memory of arguments.
+        flops, bytes_accessed: Counts of the compiler, in which the body of a loop is counted once; None if it reports
+            none.
+        traffic: Traffic by kind of collective.
+        memory_limit: Bytes of device memory if the compiler rejected the program because it exceeds them. Then
+            `temporaries` is the memory that the program requires, and all other figures except `seconds` are 0.
     """
 
     seconds: float
@@ -155,20 +172,26 @@ class Compiled:
 
     @property
     def peak(self) -> int:
-        """Bytes of memory that the program needs."""
+        """Returns the bytes of memory that the program requires."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 def abstract_train_step(
     network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh, text_tokens: int
 ) -> tuple[Callable[..., Any], TrainState, dict[str, Any], Any, Any]:
-    """Returns a phase's step, its abstract state, batch and key, and its out_shardings, without making an array.
+    """Returns the train step of a phase with abstract arguments; no array is allocated.
+
+    Returns:
+        The function, its abstract state, batch and key, and its out_shardings.
 
     Raises:
         UserError: The run trains a LoRA adapter.
     """
     if recipe.lora:
-        raise UserError("a LoRA run can't be rehearsed: set lora.rank 0, which needs more memory.")
+        raise UserError(
+            f"lora.rank is {recipe.lora.rank}, but LoRA runs can't be rehearsed. Set --config.lora.rank=0, which "
+            "requires more memory and is therefore an upper bound."
+        )
     place, whole = batch_sharding(mesh), replicated(mesh)
     latents = (phase.batch_size, network.input_size, network.input_size, network.in_channels)
     captions = (phase.batch_size, text_tokens, network.caption_channels)
@@ -182,7 +205,7 @@ def abstract_train_step(
 
 @contextlib.contextmanager
 def heartbeat(beat: Callable[[float], object], every: float) -> Iterator[None]:
-    """Calls `beat` every `every` seconds with the seconds that have passed, from a thread of its own."""
+    """Calls `beat` with the elapsed seconds every `every` seconds, from a background thread, until the context ends."""
     started, done = time.monotonic(), threading.Event()
 
     def run() -> None:
@@ -202,16 +225,16 @@ def compile_ahead(
     function: Callable[..., Any], arguments: Sequence[Any], topology: Topology, *, optimization: str = "default",
     cache: Path | None = None, progress: Callable[[float], None] = lambda seconds: None, **options: Any,
 ) -> Compiled:  # fmt: skip
-    """Compiles a function for the devices that its arguments' shardings name.
+    """Compiles a function for the devices in the shardings of its arguments.
 
     Args:
-        function: Function to be jitted.
+        function: The function to jit.
         arguments: Pytrees of ShapeDtypeStructs with shardings on devices of `describe_devices`.
         topology: The topology of these devices.
-        optimization: 'default', or 'O0', which is several times faster and finds nearly the same memory.
-        cache: Folder that keeps the results, so that no program is compiled twice.
-        progress: Called every few seconds with the seconds that have passed.
-        options: Further options of `jax.jit`.
+        optimization: 'default', or 'O0', which compiles several times faster and reports nearly the same memory.
+        cache: Folder that caches the results, so that no program is compiled twice; None disables the cache.
+        progress: Called every ten seconds with the elapsed seconds.
+        options: Additional options of `jax.jit`.
     """
     started = time.monotonic()
     xla: dict[str, Any] = {}
@@ -219,7 +242,7 @@ def compile_ahead(
         register_lowerings()
         xla = compiler_options() | ({"xla_backend_optimization_level": "0"} if optimization == "O0" else {})
     if topology.chip in GPUS:
-        # Without a GPU nothing can be timed, and what Triton would generate is chosen by timing.
+        # Autotuning measures kernels on a GPU, and Triton's GEMM kernels are selected by autotuning.
         xla = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
     lowered = jax.jit(function, compiler_options=xla, **options).lower(*arguments)
     known = cache and cache / f"{_fingerprint(lowered, topology, optimization, xla)}.json"
@@ -259,16 +282,16 @@ def _read(program: Any, topology: Topology, seconds: float) -> Compiled:
 
 
 def _fingerprint(lowered: Any, topology: Topology, optimization: str, options: Any) -> str:
-    """Hashes a program, what it is compiled for, by what, and the code that reads the result."""
+    """Returns a hash of a program, its target, the compiler, and the code that reads the compiler's report."""
     reader = inspect.getsource(inspect.getmodule(collectives) or collectives)
     about = json.dumps([str(topology), optimization, options, compiler_versions(topology), reader], sort_keys=True)
     return hash_text(about + lowered.as_text())[:32]
 
 
 def compiler_versions(topology: Topology) -> dict[str, str]:
-    """Returns the packages that compile for a topology, and their versions."""
+    """Returns the versions of the packages that compile for a topology, by package name."""
     plugin = ["libtpu"] if topology.chip in TPUS else list(CUDA_WHEELS) if topology.chip in GPUS else []
-    # A library that TPU_LIBRARY_PATH names has no version.
+    # A library set by TPU_LIBRARY_PATH has no package metadata, and its version is unknown.
     found = {name: importlib.metadata.distributions(name=name) for name in ("jax", "jaxlib", *plugin)}
     return {name: next((package.version for package in packages), "unknown") for name, packages in found.items()}
 

@@ -1,4 +1,4 @@
-"""Accelerators as their vendors describe them, and the machine at hand as it is measured."""
+"""Specifications of accelerators, and a measurement of the CPU of this machine."""
 
 import dataclasses
 import re
@@ -10,18 +10,19 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """An accelerator as its vendor describes it.
+    """The specification of an accelerator.
 
     Attributes:
-        name: short name, a key of CHIPS.
-        peak_flops: dense bfloat16 FLOP/s (float16 on the T4, which has no bfloat16 units).
-        memory: bytes of device memory.
-        bandwidth: bytes/s of device memory.
-        interconnect: bytes/s that a chip can send to others of its slice or host, over all its links together; vendors
-            print twice that, for both directions.
-        price: list price in dollars per chip-hour where there is a settled one, else None. Prices move: give your own.
-        device_kind: pattern that `jax.Device.device_kind` matches.
-        source: where the figures come from.
+        name: Short name, a key of CHIPS.
+        peak_flops: Peak dense bfloat16 FLOP/s (float16 on the T4, which has no bfloat16 units).
+        memory: Bytes of device memory.
+        bandwidth: Memory bandwidth in bytes/s.
+        interconnect: Bytes/s that a chip can send to other chips of its slice or host, over all links together. Vendors
+            publish twice this value, for both directions.
+        price: List price in dollars per chip-hour, or None if there is no established one. Prices change, so set your
+            own.
+        device_kind: Regular expression that matches `jax.Device.device_kind`.
+        source: Source of the figures.
     """
 
     name: str
@@ -34,10 +35,11 @@ class Chip:
     source: str
 
 
-# NVIDIA's data sheets print tensor-core figures "with sparsity"; these are the dense halves. The cut-down PCIe and NVL
-# cards of the H100 and H200 have other peaks, and are therefore not matched. The H100's price is that of the MicroDiT
-# paper (8 × H100 for $30 an hour); the others move too much to be written down. Google's figures were read on its own
-# pages (November 2026; v6e's then printed 1600 GB/s, before that 1640), NVIDIA's on the pages named, not on its own.
+# NVIDIA's data sheets list tensor-core figures "with sparsity"; the dense figures here are half of those. The PCIe and
+# NVL variants of the H100 and H200 have lower peaks and are therefore not matched. The H100's price is that of the
+# MicroDiT paper (8 × H100 for $30 per hour); other prices change too often to be listed. Google's figures are from its
+# own pages (November 2026; for v6e they listed 1600 GB/s, before that 1640). NVIDIA's are from the pages listed, which
+# are not NVIDIA's.
 # fmt: off
 _CHIPS = (
     #    name         FLOP/s  memory     bytes/s   links   price  device_kind
@@ -57,12 +59,12 @@ CHIPS: dict[str, Chip] = {chip.name: chip for chip in _CHIPS}
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip behind `jax.devices()[0].device_kind`; None if it is not in the table (a CPU, say)."""
+    """Returns the chip with this `jax.Device.device_kind`; None if it is not in the table, such as a CPU."""
     return next((chip for chip in CHIPS.values() if re.match(chip.device_kind, device_kind)), None)
 
 
 def measure_chip(seconds: float = 0.3) -> Chip:
-    """The machine at hand as a Chip named "cpu", its peak measured by float32 matrix products for `seconds`."""
+    """Returns this machine as a Chip named "cpu", with a peak measured by float32 matrix products for `seconds`."""
     side = 1024
     a = jnp.ones((side, side), jnp.float32)
     multiply = jax.jit(lambda a: a @ a)

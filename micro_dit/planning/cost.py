@@ -13,7 +13,15 @@ from micro_dit.training.phases import Phase
 
 @dataclasses.dataclass(frozen=True)
 class PhaseCost:
-    """The cost of a phase. `flops` is training FLOPs of all images; `dollars` is None where no price is known."""
+    """The cost of a phase.
+
+    Attributes:
+        phase: The phase.
+        network: Network of the phase.
+        flops: Training FLOPs of all images.
+        hours: Hours on all chips together.
+        dollars: Cost in dollars; None if the price is unknown.
+    """
 
     phase: Phase
     network: DiTConfig
@@ -23,13 +31,21 @@ class PhaseCost:
 
     @property
     def images_per_second(self) -> float:
-        """Images per second on all chips."""
+        """Returns images per second on all chips together."""
         return self.phase.steps * self.phase.batch_size / (3600 * self.hours)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunCost:
-    """The cost of a run, phase by phase, on a number of chips."""
+    """The cost of a run.
+
+    Attributes:
+        phases: Cost of each phase.
+        chip: Type of the chips.
+        devices: Number of chips.
+        mfu: Model FLOPs utilization, in (0, 1].
+        price: Dollars per chip-hour; None if unknown.
+    """
 
     phases: tuple[PhaseCost, ...]
     chip: Chip
@@ -39,24 +55,24 @@ class RunCost:
 
     @property
     def flops(self) -> float:
-        """Training FLOPs of all phases."""
+        """Returns the training FLOPs of all phases."""
         return sum(cost.flops for cost in self.phases)
 
     @property
     def hours(self) -> float:
-        """Hours of all phases."""
+        """Returns the hours of all phases."""
         return sum(cost.hours for cost in self.phases)
 
     @property
     def dollars(self) -> float | None:
-        """Dollars of all phases; None where no price is known."""
+        """Returns the dollars of all phases; None if the price is unknown."""
         return None if self.price is None else self.hours * self.devices * self.price
 
     def table(self) -> str:
-        """Returns the cost as lines of text."""
+        """Returns the cost as a text table."""
         head = f"{self.devices} × {self.chip.name} at {self.mfu:.1%} of {self.chip.peak_flops / 1e12:g} TFLOP/s"
         if self.price is not None:
-            head += f", ${self.price:g} a chip-hour"
+            head += f", ${self.price:g} per chip-hour"
         rows = [["phase", "latent", "mask", "steps", "batch", "FLOPs", "images/s", "hours", "chip-hours", "dollars"]]
         for cost in self.phases:
             phase = cost.phase
@@ -73,16 +89,23 @@ def estimate_cost(
     networks: Sequence[DiTConfig], phases: Sequence[Phase], chip: Chip, devices: int = 1, mfu: float = 0.3,
     price: float | None = None, caption_tokens: int = 77, one_hot_dispatch: bool = False,
 ) -> RunCost:  # fmt: skip
-    """Estimates hours and dollars of a run, whose phases have a network each, on a number of chips.
+    """Estimates the hours and dollars of a run.
 
-    `mfu` is the model FLOPs utilization, the fraction of the peak that is reached, in (0, 1]. `price` is in dollars per
-    chip-hour, by default the chip's. `caption_tokens` and `one_hot_dispatch` are as for `forward_flops`.
+    Args:
+        networks: Network of each phase.
+        phases: The phases.
+        chip: Type of the chips.
+        devices: Number of chips.
+        mfu: Model FLOPs utilization, the fraction of the peak FLOP/s that is achieved, in (0, 1].
+        price: Dollars per chip-hour; None uses the list price of the chip.
+        caption_tokens: Tokens per caption.
+        one_hot_dispatch: Whether to count expert dispatch by one-hot products, see `forward_flops`.
 
     Raises:
-        UserError: A phase cannot be trained with its network, or `mfu` or `devices` is out of range.
+        UserError: A network does not support the masking of its phase, or `mfu` or `devices` is out of range.
     """
     if not 0 < mfu <= 1 or devices < 1:
-        raise UserError(f"mfu {mfu} on {devices} devices: give a share of the peak in (0, 1] and at least one device.")
+        raise UserError(f"mfu is {mfu} and devices is {devices}, but --mfu must be in (0, 1] and --devices at least 1.")
     price = chip.price if price is None else price
     costs = []
     for network, phase in zip(networks, phases, strict=True):

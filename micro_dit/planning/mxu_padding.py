@@ -1,8 +1,9 @@
-"""The matrix products of a traced program, and how much of them a TPU's matrix units spend on padding.
+"""Estimates the share of padding in the work of a TPU's matrix units, from the matrix products of a traced program.
 
-A matrix unit holds a square tile of one operand and lets the rows of the other stream through it, eight at a time. What
-is smaller than a tile, or not a multiple of it, is filled up with zeros, which take as long as numbers; and a few rows
-do not hide the loading of the next tile. The compiler's own estimates of cycles bear this out: docs/speed.md.
+A matrix unit holds a square tile of one operand and streams the rows of the other operand through it, eight at a time.
+Dimensions that are not multiples of the tile are padded with zeros, which cost as much time as other values. A product
+with few rows also waits for the next tile to be loaded. The compiler's cycle estimates agree with this model, see
+docs/speed.md.
 """
 
 import dataclasses
@@ -12,24 +13,29 @@ from typing import Any, NamedTuple
 
 import jax
 
-SUBLANES = 8  # rows that move together
+SUBLANES = 8  # rows that are streamed together
 
 
 class MatrixUnit(NamedTuple):
-    """Side of a tile, and the rows that could stream in the time that loading the next tile takes."""
+    """A TPU's matrix unit.
+
+    Attributes:
+        side: Side length of a tile.
+        loading: Number of rows that could be streamed in the time of loading the next tile.
+    """
 
     side: int
     loading: int
 
 
-# Sides: jax-ml.github.io/scaling-book/tpus. Loading: from the cycles that libtpu 0.0.42 estimates for products of 4 to
-# 128 rows; the v5p's is taken to be the v5e's.
+# Sides are from jax-ml.github.io/scaling-book/tpus. Loading times are derived from the cycles that libtpu 0.0.42
+# estimates for products of 4 to 128 rows; the v5p's is assumed to equal the v5e's.
 MATRIX_UNITS = {"v5e": MatrixUnit(128, 64), "v5p": MatrixUnit(128, 64), "v6e": MatrixUnit(256, 256)}
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixProduct:
-    """(batch, rows, contracted) × (batch, contracted, columns), `times` over."""
+    """The product (batch, rows, contracted) × (batch, contracted, columns), executed `times` times."""
 
     batch: int
     rows: int
@@ -39,11 +45,11 @@ class MatrixProduct:
 
     @property
     def flops(self) -> int:
-        """FLOPs without padding."""
+        """Returns the FLOPs without padding."""
         return 2 * self.times * self.batch * self.rows * self.contracted * self.columns
 
     def padded_flops(self, unit: MatrixUnit) -> int:
-        """As a matrix unit does it, with that operand in place that makes less work."""
+        """Returns the FLOPs with padding; the operand whose choice as the tile costs less is held as the tile."""
 
         def streaming(rows: int, columns: int) -> int:
             streamed = _up(rows, SUBLANES)
@@ -54,9 +60,11 @@ class MatrixProduct:
 
 
 def padding(traced: Any, chip: str) -> float | None:
-    """Share of the matrix units' work in a traced program (of `jax.make_jaxpr`) that is padding.
+    """Returns the share of padding in the matrix units' work, in [0, 1); None for chips other than TPUs.
 
-    None for chips other than TPUs. Shapes are those of the program: trace it with the images of one chip.
+    Args:
+        traced: Result of `jax.make_jaxpr`, traced with the batch size of one chip.
+        chip: Name of the chip.
     """
     if chip not in MATRIX_UNITS:
         return None
@@ -66,7 +74,7 @@ def padding(traced: Any, chip: str) -> float | None:
 
 
 def matrix_products(traced: Any) -> list[MatrixProduct]:
-    """Of a program as it was traced, before any compiler; convolutions are left out."""
+    """Returns the matrix products of a traced program, before optimization by the compiler, without convolutions."""
     found = []
     for operation, times in operations(traced):
         if operation.primitive.name == "dot_general":
@@ -79,17 +87,17 @@ def matrix_products(traced: Any) -> list[MatrixProduct]:
 
 
 def operations(traced: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
-    """All operations of a program and of the programs in them, and how often each runs.
+    """Yields all operations of a program and of nested programs, each with its number of executions.
 
-    Of a choice between programs the last is taken: for platforms, that of all accelerators.
+    Of the branches of a `cond`, only the last is visited. For branches by platform, it is the one for accelerators.
     """
     for operation in getattr(traced, "jaxpr", traced).eqns:
         yield operation, times
-        turns = times * operation.params["length"] if operation.primitive.name == "scan" else times
+        inner_times = times * operation.params["length"] if operation.primitive.name == "scan" else times
         chosen = operation.params["branches"][-1:] if operation.primitive.name == "cond" else operation.params
         for value in jax.tree.leaves(chosen):
             if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
-                yield from operations(value, turns)
+                yield from operations(value, inner_times)
 
 
 def _up(value: int, multiple: int) -> int:

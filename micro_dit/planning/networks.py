@@ -1,4 +1,4 @@
-"""Determines the networks of a run, also while its shards do not exist."""
+"""Determines the networks of a run, even if its shards do not exist."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +16,11 @@ def phase_networks(phases: Sequence[Phase], model: Any, data: Any) -> tuple[list
 
     Args:
         phases: The phases of the run.
-        model: Size and overridden fields of the network, as `config.model`.
-        data: Names of shards and encoders, as `config.data`.
+        model: `config.model`, the size and overridden fields of the network.
+        data: `config.data`, the names of shards and encoders.
 
     Raises:
-        UserError: A network is impossible, or the shards do not exist and their encoders are unknown.
+        UserError: A network is invalid, or the shards do not exist and their encoders are unknown.
     """
     encoders = [_encoders(phase.shards or data.shards, data) for phase in phases]
     networks = [network_of(phase, model, vae, text) for phase, (vae, text) in zip(phases, encoders, strict=True)]
@@ -28,7 +28,7 @@ def phase_networks(phases: Sequence[Phase], model: Any, data: Any) -> tuple[list
 
 
 def _encoders(shards: str, data: Any) -> tuple[ImageEncoderInfo, TextEncoderInfo]:
-    """Returns the encoders of the shards, or, while the shards do not exist, what their names imply."""
+    """Returns the encoders of the shards; if the shards do not exist, the known encoders with the config's names."""
     if shards and all((shards_folder(folder) / MANIFEST).exists() for folder, _ in parse_mix(shards)):
         manifest = read_mix(shards).manifest()
         return manifest.vae, manifest.text_encoder

@@ -1,4 +1,4 @@
-"""Compares our cost estimate with the table of costs in the MicroDiT paper."""
+"""Compares the cost estimate with the table of costs in the MicroDiT paper."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from micro_dit.training.phases import Phase
 
 @dataclasses.dataclass(frozen=True)
 class PaperRow:
-    """A phase in the paper's table of costs (arXiv 2407.15811), for 8 × H100 at $30 an hour."""
+    """A phase in the paper's table of costs (arXiv 2407.15811), for 8 × H100 at $30 per hour."""
 
     flops: float
     node_days: float
     dollars: float
-    images_per_second: float  # of one H100
+    images_per_second: float  # per H100
     mfu: float
 
 
@@ -32,16 +32,18 @@ PAPER = (
 
 
 def paper_rows(networks: Sequence[DiTConfig], phases: Sequence[Phase], caption_tokens: int) -> list[dict[str, Any]]:
-    """Returns our figures beside the paper's, phase by phase.
+    """Returns the estimate and the paper's figures for each phase.
 
-    Our days and dollars hold for the paper's hardware and MFU, with its one-hot products. 'saved' is the share of these
-    FLOPs that gathering tokens avoids.
+    Days and dollars are estimated for the paper's hardware and MFU, including its one-hot products. 'saved' is the
+    share of the FLOPs that is avoided by gathering tokens instead.
 
     Raises:
-        UserError: There are not four phases.
+        UserError: The config does not have four phases.
     """
     if len(phases) != len(PAPER):
-        raise UserError(f"--paper compares four phases, but the config has {len(phases)}; use configs/mask75.py:xl.")
+        raise UserError(
+            f"--paper compares four phases, but the config has {len(phases)}. Use --config=configs/mask75.py:xl."
+        )
     rows = []
     for network, phase, paper in zip(networks, phases, PAPER, strict=True):
         h100s: dict[str, Any] = dict(chip=CHIPS["h100"], devices=8, mfu=paper.mfu, caption_tokens=caption_tokens)
@@ -59,7 +61,7 @@ def paper_rows(networks: Sequence[DiTConfig], phases: Sequence[Phase], caption_t
 
 
 def paper_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Returns the rows of `paper_rows` as lines of text."""
+    """Returns the rows of `paper_rows` as a text table."""
     cells = [["phase", "FLOPs: paper", "ours", "differ", "gather", "saved", "days: paper", "ours", "$: paper", "ours"]]
     for row in rows:
         paper = row["paper"]
@@ -71,7 +73,7 @@ def paper_table(rows: Sequence[dict[str, Any]]) -> str:
             ]
         )  # fmt: skip
     head = (
-        "Beside the paper (8 × H100 at $30 an hour, at the MFU it reached). The release sends tokens to experts by\n"
-        "products with one-hot matrices, and 'ours' counts those too; this implementation gathers, which saves them."
+        "Comparison with the paper (8 × H100 at $30 per hour, at the paper's MFU). The public release dispatches\n"
+        "tokens to experts by products with one-hot matrices, which 'ours' includes. This implementation gathers."
     )
     return "\n".join([head, "", text_table(cells)])

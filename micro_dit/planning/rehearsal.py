@@ -1,7 +1,7 @@
 """Compiles the training step and the sampler of a run for described chips, and derives memory, time and cost.
 
-Nothing is allocated and nothing runs. Times are a roofline: the least that a step needs if compute, memory and
-interconnect each reach the figures of the data sheet and overlap perfectly.
+Nothing is allocated or executed. Times follow the roofline model: they are lower bounds, reached if compute, memory and
+interconnect each achieve their specified peak and overlap perfectly.
 """
 
 import dataclasses
@@ -28,12 +28,13 @@ from micro_dit.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The hardware to compile for, and how.
+    """The hardware to compile for, and the options of the compiler.
 
     Attributes:
-        topology: The described devices, as in `mesh`.
-        chip: Data sheet of one of them.
-        optimization, cache: As for `compile_ahead`. With a cache a killed rehearsal can be resumed.
+        topology: The topology of the devices.
+        chip: Specification of one device.
+        mesh: Mesh of the devices.
+        optimization, cache: See `compile_ahead`. With a cache, an interrupted rehearsal can be resumed.
         say: Prints a line of progress.
     """
 
@@ -45,7 +46,7 @@ class Target:
     say: Callable[[str], None] = lambda text: None
 
     def compile(self, title: str, function: Callable[..., Any], arguments: Sequence[Any], **options: Any) -> Compiled:
-        """Compiles a function and prints a heartbeat; `options` are those of `compile_ahead`."""
+        """Compiles a function and prints a heartbeat; `options` are passed to `compile_ahead`."""
         self.say(title)
         return compile_ahead(
             function, arguments, self.topology, optimization=self.optimization, cache=self.cache,
@@ -55,20 +56,23 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """The requirements of a phase. Bytes, seconds and FLOPs of `step` and `sampler` are those of one chip.
+    """The requirements of a phase. The figures in `step` and `sampler` are per chip.
 
     Attributes:
-        parameters: Parameters of the network.
+        phase: Name of the phase.
+        parameters: Number of parameters of the network.
         state_bytes: Bytes of parameters, optimizer state and EMA weights on one chip.
-        batch_size, microbatch: Images per step and per pass, over all chips.
+        batch_size, microbatch: Images per step and per forward and backward pass, over all chips.
         step, sampler: The compiled training step, and the compiled sampler of `sampler_images` images.
-        flops: FLOPs of a step of the network on all chips, by formula.
-        compiler_flops: FLOPs of a step on all chips as the compiler counts them, recomputed activations and all that is
-            no matrix product included; for GPUs, whose compiler counts none, those of the program that it is given.
-        padding: Share of padding in the work of a TPU's matrix units; it is not in `compute`.
-        compute, memory, interconnect: The least seconds that a step needs for each.
-        hours, dollars: Hours and dollars of the phase at that speed; dollars are None where no price is known.
-        suggestion: What to change if the step does not fit.
+        flops: FLOPs of a step on all chips, by formula.
+        compiler_flops: FLOPs of a step on all chips as counted by the compiler, including recomputed activations and
+            operations other than matrix products. XLA's GPU compiler reports none, so for GPUs they are counted before
+            optimization.
+        padding: Share of padding in the work of a TPU's matrix units, which `compute` does not include.
+        compute, memory, interconnect: Lower bounds on the seconds of a step.
+        hours, dollars: Lower bounds for the phase; dollars is None if the price is unknown.
+        fits: Whether the step and the sampler fit in memory.
+        suggestion: Change that makes the step fit, or ''.
     """
 
     phase: str
@@ -92,11 +96,11 @@ class Rehearsal:
 
     @property
     def seconds(self) -> float:
-        """Seconds of a step: the slowest of compute, memory and interconnect."""
+        """Returns the lower bound on the seconds of a step, the maximum of compute, memory and interconnect."""
         return max(self.compute, self.memory, self.interconnect)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns all fields, with the peaks and speeds that follow from them."""
+        """Returns all fields together with derived peak memory and speed."""
         peaks = {"peak_bytes": self.step.peak, "sampler_peak_bytes": self.sampler.peak}
         derived = {"seconds_per_step": self.seconds, "images_per_second": self.batch_size / self.seconds}
         return dataclasses.asdict(self) | peaks | derived
@@ -108,7 +112,15 @@ def rehearse_phases(
 ) -> list[Rehearsal]:  # fmt: skip
     """Compiles the training step and the sampler of each phase.
 
-    The sampler computes `sampler_images` at once, with guidance if `guided`. `price` is in dollars per chip-hour.
+    Args:
+        phases: The phases.
+        networks: Network of each phase.
+        recipe: Settings that all phases share.
+        text_tokens: Tokens per caption.
+        target: The hardware to compile for.
+        sampler_images: Batch size of the sampler.
+        guided: Whether the sampler uses guidance.
+        price: Dollars per chip-hour; None if unknown.
 
     Raises:
         UserError: A batch cannot be split over the devices.
@@ -119,13 +131,13 @@ def rehearse_phases(
         recipe.check_batch(phase, target.mesh)
         step, microbatch, suggestion = _fit(network, phase, recipe, text_tokens, target)
         state = abstract_train_step(network, phase, recipe, target.mesh, text_tokens)[1]
-        if network not in samplers:  # parameters are where they are, the prompts on every chip, as for previews
+        if network not in samplers:  # as for previews, parameters keep their shardings and prompts are replicated
             everywhere = replicated(target.mesh)
             generator = Generator(network, sigma_data=recipe.sigma_data, dtype=recipe.dtype, sharding=everywhere)
             denoise, arguments = generator.abstract_denoise(
                 state.params, sampler_images, text_tokens, everywhere, guided=guided
             )
-            title = f"compiling the sampler of phase {phase.name}"
+            title = f"Compiling the sampler of phase {phase.name}"
             samplers[network] = target.compile(title, denoise, arguments, out_shardings=everywhere)
         sampler = samplers[network]
         per_image = float(training_flops(network, phase.mask_ratio, text_tokens, phase.mask_position))
@@ -149,14 +161,19 @@ def rehearse_phases(
 def _roofline(
     step: Compiled, passes: int, flops: float, before_optimization: float, target: Target
 ) -> dict[str, float]:
-    """Returns the least seconds of a step for compute, memory and interconnect, and the FLOPs the compiler counts.
+    """Returns lower bounds on the seconds of a step by compute, memory and interconnect, and the compiler's FLOPs.
 
-    `flops` are those of a step on all chips by formula, `before_optimization` those of the program before optimization,
-    for compilers that count none. Those count the body of a loop once, so `passes` are the microbatches of a step.
+    Args:
+        step: The compiled step.
+        passes: Microbatches per step. The compiler counts the body of the loop over them only once.
+        flops: FLOPs of a step on all chips, by formula.
+        before_optimization: FLOPs of the program before optimization, for compilers that report none.
+        target: The hardware.
     """
     chip, chips = target.chip, target.topology.size
     counted = (step.flops or before_optimization / chips) * passes
-    # If the compiler reports no bytes: each argument is read, each result and temporary written, the latter read.
+    # If the compiler reports no bytes, assume that each argument is read, each output is written, and each temporary is
+    # written and read.
     accessed = step.bytes_accessed or step.arguments + step.outputs + 2 * step.temporaries
     sent = sum(traffic.sent for traffic in step.traffic.values())
     return {
@@ -170,56 +187,58 @@ def _roofline(
 def _fit(
     network: DiTConfig, phase: Phase, recipe: Recipe, text_tokens: int, target: Target
 ) -> tuple[Compiled, int, str]:
-    """Returns the compiled step of a phase, its microbatch, and what to change if it does not fit (else '')."""
+    """Returns the compiled step of a phase, its microbatch, and a change that makes it fit ('' if it already fits)."""
     mesh, chip = target.mesh, target.chip
 
     def compiled(microbatch: int) -> Compiled:
-        at_once = f" in passes of {microbatch}" if microbatch < phase.batch_size else ""
-        title = f"compiling phase {phase.name}: {phase.batch_size} images a step{at_once}"
+        passes = f" in microbatches of {microbatch}" if microbatch < phase.batch_size else ""
+        title = f"Compiling phase {phase.name}: {phase.batch_size} images per step{passes}"
         function, state, batch, key, out_shardings = abstract_train_step(
             network, phase, dataclasses.replace(recipe, microbatch=microbatch), mesh, text_tokens
         )
         found = target.compile(title, function, (state, batch, key), out_shardings=out_shardings, donate_argnums=(0,))
         memory = f"{found.peak / 1e9:.3g} of {chip.memory / 1e9:.3g} GB per chip"
-        target.say(f"{title}: {memory}; took {found.seconds:.0f} s")
+        target.say(f"{title}: {memory}, compiled in {found.seconds:.0f} s")
         return found
 
-    asked = recipe.microbatch or phase.batch_size
-    step = compiled(asked)
+    microbatch = recipe.microbatch or phase.batch_size
+    step = compiled(microbatch)
     if step.peak <= chip.memory:
-        return step, asked, ""
+        return step, microbatch, ""
     state: TrainState = abstract_train_step(network, phase, recipe, mesh, text_tokens)[1]
     held = bytes_per_device(state, shardings_of(state))
     gradients = bytes_per_device(state.params, shardings_of(state.params))
     shards = batch_shards(mesh)
-    sizes = [n for n in range(shards, asked, shards) if phase.batch_size % n == 0]
-    # Accumulation needs one more copy of the gradients.
-    peaks = {0: float(held + gradients), asked: float(step.peak)}
-    largest = largest_that_fits(sizes, peaks, chip.memory, lambda microbatch: compiled(microbatch).peak)
+    sizes = [n for n in range(shards, microbatch, shards) if phase.batch_size % n == 0]
+    # Gradient accumulation requires an additional copy of the gradients.
+    peaks = {0: float(held + gradients), microbatch: float(step.peak)}
+    largest = largest_that_fits(sizes, peaks, chip.memory, lambda size: compiled(size).peak)
     if largest:
-        return step, asked, f"with --config.microbatch={largest} it takes {peaks[largest] / 1e9:.3g} GB and fits"
+        return step, microbatch, f"set --config.microbatch={largest}, which requires {peaks[largest] / 1e9:.3g} GB"
     least = peaks[min(peaks.keys() - {0})] / 1e9
-    return step, asked, (
-        f"no microbatch fits: even with {shards} images at once it takes {least:.3g} GB, {held / 1e9:.3g} of them for "
-        "parameters, optimizer and average; share those among more chips (--config.mesh.fsdp) or take larger chips"
+    return step, microbatch, (
+        f"no microbatch fits, because a microbatch of {shards} images already requires {least:.3g} GB, of which "
+        f"{held / 1e9:.3g} GB are parameters, optimizer state and EMA weights; split these over more chips "
+        "(--config.mesh.fsdp) or use chips with more memory"
     )  # fmt: skip
 
 
 def largest_that_fits(
     sizes: Sequence[int], peaks: dict[int, float], limit: float, peak_of: Callable[[int], float]
 ) -> int:
-    """Returns the largest microbatch whose peak is within the limit; 0 if there is none.
+    """Returns the largest microbatch whose peak memory is within the limit; 0 if there is none.
 
-    The memory of a step beyond its state grows about in proportion to the microbatch. So the next one to compile is
-    the largest within the limit on a line through two known ones. If none is, only the smallest is compiled as well.
+    The memory of a step beyond its state is about proportional to the microbatch. The next microbatch to compile is
+    therefore the largest one that fits according to the line through two known points. If none fits according to the
+    line, only the smallest one is compiled.
 
     Args:
-        sizes: Possible microbatches, ascending.
-        peaks: Peak bytes by microbatch: known for one that is too large, estimated for 0. Results are added.
+        sizes: Candidate microbatches, ascending.
+        peaks: Peak bytes by microbatch: known for one that is too large, and estimated for 0. Results are added.
         limit: Bytes of memory.
-        peak_of: Compiles a microbatch, which takes minutes, and returns its peak bytes.
+        peak_of: Compiles a microbatch, which may take minutes, and returns its peak bytes.
     """
-    fits, too_large, other = 0, max(peaks), 0  # `other` is known besides the smallest that is too large
+    fits, too_large, other = 0, max(peaks), 0  # the line passes through `too_large` and `other`
     while between := [n for n in sizes if fits < n < too_large]:
         slope = (peaks[too_large] - peaks[other]) / (too_large - other)
         likely = [n for n in between if peaks[too_large] + slope * (n - too_large) <= limit]
@@ -235,7 +254,7 @@ def largest_that_fits(
 
 
 def _flops_before_optimization(network: DiTConfig, phase: Phase, recipe: Recipe, text_tokens: int) -> float:
-    """Returns the FLOPs of a step on all chips together; the body of a loop is counted once."""
+    """Returns the FLOPs of a step on all chips before optimization; the body of a loop is counted once."""
     one = make_mesh(devices=jax.devices()[:1])
     function, state, batch, key, _ = abstract_train_step(network, phase, recipe, one, text_tokens)
     return (jax.jit(function).lower(state, batch, key).cost_analysis() or {}).get("flops", 0.0)
@@ -244,9 +263,9 @@ def _flops_before_optimization(network: DiTConfig, phase: Phase, recipe: Recipe,
 def _padding(
     network: DiTConfig, phase: Phase, recipe: Recipe, microbatch: int, text_tokens: int, target: Target
 ) -> float | None:
-    """Returns the share of padding in a pass with one chip's images; None if the chip is not a TPU.
+    """Returns the share of padding in a pass over the images of one chip; None if the chip is not a TPU.
 
-    Widths are whole: the split over 'tensor' is not considered.
+    The split of widths over 'tensor' is not taken into account.
     """
     if target.topology.chip not in MATRIX_UNITS:
         return None
@@ -257,41 +276,41 @@ def _padding(
 
 
 def rehearsal_table(rehearsals: Sequence[Rehearsal], topology: Topology, chip: Chip) -> str:
-    """Returns the rehearsals as lines of text."""
+    """Returns the rehearsals as a text table with one column per phase."""
     kinds = sorted({kind for rehearsal in rehearsals for kind in rehearsal.step.traffic})
     columns = [_column(rehearsal, kinds, topology, chip) for rehearsal in rehearsals]
     rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
     days, dollars = sum(r.hours for r in rehearsals) / 24, [r.dollars for r in rehearsals if r.dollars is not None]
-    head = f"{topology}, {topology.size} chips; predicted for the phases together: at least {days:,.3g} days"
+    head = f"{topology}, {topology.size} chips; lower bound for all phases: {days:,.3g} days"
     if dollars and days:
-        an_hour = sum(dollars) / (24 * days * topology.size)
-        head += f" and ${sum(dollars):,.0f}, at ${an_hour:.2f} a chip-hour"
+        price = sum(dollars) / (24 * days * topology.size)
+        head += f" and ${sum(dollars):,.0f}, at ${price:.2f} per chip-hour"
     return "\n".join([head, "", text_table(rows)])
 
 
 def _column(r: Rehearsal, kinds: Sequence[str], topology: Topology, chip: Chip) -> dict[str, str]:
-    """Returns the cells of a phase by the labels of their rows."""
+    """Returns the cells of a phase by row label."""
     known = r.step.memory_limit is None
     return {
-        "phase": r.phase, "parameters": f"{r.parameters:,}", "images a step": f"{r.batch_size:,}",
-        "  in passes of": f"{r.microbatch:,}", f"GB per chip, of {chip.memory / 1e9:.1f}": "",
+        "phase": r.phase, "parameters": f"{r.parameters:,}", "images per step": f"{r.batch_size:,}",
+        "  microbatch": f"{r.microbatch:,}", f"GB per chip, of {chip.memory / 1e9:.1f}": "",
         "  arguments": f"{r.step.arguments / 1e9:.3g}" if known else "–",
         "  temporaries": f"{r.step.temporaries / 1e9:.3g}" if known else "–", "  peak": f"{r.step.peak / 1e9:.3g}",
         "  sampler's peak": f"{r.sampler.peak / 1e9:.3g}", "fits": "yes" if r.fits else "NO",
-        "TFLOP per step, counted by hand": f"{r.flops / 1e12:,.3g}",
+        "TFLOP per step, by formula": f"{r.flops / 1e12:,.3g}",
         "  by the compiler": f"{r.compiler_flops / 1e12:,.3g}",
-        "padding of the products, on TPUs": "–" if r.padding is None else f"{r.padding:.1%}",
+        "padding in matrix units (TPU)": "–" if r.padding is None else f"{r.padding:.1%}",
         "collectives per step, MB per chip": "", **{f"  {kind}": _of_kind(r.step.traffic.get(kind)) for kind in kinds},
         "ms per step, at least: compute": f"{1000 * r.compute:,.3g}", "  memory": f"{1000 * r.memory:,.3g}",
         "  interconnect": f"{1000 * r.interconnect:,.3g}", "images/s, at most": f"{r.batch_size / r.seconds:,.0f}",
         "days, at least": f"{r.hours / 24:,.3g}", "chip-hours, at least": f"{r.hours * topology.size:,.3g}",
         "dollars, at least": "–" if r.dollars is None else f"{r.dollars:,.0f}",
-        "compiled in s": f"{r.step.seconds:,.0f}",
+        "compilation, s": f"{r.step.seconds:,.0f}",
     }  # fmt: skip
 
 
 def _of_kind(traffic: Traffic | None) -> str:
-    """Describes collectives: their number, the mean of their MB, and how many overlap with other work."""
+    """Describes collectives of one kind: their number, their mean size in MB, and how many overlap with other work."""
     if traffic is None:
         return "–"
     hidden = f", {traffic.hidden:,} hidden" if traffic.hidden else ""

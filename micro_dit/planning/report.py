@@ -1,4 +1,4 @@
-"""Reports what a run will train: its parameters, and the compiled step."""
+"""Reports the parameters of a network and the compilation of its train step."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from micro_dit.planning.aot import heartbeat
 
 
 def parameter_table(params: Mapping[str, Any]) -> str:
-    """Returns a table of the parameters by part of the network. The parameters of a block are added up."""
+    """Returns a table of the number of parameters by part of the network, with one row per block."""
     parts: dict[str, int] = {}
     for name, leaf in params.items():
         words = name.split(".")
@@ -27,9 +27,17 @@ def parameter_table(params: Mapping[str, Any]) -> str:
 def compile_step(
     phase: str, step: Any, arguments: Sequence[Any], say: Callable[[str], None], every: float = 15.0
 ) -> Any:
-    """Compiles a jitted step; prints a heartbeat every `every` seconds, then time, memory and FLOPs."""
+    """Compiles a jitted step and returns it. Prints a heartbeat every `every` seconds, then time, memory and FLOPs.
+
+    Args:
+        phase: Name of the phase, printed before each line.
+        step: The jitted step.
+        arguments: Arguments to lower the step with.
+        say: Prints a line.
+        every: Seconds between heartbeats.
+    """
     started = time.monotonic()
-    with heartbeat(lambda seconds: say(f"{phase}: compiling, {seconds:.0f} s"), every):
+    with heartbeat(lambda seconds: say(f"{phase}: compiling for {seconds:.0f} s"), every):
         compiled = step.lower(*arguments).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     parts = [f"{phase}: compiled in {time.monotonic() - started:.1f} s"]
@@ -37,6 +45,6 @@ def compile_step(
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         parts.append(f"{peak / 2**30:.2f} GiB per device ({memory.temp_size_in_bytes / 2**30:.2f} temporary)")
     if cost.get("flops", 0) > 0:
-        parts.append(f"{cost['flops'] / 1e9:,.1f} GFLOP per step and device")
+        parts.append(f"{cost['flops'] / 1e9:,.1f} GFLOP per device and step")
     say(", ".join(parts))
     return compiled

@@ -1,4 +1,4 @@
-"""Plots and images that a finished run leaves in its work directory."""
+"""Writes the plots and images of a finished run."""
 
 import math
 import os
@@ -18,27 +18,31 @@ from micro_dit.training.metrics import read_metrics
 
 
 def finish(workdir: pathlib.Path, phases: Sequence[tuple[str, int, int]], meta: Meta, example: str | None) -> str:
-    """Writes final.png, progress.gif and curves.png; returns a summary with a sampling command for `example`.
+    """Writes final.png, progress.gif and curves.png, and returns a summary of the run.
 
-    `phases` holds name, first and last step of each phase.
+    Args:
+        workdir: Work directory of the run.
+        phases: Name, first step and last step of each phase.
+        meta: Metadata of the last checkpoint.
+        example: Prompt of the sampling command in the summary; None leaves the command out.
     """
-    made = []
+    written = []
     if frames := sorted((workdir / "samples").glob("step_*.png")):
         shutil.copyfile(frames[-1], workdir / "final.png")
         save_gif([Image.open(frame) for frame in frames], workdir / "progress.gif", seconds_per_frame=0.4)
-        made += ["final.png (samples)", "progress.gif (how they came about)"]
-    if (metrics := workdir / "metrics.jsonl").exists():  # not if nothing was to be logged
+        written += ["final.png (samples)", "progress.gif (samples over the steps)"]
+    if (metrics := workdir / "metrics.jsonl").exists():  # missing if logging is disabled
         plot_curves(read_metrics(metrics), workdir / "curves.png", phases)
-        made += ["curves.png", "metrics.jsonl", "tensorboard/"]
-    made.append("checkpoints/")
+        written += ["curves.png", "metrics.jsonl", "tensorboard/"]
+    written.append("checkpoints/")
     spent = f", ${meta.dollars:.2f}" if meta.dollars else ""
     lines = [
-        f"done: {meta.step:,} steps, {meta.images:,} images, {meta.seconds / 60:.1f} minutes{spent}",
-        f"in {workdir}: {', '.join(made)}",
+        f"Finished: {meta.step:,} steps, {meta.images:,} images, {meta.seconds / 60:.1f} minutes{spent}",
+        f"Files in {workdir}: {', '.join(written)}",
     ]
     if example:
-        command = f'python -m micro_dit.sample --workdir={workdir} --prompt="{example}" --out=picture.png'
-        lines.append(f"draw your own: {command}")
+        command = f'python -m micro_dit.sample --workdir={workdir} --prompt="{example}" --out=sample.png'
+        lines.append(f"To sample an image: {command}")
     return "\n".join(lines)
 
 
@@ -60,12 +64,12 @@ def plot_curves(
         UserError: No record has a loss.
     """
     import matplotlib
-    from matplotlib.figure import Figure  # drawn without pyplot: no display, no global state
+    from matplotlib.figure import Figure  # used without pyplot, which needs a display and changes global state
     from matplotlib.ticker import MaxNLocator
 
     steps, _ = _series(metrics, "loss")
     if not len(steps):
-        raise UserError(f"There is no 'loss' in the metrics to draw {path} from: train for some steps first.")
+        raise UserError(f"{path} can't be plotted because the metrics contain no 'loss'. Train for some steps first.")
     rates, by_sigma = _series(metrics, "learning_rate"), _loss_by_sigma(metrics)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11.5 if by_sigma else 8.5, 5), dpi=160, facecolor=PAPER, layout="constrained")
@@ -101,13 +105,14 @@ def _draw_losses(panel: Any, metrics: Sequence[Mapping[str, float]]) -> None:
     smooth = [_smooth(losses)]
     panel.plot(steps, losses, color=TRAIN, alpha=0.22, linewidth=0.8)
     panel.plot(steps, smooth[0], color=TRAIN, linewidth=1.8, label="training")
-    for suffix, label, color in ("", "held out", HELDOUT), ("_ema", "held out, averaged weights", HELDOUT_EMA):
+    for suffix, label, color in ("", "held-out", HELDOUT), ("_ema", "held-out, EMA weights", HELDOUT_EMA):
         x, y = _series(metrics, f"heldout_loss{suffix}")
         if len(x):
             marker = "o" if len(x) <= 40 else None
             panel.plot(x, y, color=color, linewidth=1.4, marker=marker, markersize=3.5, clip_on=False, label=label)
             smooth.append(y)
-    # The axis is fitted to the smooth curves, not to the noise; logarithmic where they span more than a factor of four.
+    # The limits follow the smoothed curves, so that noise does not set them. The axis is logarithmic if the curves span
+    # more than a factor of four.
     low, high = np.concatenate(smooth).min(), np.concatenate(smooth).max()
     if low > 0 and high / low > 4:
         panel.set_yscale("log", subs=[])
@@ -122,9 +127,9 @@ def _draw_losses(panel: Any, metrics: Sequence[Mapping[str, float]]) -> None:
 
 
 def _draw_phases(panels: Sequence[Any], phases: Sequence[tuple[str, int, int]]) -> None:
-    """Shades every other phase, and writes all names above the first panel, in as many rows as they need."""
+    """Shades every other phase and writes the names above the first panel, in several rows if they would overlap."""
     first, last = min((start for _, start, _ in phases), default=0), max((end for _, _, end in phases), default=1)
-    rows: list[list[tuple[float, float]]] = []  # places taken, in fractions of the panel's width
+    rows: list[list[tuple[float, float]]] = []  # occupied intervals of each row, in fractions of the panel's width
     for i, (name, start, end) in enumerate(phases):
         for panel in panels:
             panel.axvspan(start, end, color=INK, alpha=0.05 if i % 2 else 0.0, linewidth=0)
@@ -142,7 +147,7 @@ def _draw_phases(panels: Sequence[Any], phases: Sequence[tuple[str, int, int]]) 
 
 
 def _draw_loss_by_sigma(panel: Any, curves: Mapping[int, list[tuple[float, float]]]) -> None:
-    """Plots the first evaluation, faint, and the last."""
+    """Plots the losses of the first evaluation (faint) and of the last one over the noise level."""
     for step, alpha in {min(curves): 0.35, max(curves): 1.0}.items():
         x, y = zip(*curves[step], strict=True)
         panel.plot(x, y, color=HELDOUT, alpha=alpha, marker="o", markersize=3.5, label=f"step {step:,}")
@@ -154,14 +159,14 @@ def _draw_loss_by_sigma(panel: Any, curves: Mapping[int, list[tuple[float, float
 
 
 def _series(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps and finite values of one scalar."""
+    """Returns the steps and values of one scalar, without values that are not finite."""
     pairs = [(record["step"], record[name]) for record in metrics if math.isfinite(record.get(name, math.nan))]
     steps, values = np.array(pairs, float).reshape(-1, 2).T
     return steps, values
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Averages over a thirtieth of the curve around each value; less at the start, where the curve is steep."""
+    """Averages over a window of a thirtieth of the curve; the window is shorter at the start, where it is steep."""
     n, i = len(values), np.arange(len(values))
     reach = np.minimum(i, n // 60)
     first, end = i - reach, np.minimum(i + reach + 1, n)
@@ -170,7 +175,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _loss_by_sigma(metrics: Sequence[Mapping[str, float]]) -> dict[int, list[tuple[float, float]]]:
-    """Returns (sigma, loss), by growing sigma, for each step with scalars "heldout_loss/sigma=…"."""
+    """Returns the (sigma, loss) pairs in ascending sigma for each step that has scalars "heldout_loss/sigma=…"."""
     prefix, curves = "heldout_loss/sigma=", {}
     for record in metrics:
         losses = {name: loss for name, loss in record.items() if name.startswith(prefix) and math.isfinite(loss)}

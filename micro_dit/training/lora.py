@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2021, arXiv:2106.09685): W stays as it is, A·B is trained and added to it."""
+"""Low-rank adaptation (LoRA, Hu et al. 2021, arXiv:2106.09685): W is frozen; a trained product A·B is added to it."""
 
 import dataclasses
 import math
@@ -13,18 +13,18 @@ from micro_dit.errors import UserError
 from micro_dit.models.config import DiTConfig
 from micro_dit.models.dit import Params, abstract_params, init_params
 
-A, B = ".lora_a", ".lora_b"  # behind the name of the kernel that they adapt
+A, B = ".lora_a", ".lora_b"  # suffixes to the name of the adapted kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
-    """Which kernels are adapted, and how.
+    """The settings of a LoRA adapter.
 
     Attributes:
-        rank: Width r between A and B.
-        alpha: Scale: the merged kernel is W + alpha / r · A·B.
-        targets: Regular expression, searched in the names of kernels (in, out), and (E, in, out) of experts, each of
-            which gets its own A and B.
+        rank: Rank r of A·B.
+        alpha: Scale of the update. The merged kernel is W + alpha / r · A·B.
+        targets: Regular expression searched in parameter names. Matching kernels, (in, out) or (E, in, out) for
+            experts, are adapted. Each expert has its own A and B.
     """
 
     rank: int
@@ -32,19 +32,28 @@ class LoRA:
     targets: str
 
     def __post_init__(self) -> None:
-        """Raises UserError for an impossible value."""
+        """Raises UserError if a value is invalid."""
         if self.rank < 1 or self.alpha <= 0:
-            raise UserError(f"lora.rank {self.rank} and lora.alpha {self.alpha}: both must be above 0.")
+            raise UserError(
+                f"lora.rank is {self.rank} and lora.alpha is {self.alpha}, but both must be positive. Set "
+                "--config.lora.rank=0 to train without LoRA."
+            )
         try:
             re.compile(self.targets)
         except re.error as error:
-            raise UserError(f"lora.targets {self.targets!r} is no regular expression ({error}); correct it.") from error
+            raise UserError(
+                f"lora.targets is {self.targets!r}, which is not a valid regular expression ({error}). Correct "
+                "--config.lora.targets."
+            ) from error
 
     def abstract(self, base: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns names and shapes of the adapter for a network's parameters: A (…, in, r), B (…, r, out).
+        """Returns the shapes of the adapter, A (…, in, r) and B (…, r, out) float32, by parameter name.
+
+        Args:
+            base: Parameters of the network, or their shapes, by name.
 
         Raises:
-            UserError: No kernel matches `targets`, or an adapter would not be smaller than its kernel.
+            UserError: `targets` matches no kernel, or A and B are not smaller than a matching kernel.
         """
         adapter = {}
         for name, leaf in base.items():
@@ -53,18 +62,22 @@ class LoRA:
             *experts, wide, out = leaf.shape
             if self.rank * (wide + out) >= wide * out:
                 raise UserError(
-                    f"lora.rank {self.rank} makes an adapter no smaller than {name}, which is {wide}×{out}: take a "
-                    "lower rank, or lora.targets that leave that kernel out."
+                    f"With lora.rank {self.rank} the adapter of {name} would not be smaller than the kernel itself, "
+                    f"which is {wide}×{out}. Lower --config.lora.rank, or exclude the kernel from "
+                    "--config.lora.targets."
                 )
             adapter[name + A] = jax.ShapeDtypeStruct((*experts, wide, self.rank), jnp.float32)
             adapter[name + B] = jax.ShapeDtypeStruct((*experts, self.rank, out), jnp.float32)
         if not adapter:
             some = ", ".join([name for name, leaf in base.items() if len(leaf.shape) > 1][:3])
-            raise UserError(f"lora.targets {self.targets!r} is found in no kernel's name; they are called {some}, ….")
+            raise UserError(
+                f"lora.targets is {self.targets!r}, which matches no kernel. Set --config.lora.targets to a regular "
+                f"expression that is found in kernel names such as {some}."
+            )
         return adapter
 
     def init(self, base: Mapping[str, Any], key: jax.Array) -> Params:
-        """Initializes an adapter that changes nothing yet: A normal with variance 1 / in, B zero."""
+        """Initializes A from a normal distribution with variance 1 / in and B with zeros, so that A·B is zero."""
         adapter: Params = {}
         for number, (name, leaf) in enumerate(self.abstract(base).items()):
             normal = jax.random.normal(jax.random.fold_in(key, number), leaf.shape) / math.sqrt(leaf.shape[-2])
@@ -72,7 +85,7 @@ class LoRA:
         return adapter
 
     def merge(self, base: Mapping[str, Any], adapter: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the merged parameters, float32: W + alpha / r · A·B. Those not adapted are the arrays of `base`."""
+        """Returns the parameters W + alpha / r · A·B, float32; parameters without an adapter are those of `base`."""
         merged = dict(base)
         for name in adapter:
             if name.endswith(A):
@@ -84,21 +97,21 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True)
 class Trainable:
-    """The parameters that a run trains: those of the network, or a LoRA adapter for them.
+    """The parameters that a run trains: the full network, or a LoRA adapter.
 
     Attributes:
         network: The network.
-        lora: The adapter; None trains the parameters of the network.
+        lora: Settings of the adapter; None trains all parameters of the network.
     """
 
     network: DiTConfig
     lora: LoRA | None = None
 
     def abstract(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Returns names and shapes of the trained parameters.
+        """Returns the shapes of the trained parameters by name.
 
         Raises:
-            UserError: The adapter does not fit the network.
+            UserError: The adapter's settings are invalid for the network.
         """
         params = abstract_params(self.network)
         return self.lora.abstract(params) if self.lora else params
@@ -108,14 +121,19 @@ class Trainable:
         return self.lora.init(abstract_params(self.network), key) if self.lora else init_params(self.network, key)
 
     def merge(self, params: Params, base: Mapping[str, Any] | None) -> Params:
-        """Returns the network's parameters; `base` holds those under the adapter, None without LoRA."""
+        """Returns the full network parameters, with the adapter merged into `base` if there is one.
+
+        Args:
+            params: The trained parameters.
+            base: Frozen parameters that the adapter is added to; None without LoRA.
+        """
         return params if self.lora is None or base is None else self.lora.merge(base, params)
 
 
 def make_lora(rank: int, alpha: float, targets: str) -> LoRA | None:
-    """Returns the adapter's settings; None for rank 0, which trains the parameters of the network.
+    """Returns the settings of the adapter, or None for rank 0, which trains all parameters of the network.
 
     Raises:
-        UserError: A value is out of range.
+        UserError: A value is invalid.
     """
     return None if rank == 0 else LoRA(rank, float(alpha), targets)

@@ -1,7 +1,7 @@
-"""Scalars and images of a run, in `metrics.jsonl` and in TensorBoard or Weights & Biases.
+"""Writes scalars and images of a run to `metrics.jsonl`, TensorBoard and Weights & Biases.
 
 A line of `metrics.jsonl` looks like {"step": 100, "time": 1765432100.123, "loss": 0.42, "learning_rate": 0.00024}.
-Infinities and NaN are written as null, which keeps every line valid JSON, and are read back as NaN.
+Infinities and NaN are written as null, because JSON has no numbers for them, and are read back as NaN.
 """
 
 import json
@@ -22,15 +22,15 @@ from micro_dit.files import write_atomically
 class MetricWriter:
     """Writes the metrics of a run into its work directory.
 
-    Opening the work directory of an earlier run repairs a last line torn by a kill and appends to the rest. A run that
-    was killed and resumed repeats some steps; `read_metrics` keeps the last.
+    If the work directory already has metrics, new lines are appended, after an incomplete last line has been repaired.
+    A run that was killed and resumed repeats some steps; `read_metrics` keeps the latest values.
 
     Args:
-        workdir: Folder of `metrics.jsonl` and `tensorboard/`; made if missing.
+        workdir: Folder of `metrics.jsonl` and `tensorboard/`; created if it does not exist.
         tensorboard: Whether to write TensorBoard event files.
-        wandb_project: Weights & Biases project to report to; None reports to none.
-        config: The run's config, for Weights & Biases.
-        enabled: False on every process but the first; writes nothing.
+        wandb_project: Weights & Biases project to report to; None disables reporting.
+        config: The run's config, sent to Weights & Biases.
+        enabled: Whether to write anything; only process 0 does.
 
     Raises:
         UserError: Weights & Biases is not installed.
@@ -60,11 +60,11 @@ class MetricWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends one line and flushes it. The names "step" and "time" are reserved."""
+        """Appends one line to `metrics.jsonl` and flushes it. The names "step" and "time" are reserved."""
         if not self._enabled:
             return
         if reserved := {"step", "time"} & set(scalars):
-            raise ValueError(f"{sorted(reserved)} cannot be names of scalars: each line has them anyway")
+            raise ValueError(f"Scalars must not be named {sorted(reserved)}, because every line has these fields.")
         values = {name: float(value) for name, value in scalars.items()}
         line: dict[str, float | None] = {"step": int(step), "time": round(time.time(), 3)}
         line |= {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -77,21 +77,21 @@ class MetricWriter:
             self._wandb.log(values | {"step": int(step)})
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Sends images, uint8 (H, W, 3) by name, to TensorBoard and Weights & Biases."""
+        """Writes images, (H, W, 3) uint8 by name, to TensorBoard and Weights & Biases."""
         for name, image in images.items():
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-                raise ValueError(f"{name} must be uint8 (H, W, 3), not {image.dtype} {image.shape}")
+                raise ValueError(f"{name} must be (H, W, 3) uint8, but is {image.shape} {image.dtype}.")
         if self._tensorboard:
             for name, image in images.items():
                 self._tensorboard.add_image(name, image, step, dataformats="HWC")
         if self._wandb:
             import wandb
 
-            pictures = {name: wandb.Image(image) for name, image in images.items()}
-            self._wandb.log(pictures | {"step": int(step)})
+            wandb_images = {name: wandb.Image(image) for name, image in images.items()}
+            self._wandb.log(wandb_images | {"step": int(step)})
 
     def close(self) -> None:
-        """Closes all files; may be called twice."""
+        """Closes all files. Calling it again has no effect."""
         if self._enabled:
             self._file.close()
         if self._tensorboard:
@@ -102,24 +102,24 @@ class MetricWriter:
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, float]]:
-    """Reads the lines of a `metrics.jsonl`, ordered by step.
+    """Reads the records of a `metrics.jsonl`, ordered by step.
 
-    A run that was killed and resumed repeats steps, and the first step after a start has no rate yet: the last of
-    several lines counts if they share step and a name. A torn last line is left out; null becomes NaN.
+    A run that was killed and resumed repeats steps. Of several lines with the same step and a scalar in common, only
+    the last is returned. An incomplete last line is ignored; null becomes NaN.
 
     Raises:
         UserError: The file does not exist, or a line before the last is not a JSON object with a step.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"There are no metrics at {path}: train first, or give the metrics.jsonl of a run.")
+        raise UserError(f"There are no metrics at {path}. Train for some steps first, or use the path of another run.")
     *lines, unfinished = path.read_bytes().split(b"\n")
     if _is_record(unfinished):
         lines.append(unfinished)
     steps: dict[int, list[dict[str, float]]] = {}
     for number, line in enumerate(lines, start=1):
         if not _is_record(line):
-            raise UserError(f"Line {number} of {path} is no metrics record: repair or remove that line.")
+            raise UserError(f"Line {number} of {path} is not a metrics record. Repair or remove this line.")
         record = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
         at_step = steps.setdefault(int(record["step"]), [])
         at_step[:] = [*(other for other in at_step if other.keys() & record.keys() <= {"step", "time"}), record]
@@ -135,7 +135,7 @@ def _is_record(line: bytes) -> bool:
 
 
 def _mend_last_line(path: pathlib.Path) -> None:
-    """Completes a last line that lacks only its newline; removes one that was torn by a kill."""
+    """Repairs the last line after a kill: adds a missing newline, or removes an incomplete record."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -148,10 +148,10 @@ def _mend_last_line(path: pathlib.Path) -> None:
 
 
 def _summary_writer_class() -> Any:
-    """Imports the SummaryWriter of tensorboardX without PyTorch.
+    """Imports tensorboardX's SummaryWriter without importing PyTorch.
 
-    tensorboardX imports torch, if installed, for a type annotation: seconds of start-up and a second thread pool in a
-    process that trains with JAX. A None in `sys.modules` makes that import fail, which tensorboardX allows for.
+    If PyTorch is installed, tensorboardX imports it for a type annotation. That adds seconds of start-up time and a
+    second thread pool to the process. A None in `sys.modules` lets this import fail, which tensorboardX handles.
     """
     imported = "torch" in sys.modules
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
@@ -168,9 +168,10 @@ def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] 
         import wandb
     except ImportError as error:
         raise UserError(
-            f"Reporting to the Weights & Biases project {project!r} needs its package: pip install 'micro_dit[wandb]'."
+            f"logging.wandb_project is {project!r}, but the wandb package is not installed. Run: pip install "
+            "'micro_dit[wandb]'."
         ) from error
-    # A resumed run continues the same Weights & Biases run, by the id in the work directory.
+    # The id is stored in the work directory, so that a resumed run continues the same Weights & Biases run.
     id_file = workdir / "wandb_run_id.txt"
     if not id_file.exists():
         write_atomically(id_file, uuid.uuid4().hex[:12])
@@ -181,6 +182,6 @@ def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] 
         dir=str(workdir),
         config=config and dict(config),
     )
-    # The step counter of Weights & Biases may only grow, but a resumed run repeats steps: plot against the run's own.
+    # A resumed run repeats steps, but the built-in step of Weights & Biases cannot decrease. Plots use our own step.
     run.define_metric("*", step_metric="step")
     return run

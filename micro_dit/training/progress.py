@@ -1,4 +1,4 @@
-"""Progress of a phase in the terminal: steps, speed, remaining time and cost."""
+"""Displays the progress of a phase in the terminal: steps, speed, remaining time and cost."""
 
 import contextlib
 import dataclasses
@@ -12,30 +12,29 @@ from typing import TextIO
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
-UPDATES_IN_RATE = 200  # long enough to be steady, short enough to follow a machine that gets busy
+UPDATES_IN_RATE = 200  # enough for a stable rate, few enough to reflect a change of the machine's load
 LOSS_DECAY = 0.98
 
 
 @dataclasses.dataclass
 class Progress:
-    """A progress bar for one phase; without a terminal, one plain line every ten seconds.
+    """A progress bar for one phase. If `stream` is not a terminal, it prints one line every ten seconds instead.
 
-    The rate covers the last UPDATES_IN_RATE updates. It excludes everything up to the first update (compilation and the
-    first step) and all time inside `paused`. Dollars count from construction on, including pauses and compilation,
-    because all of it is billed.
+    The rate covers the last UPDATES_IN_RATE updates. It excludes the time before the first update (compilation and the
+    first step) and the time inside `paused`. The cost includes both, because all of this time is billed.
 
     Attributes:
         name: Name of the phase.
-        total_steps: Step at which the phase ends.
-        initial_step: Steps already done.
+        total_steps: Steps of the phase.
+        initial_step: Steps of the phase that were completed before this process started.
         batch_size: Images per step, over all devices.
-        flops_per_image: Training FLOPs of one image.
-        peak_flops: FLOP/s of all devices together; None if unknown, which shows achieved FLOP/s instead of MFU.
-        dollars_per_hour: Price of all devices together; 0 shows no cost.
-        dollars_before: Dollars spent before this phase, or before a resume.
-        enabled: False on every process but the first; counts without printing.
-        stream: Where to print.
-        clock: Returns seconds, monotonic.
+        flops_per_image: Training FLOPs per image.
+        peak_flops: Peak FLOP/s of all devices together. If None, achieved FLOP/s are displayed instead of the MFU.
+        dollars_per_hour: Price of all devices together; 0 hides the cost.
+        dollars_before: Dollars spent before this phase, or before this process started.
+        enabled: Whether to print; only process 0 does. Other processes still measure the rate and the cost.
+        stream: Output stream.
+        clock: Returns monotonic seconds.
     """
 
     name: str
@@ -51,9 +50,9 @@ class Progress:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        """Starts the clock, and opens the bar if `stream` is a terminal."""
+        """Starts the clock, and creates the progress bar if `stream` is a terminal."""
         self._step, self._start, self._paused = self.initial_step, self.clock(), 0.0
-        self._first_update = 0.0  # seconds until it came
+        self._first_update = 0.0  # seconds from the start to the first update
         self._updates: deque[tuple[int, float]] = deque(maxlen=UPDATES_IN_RATE + 1)  # (step, seconds without pauses)
         self._loss, self._loss_weight = 0.0, 0.0
         self._last_loss: float | None = None
@@ -67,7 +66,7 @@ class Progress:
             )  # fmt: skip
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Records that `step` steps of the phase are done, and shows the smoothed "loss" of `metrics`."""
+        """Records that `step` steps of the phase are completed, and displays the smoothed "loss" of `metrics`."""
         seconds = self.clock() - self._start - self._paused
         if not self._updates:
             self._first_update = seconds
@@ -75,7 +74,7 @@ class Progress:
         self._updates.append((step, seconds))
         if metrics and "loss" in metrics:
             self._last_loss = float(metrics["loss"])
-            if math.isfinite(self._last_loss):  # one bad step must not spoil the average for good
+            if math.isfinite(self._last_loss):  # a NaN would otherwise remain in the smoothed loss
                 self._loss = LOSS_DECAY * self._loss + (1 - LOSS_DECAY) * self._last_loss
                 self._loss_weight = LOSS_DECAY * self._loss_weight + (1 - LOSS_DECAY)
         if self._bar is not None:
@@ -86,7 +85,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Excludes the time spent inside (evaluation, samples, checkpoints) from the rate."""
+        """Excludes the time spent inside the context from the rate, for evaluations and checkpoints."""
         start = self.clock()
         try:
             yield
@@ -94,7 +93,7 @@ class Progress:
             self._paused += self.clock() - start
 
     def close(self) -> None:
-        """Leaves the last state on the screen; may be called twice."""
+        """Prints the final state. Calling it again has no effect."""
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
@@ -105,25 +104,25 @@ class Progress:
 
     @property
     def images_per_second(self) -> float | None:
-        """Returns the recent rate; None until the second update."""
+        """Returns images per second over the recent updates; None until the second update."""
         seconds_per_step = self._seconds_per_step()
         return self.batch_size / seconds_per_step if seconds_per_step else None
 
     @property
     def flops_per_second(self) -> float | None:
-        """Returns achieved FLOP/s of all devices together; None until the second update."""
+        """Returns the achieved FLOP/s of all devices together; None until the second update."""
         rate = self.images_per_second
         return rate * self.flops_per_image if rate and self.flops_per_image else None
 
     @property
     def mfu(self) -> float | None:
-        """Returns the FLOPs utilization, achieved FLOP/s over the peak; None if either is unknown."""
+        """Returns the model FLOPs utilization, achieved over peak FLOP/s; None if either is unknown."""
         achieved = self.flops_per_second
         return achieved / self.peak_flops if achieved and self.peak_flops else None
 
     @property
     def dollars(self) -> float:
-        """Returns the dollars spent so far."""
+        """Returns the cost so far in dollars."""
         return self.dollars_before + (self.clock() - self._start) / 3600 * self.dollars_per_hour
 
     @property
@@ -133,7 +132,7 @@ class Progress:
         return max(0, self.total_steps - self._step) * seconds_per_step if seconds_per_step else None
 
     def scalars(self) -> dict[str, float]:
-        """Returns those of images_per_second, flops_per_second, mfu and dollars that are known."""
+        """Returns images_per_second, flops_per_second, mfu and dollars by name, without unknown values."""
         values = {name: getattr(self, name) for name in ("images_per_second", "flops_per_second", "mfu")}
         values["dollars"] = self.dollars if self.dollars_per_hour else None
         return {name: value for name, value in values.items() if value is not None}

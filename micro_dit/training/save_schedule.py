@@ -1,4 +1,4 @@
-"""Decides when a run saves and stops: by step, by clock or by signal, at the same step in all processes."""
+"""Decides when a run saves and stops, by step, time or signal, and at the same step in all processes."""
 
 import os
 import signal
@@ -13,7 +13,10 @@ ASK_SECONDS = 2.0
 
 
 class Interrupt:
-    """Handles signals while entered: the first SIGINT or SIGTERM sets `requested`; a second SIGINT interrupts."""
+    """A context manager that handles SIGINT and SIGTERM.
+
+    The first signal sets `requested`. Another SIGINT raises KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -23,7 +26,7 @@ class Interrupt:
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)
-        except ValueError:  # not in the main thread (a notebook's server, a test): signals are somebody else's
+        except ValueError:  # Python allows signal handlers only in the main thread, which may not be this one
             self._before = {}
         return self
 
@@ -35,15 +38,15 @@ class Interrupt:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        # Not print(): the signal may come in the middle of one, which cannot be entered twice.
-        os.write(1, b"\nstopping after this step, saving first (Ctrl-C again stops at once, unsaved)\n")
+        # print() is not reentrant, and the signal may interrupt a call of it.
+        os.write(1, b"\nStopping after this step and saving a checkpoint (Ctrl-C again stops without saving)\n")
 
 
 class SaveSchedule:
     """Decides after each step whether to save and whether to stop.
 
-    Several processes must do both at the same step. The step number is the same in all of them; clocks and signals are
-    not, so the processes exchange them. The exchange waits for the steps that the devices have not finished, so it
+    All processes must save and stop at the same step. They agree on the step number but not on clocks and signals,
+    which they therefore exchange. The exchange waits until the devices have finished all dispatched steps, so it
     happens only every few seconds, by the clock of process 0.
     """
 
@@ -54,20 +57,20 @@ class SaveSchedule:
         """Starts the clock.
 
         Args:
-            interrupt: Holds whether this process received a signal to stop.
-            every: Steps between saves; 0 for none.
-            keep_every: Steps between saves that `Checkpoints` never removes; 0 for none.
-            minutes: Longest time without a save; 0 for no limit.
-            clock: Returns seconds.
+            interrupt: Reports whether this process received a signal to stop.
+            every: Steps between saves; 0 disables saves by step.
+            keep_every: Steps between saves that `Checkpoints` keeps; 0 disables them.
+            minutes: Maximum time between saves; 0 disables saves by time.
+            clock: Returns monotonic seconds.
         """
         self._interrupt, self._clock, self._minutes = interrupt, clock, minutes
         self._multiples = [steps for steps in (every, keep_every) if steps]
         self._saved_at = self._asked_at = clock()
         self._asked_step: int | None = None
-        self._next_step = 0  # none asks before this
+        self._next_step = 0  # the step of the next exchange between processes
 
     def after(self, step: int) -> tuple[bool, bool]:
-        """Returns whether to save and whether to stop after a step. Every process must call it after every step."""
+        """Returns (save, stop): whether to do each after `step`. Every process must call it after every step."""
         saves = any(step % steps == 0 for steps in self._multiples)
         if step < self._next_step:
             return saves, False
@@ -80,7 +83,7 @@ class SaveSchedule:
         return saves or bool(gathered[0, 1]), bool(gathered[:, 0].any())
 
     def _steps_until_next(self, step: int, now: float) -> int:
-        """Returns the number of steps that took ASK_SECONDS lately."""
+        """Returns the number of steps that take about ASK_SECONDS at the recent speed."""
         if self._asked_step is None:
             return 1
         seconds_per_step = max((now - self._asked_at) / (step - self._asked_step), 1e-3)
@@ -91,5 +94,5 @@ class SaveSchedule:
         return any_process(self._interrupt.requested)
 
     def saved(self) -> None:
-        """Restarts the clock of `minutes`."""
+        """Records that a checkpoint was saved now, which restarts the time limit `minutes`."""
         self._saved_at = self._clock()

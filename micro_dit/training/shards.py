@@ -1,4 +1,4 @@
-"""Prepares the shards of a run if they are missing, and checks them against its settings."""
+"""Prepares the shards of a run if they do not exist, and validates them against the config."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,17 +14,17 @@ from micro_dit.training.phases import Phase
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """The data that a run trains and is evaluated on.
+    """The data settings of a run, as in `config.data`.
 
     Attributes:
-        shards: Folder of shards, or a mix of folders; a phase may have its own.
-        source: Source to prepare missing shards from; empty if there is none.
-        resolutions: Resolutions to prepare.
+        shards: Folder of shards, or a mix of folders. A phase may override it.
+        source: Source from which missing shards are prepared; empty to require existing shards.
+        resolutions: Resolutions to prepare, in pixels.
         vae: Name of the image encoder.
         text_encoder: Name of the text encoder.
-        caption_tokens: Tokens of a caption.
-        heldout: Split for the held-out loss; empty for none.
-        heldout_images: Largest number of its images.
+        caption_tokens: Tokens per caption.
+        heldout: Split for the held-out loss; empty disables the held-out loss.
+        heldout_images: Maximum number of images for the held-out loss.
     """
 
     shards: str
@@ -40,16 +40,16 @@ class TrainingData:
 def prepare_shards(
     data: TrainingData, phases: Sequence[Phase], sigma_data: float, say: Callable[[str], None]
 ) -> list[Manifest]:
-    """Prepares the shards if they are missing and have a source, and checks them.
+    """Prepares the shards from `data.source` if they do not exist, and validates them.
 
     Returns:
-        The manifest of each phase's shards.
+        The shard manifest of each phase.
 
     Raises:
-        UserError: Shards are missing, damaged, lack the phase's resolution, or contradict the config or each other.
+        UserError: Shards are missing or damaged, lack a phase's resolution, or do not match the config or each other.
     """
     if data.source and "," not in data.shards and not (shards_folder(data.shards) / MANIFEST).exists():
-        say(f"preparing {data.shards} from {data.source} (once)")
+        say(f"Preparing the shards {data.shards} from {data.source}. Later runs reuse them.")
         settings = PreparationSettings(
             data.source, tuple(data.resolutions), data.vae, data.text_encoder, caption_tokens=data.caption_tokens
         )
@@ -66,7 +66,7 @@ def prepare_shards(
 
 
 def expected_encoders(vae: str, text_encoder: str) -> ShardExpectations:
-    """Returns the names of the config's encoders, and the fingerprint of an image encoder that is a local folder."""
+    """Returns the expected encoder names, and the fingerprint of the image encoder if it is a local folder."""
     from micro_dit.encoders.hub import ASSETS
     from micro_dit.encoders.image import load_image_encoder
 

@@ -1,4 +1,4 @@
-"""Everything that a training step changes, and the random streams it draws from."""
+"""The train state: everything that a training step updates."""
 
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ from micro_dit.training.lora import Trainable
 
 
 class TrainState(NamedTuple):
-    """The state of a run between two steps; float32 except for the step.
+    """The state of a run between two steps. All floating-point arrays are float32.
 
     Attributes:
-        step: () int32, optimizer steps since the run began, over all phases.
-        params: The trained parameters: the network's, or a LoRA adapter's.
+        step: () int32, optimizer steps completed, over all phases.
+        params: The trained parameters by name: all of the network, or a LoRA adapter.
         opt_state: State of the optimizer.
-        ema: EMA weights, or None in a phase without them.
+        ema: EMA weights by name; None in a phase without EMA.
     """
 
     step: jax.Array
@@ -31,9 +31,14 @@ class TrainState(NamedTuple):
 def init_state(
     trainable: Trainable, optimizer: optax.GradientTransformation, seed: int, sharding: Any, with_ema: bool
 ) -> TrainState:
-    """Initializes a state on its devices, without a full copy on the host or on any device.
+    """Initializes a train state in its shards, without a full copy on the host or on any device.
 
-    `sharding` is the sharding of every array, or a TrainState of shardings.
+    Args:
+        trainable: The parameters to initialize.
+        optimizer: The optimizer.
+        seed: Seed of the parameters.
+        sharding: The sharding of every array, or a TrainState of shardings.
+        with_ema: Whether the state has EMA weights.
     """
 
     def init(seed: jax.Array) -> TrainState:
@@ -41,14 +46,14 @@ def init_state(
         ema = jax.tree.map(jnp.copy, params) if with_ema else None
         return TrainState(jnp.int32(0), params, optimizer.init(params), ema)
 
-    # The seed is a numpy array, not one of jax: of the latter, each process would have its own.
+    # A NumPy value is replicated over all processes, whereas a JAX array would be local to each process.
     return jax.jit(init, out_shardings=sharding)(np.uint32(seed))
 
 
 def state_from(
     params: Params, optimizer: optax.GradientTransformation, sharding: TrainState, with_ema: bool
 ) -> TrainState:
-    """Returns a fresh state with given parameters, which must already be placed as in `sharding`."""
+    """Returns a state at step 0 with the given parameters, which must already be sharded as in `sharding`."""
 
     def rest(params: Params) -> TrainState:
         ema = jax.tree.map(jnp.copy, params) if with_ema else None
@@ -58,7 +63,7 @@ def state_from(
 
 
 def abstract_state(trainable: Trainable, optimizer: optax.GradientTransformation, with_ema: bool) -> TrainState:
-    """Returns shapes and dtypes of a state, without making it."""
+    """Returns the shapes and dtypes of a train state without allocating it."""
     params: Any = trainable.abstract()
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     return TrainState(step, params, jax.eval_shape(optimizer.init, params), dict(params) if with_ema else None)
@@ -67,9 +72,14 @@ def abstract_state(trainable: Trainable, optimizer: optax.GradientTransformation
 def enter_phase(
     state: TrainState, optimizer: optax.GradientTransformation, with_ema: bool, fresh_optimizer: bool, sharding: Any
 ) -> TrainState:
-    """Returns the state for the next phase: EMA weights start or end, and the optimizer may be reset.
+    """Returns the state for the next phase, with EMA weights added or dropped and the optimizer reset if requested.
 
-    `sharding` is the sharding of every array, or a TrainState of shardings.
+    Args:
+        state: The state at the end of the previous phase.
+        optimizer: The optimizer of the next phase.
+        with_ema: Whether the next phase has EMA weights. New ones start as a copy of the parameters.
+        fresh_optimizer: Whether to reset the optimizer state.
+        sharding: The sharding of every array, or a TrainState of shardings.
     """
 
     def enter(state: TrainState) -> TrainState:

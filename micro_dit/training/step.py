@@ -1,6 +1,6 @@
-"""One optimizer step, and the shapes and shardings of the state that it changes.
+"""The train step, and the shapes and shardings of the state that it updates.
 
-This module and all that it imports need jax, flax, optax and numpy only: no data, checkpoint or config library.
+This module and its imports require only jax, flax, optax and numpy, but no data, checkpoint or config library.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,15 +30,15 @@ Metrics = dict[str, jax.Array]
 
 
 class Draws(NamedTuple):
-    """The inputs of the loss for one batch, with everything random drawn.
+    """The inputs of the loss for one batch, after all random choices.
 
     Attributes:
         x: (B, H, W, C) float32, clean latents, sampled from the encoder's posterior.
-        y: (B, L, Y) caption embeddings; zero where the caption is dropped.
+        y: (B, L, Y) caption embeddings; zero if the caption is dropped.
         sigma: (B,) float32, noise levels.
-        noise: (B, H, W, C) float32, unit normal noise.
-        mask: The tokens to keep, or None without masking.
-        path_drop: (B,) bool, images that skip the backbone, or None if no image does.
+        noise: (B, H, W, C) float32, standard normal noise.
+        mask: The tokens to keep; None without masking.
+        path_drop: (B,) bool, whether an image skips the backbone; None if path drop is disabled.
     """
 
     x: jax.Array
@@ -52,12 +52,12 @@ class Draws(NamedTuple):
 def draw_inputs(
     batch: Mapping[str, jax.Array], key: jax.Array, step: jax.Array, network: DiTConfig, phase: Phase, recipe: Recipe
 ) -> Draws:
-    """Draws posterior sample, caption drop, noise level, noise, mask and path drop, each from its own random stream.
+    """Samples latents, caption drop, noise level, noise, mask and path drop, each from its own random stream.
 
-    Separate streams keep them independent of each other; the step is folded in, so no draw repeats.
+    Separate streams make them independent of each other. The step is folded into each key, so that steps differ.
     """
     x = batch["latent_mean"].astype(jnp.float32)  # (B, H, W, C)
-    if "latent_std" in batch:  # the posterior is resampled at each visit
+    if "latent_std" in batch:  # the posterior is sampled again each time that the image is used
         x = x + batch["latent_std"].astype(jnp.float32) * jax.random.normal(stream(key, "posterior", step), x.shape)
     B = x.shape[0]
     dropped = jax.random.bernoulli(stream(key, "caption_drop", step), recipe.caption_drop, (B, 1, 1))
@@ -75,20 +75,20 @@ def accumulate_gradients(
     loss: Callable[[Any, Any], jax.Array], params: Any, batch: Any, parts: int,
     constrain: Constrain = unconstrained, place: Callable[[Any], Any] = lambda gradients: gradients,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    """Computes loss and gradients as the mean over microbatches, one after another.
+    """Computes the loss and gradients of a batch by accumulation over microbatches.
 
-    Except for rounding, the result is that of the whole batch at once.
+    Except for rounding, the result equals that of the whole batch at once.
 
     Args:
         loss: (params, microbatch) → (), the mean loss of the microbatch.
         params: Parameters to differentiate with respect to.
         batch: A pytree of arrays (B, …).
         parts: Number of microbatches; a divisor of B.
-        constrain: Fixes the sharding of an activation, given the letters of its dimensions.
-        place: Fixes the sharding of gradients. A device then sums only its part of them.
+        constrain: Constrains the sharding of an activation, given its dimension letters.
+        place: Constrains the sharding of the gradients, so that each device accumulates only its shard.
 
     Returns:
-        The loss, () float32, and the gradients.
+        The loss, () float32, and the gradients, with the structure of `params`.
     """
     value_and_grad = jax.value_and_grad(loss)
     if parts == 1:
@@ -96,7 +96,7 @@ def accumulate_gradients(
         return value, place(gradients)
 
     def microbatches(a: jax.Array) -> jax.Array:
-        """(B, …) → (parts, B / parts, …), by a stride over rows: every row stays on its device."""
+        """Splits (B, …) → (parts, B / parts, …) with a stride, so that every row stays on its device."""
         return constrain(a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), "mB")
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
@@ -111,25 +111,25 @@ def accumulate_gradients(
 def make_train_step(
     network: DiTConfig, phase: Phase, first_step: int, recipe: Recipe, mesh: jax.sharding.Mesh | None = None
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Returns the function of one optimizer step, to be jitted with its state donated.
+    """Returns the function of one optimizer step, which should be jitted with its state donated.
 
     Args:
-        network: The phase's network.
-        phase: The phase; sets masking, noise levels, schedule and EMA.
+        network: Network of the phase.
+        phase: The phase, which determines masking, noise levels, learning rate schedule and EMA.
         first_step: Global step at which the phase starts.
         recipe: Settings that all phases share.
-        mesh: Devices to split the batch and the state over; None or a single device splits nothing.
+        mesh: Devices over which the batch and the state are split; None for a single device.
 
     Returns:
-        (state, batch, key, base) → (state, metrics). `base` holds the parameters under a LoRA adapter, which is what
-        the state then trains; None without LoRA.
+        A function (state, batch, key, base) → (state, metrics). `base` holds the frozen parameters of a LoRA run, whose
+        state holds only the adapter; None without LoRA.
     """
     schedule, optimizer, trainable = phase.schedule(), recipe.optimizer(phase, mesh), recipe.trainable(network)
     constrain = sharding.constrain_to(mesh) if mesh is not None and mesh.size > 1 else unconstrained
     parts = phase.batch_size // recipe.microbatch if recipe.microbatch else 1
 
     def as_params(tree: Any) -> Any:
-        """Splits a dict of arrays as the parameters of the same names are split."""
+        """Constrains arrays to the shardings of the parameters with the same names."""
         if mesh is None or mesh.size == 1:
             return tree
         return jax.lax.with_sharding_constraint(tree, sharding.param_shardings(mesh, tree))
@@ -148,7 +148,7 @@ def make_train_step(
         state: TrainState, batch: Mapping[str, jax.Array], key: jax.Array, base: Any = None
     ) -> tuple[TrainState, Metrics]:
         draws = draw_inputs(batch, key, state.step, network, phase, recipe)
-        draws = jax.tree.map(lambda drawn: constrain(drawn, "B"), draws)
+        draws = jax.tree.map(lambda array: constrain(array, "B"), draws)
         value, gradients = accumulate_gradients(
             lambda params, part: loss(params, base, part), state.params, draws, parts, constrain, as_params
         )
@@ -166,7 +166,7 @@ def make_train_step(
 
 
 def abstract_train_state(network: DiTConfig, phase: Phase, recipe: Recipe, mesh: jax.sharding.Mesh) -> TrainState:
-    """Returns shapes, dtypes and shardings of the state in a phase."""
+    """Returns the shapes, dtypes and shardings of the train state in a phase."""
     state = abstract_state(recipe.trainable(network), recipe.optimizer(phase), phase.ema_decay > 0)
     return sharding.placed_as(state, sharding.state_shardings(mesh, state))
 
@@ -174,19 +174,22 @@ def abstract_train_state(network: DiTConfig, phase: Phase, recipe: Recipe, mesh:
 def network_of(
     phase: Phase, model: Mapping[str, Any], vae: "ImageEncoderInfo", text_encoder: "TextEncoderInfo"
 ) -> DiTConfig:
-    """Returns a phase's network, checked.
+    """Returns the validated network configuration of a phase.
 
     Args:
-        phase: The phase; sets the resolution.
-        model: The size's name as 'size', and fields that replace the size's own; None leaves a field as it is.
+        phase: The phase, which determines the resolution and the position scale.
+        model: The name of the model size as 'size', and fields that override those of the size. None overrides nothing.
         vae: Image encoder of the latents.
         text_encoder: Text encoder of the captions.
 
     Raises:
-        UserError: The network is impossible, or cannot be masked as the phase asks.
+        UserError: The configuration is invalid, or does not support the masking of the phase.
     """
     if phase.resolution % vae.downsample:
-        raise UserError(f"phase {phase.name!r}: {phase.resolution} px is not a multiple of {vae.downsample}.")
+        raise UserError(
+            f"Phase {phase.name!r} has resolution {phase.resolution}, which is not a multiple of {vae.downsample}, the "
+            f"downsampling factor of {vae.name}."
+        )
     overrides = {name: value for name, value in model.items() if value is not None and name != "size"}
     network = make_config(
         model["size"], input_size=phase.resolution // vae.downsample, in_channels=vae.channels,

@@ -1,4 +1,4 @@
-"""Ties a work directory to one config: only the same config resumes the run in it."""
+"""Ties a work directory to one config, so that a run is resumed only with the config that started it."""
 
 import glob
 import json
@@ -9,12 +9,12 @@ from typing import Any
 from micro_dit.errors import UserError
 from micro_dit.files import flatten, write_atomically
 
-# Fields that may change when a run resumes: they influence the trained parameters only by rounding.
+# Fields that may change when a run resumes, because they affect the trained parameters only by rounding.
 MAY_CHANGE = (
     "checkpoint_every", "checkpoint_minutes", "keep_every", "evaluate_every", "sampling", "logging", "cost", "mesh",
     "microbatch", "evaluation",
 )  # fmt: skip
-# The values of fields that the config of an earlier or a later version lacks.
+# Values of fields that were added or removed between versions, for configs without them.
 ADDED = {
     "init_from": "", "lora.rank": 0, "quantize": "", "optimizer": "adamw", "model.fusion": None,
     "model.rope": None, "diffusion.path_drop": 0.0,
@@ -23,15 +23,21 @@ WITH_LORA = ("lora.alpha", "lora.targets")
 
 
 def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mapping[str, Any]) -> None:
-    """Writes workdir/config.json with config and shards, or checks that the existing one is of the same run.
+    """Writes config and shards to workdir/config.json, or checks that an existing file matches them.
+
+    Args:
+        workdir: Work directory of the run.
+        config: The config as a dict.
+        shards: Description of the shards: encoder fingerprints, caption settings and hashes of the files.
 
     Raises:
-        UserError: The work directory belongs to another config, or Orbax could not find checkpoints under its name.
+        UserError: The work directory belongs to a run with another config or other shards, or its path contains a
+            character that Orbax treats as a glob pattern.
     """
     whole = str(Path(workdir).absolute())
     if glob.escape(whole) != whole:
         raise UserError(
-            f"the path {whole} has a *, a ? or a [, by which Orbax would not find what it has saved: give another "
+            f"The path {whole} contains *, ? or [, with which Orbax does not find its checkpoints. Set another "
             "--workdir."
         )
     path = Path(workdir) / "config.json"
@@ -41,36 +47,36 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mappin
         before, now = _comparable(theirs["config"]), _comparable(ours["config"])
         if before["quantize"]:
             raise UserError(
-                f"{workdir} holds a run with quantize={before['quantize']!r}, and 8-bit products were removed; "
-                "give a new --workdir."
+                f"{workdir} holds a run with quantize={before['quantize']!r}, but 8-bit matrix products were removed. "
+                "Set a new --workdir."
             )
         differing = [
-            f"{name} ({before.get(name)!r} there, {now.get(name)!r} here)"
+            f"{name} (was {before.get(name)!r}, is now {now.get(name)!r})"
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name)
         ]
         if not differing and theirs["shards"] != ours["shards"]:
-            differing = ["the shards, which were made again with other encoders or data"]
+            differing = ["the shards were rebuilt with other encoders or data"]
         if differing:
             more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
             raise UserError(
-                f"{workdir} belongs to a run with another config: {'; '.join(differing[:4])}{more}; "
-                "give a new --workdir, or the config that it was started with."
+                f"{workdir} belongs to a run with another config: {'; '.join(differing[:4])}{more}. "
+                "Set a new --workdir, or use the config that started the run."
             )
     write_atomically(path, json.dumps(ours, indent=2) + "\n")
 
 
 def same_config(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Returns whether two configs train the same parameters.
+    """Returns whether a run of one config may be resumed with the other.
 
-    As when a run resumes, fields in MAY_CHANGE are ignored, and fields that a config lacks have the values in ADDED.
+    Fields in MAY_CHANGE are ignored, and fields that a config lacks have the values in ADDED.
     """
     one, two = _comparable(config), _comparable(other)
     return all(one.get(name) == two.get(name) for name in one.keys() | two.keys())
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that must be equal to resume a run, by dotted name, with those that the config lacks."""
+    """Returns the fields that must be equal to resume a run, by dotted name; missing fields have values of ADDED."""
     fields = ADDED | flatten(json.loads(json.dumps(dict(config))))  # tuples become lists
     if not fields["lora.rank"]:
         fields |= dict.fromkeys(WITH_LORA)

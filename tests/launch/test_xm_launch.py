@@ -39,7 +39,7 @@ def test_two_work_units_train_on_this_machine(tiny_shards: Path, tmp_path: Path)
         found[folder.name] = tiny.read_checkpoint(folder)["meta"]["step"], records[1]["learning_rate"]
     rates = {"phases.0.learning_rate=0.001": (4, 0.0005), "phases.0.learning_rate=0.003": (4, 0.0015)}
     assert {name: (step, pytest.approx(rate)) for name, (step, rate) in rates.items()} == found
-    assert done.stdout.count("done: 4 steps") == 2
+    assert done.stdout.count("Finished: 4 steps") == 2
 
 
 def test_a_dry_run_needs_no_xmanager_and_prints_each_job() -> None:

@@ -1,4 +1,4 @@
-"""Run by test_evaluated.py on 8 fake devices: draws and measures on all of them and on one; prints JSON."""
+"""Run by test_evaluated.py on 8 fake devices: samples and evaluates on one and on all devices; prints JSON."""
 
 import json
 import sys
@@ -42,13 +42,13 @@ def main(folder: str) -> None:
             return g.images(params, embed(prompts), seeds, Sampling(2, 2.0), tiny.Blocks().decode)
 
         files = [Path(folder) / name / f"{i:06d}.png" for i in range(len(PROMPTS))]
-        # Two processes would share the set like this.
+        # Sample both shares of the set, as two processes would.
         for index in (1, 0):
             sample_missing(files, PROMPTS, range(len(PROMPTS)), generate, batch_size=batch_size, share=(index, 2))
         images[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
         measures = domain_measures(FromFiles(files, prompts=PROMPTS), real, tiny.Blocks())
         found[name] = {measure.name: measure.value for measure in measures}
-    found["pixels apart"] = int(np.abs(images["one"] - images["eight"]).max())
+    found["pixel difference"] = int(np.abs(images["one"] - images["eight"]).max())
     found["different"] = len({image.tobytes() for image in images["one"]})
     print(json.dumps(found))
 

@@ -1,4 +1,4 @@
-"""Run by test_processes.py, as one process or as two that share the devices; process 0 prints what it found as JSON."""
+"""Run by test_processes.py, as one process or as two that share the devices; process 0 prints the results as JSON."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from tests.helpers import tiny
 
 
 def stand_in_encoders() -> None:
-    """Latents are drawn as they are, captions are all the same."""
+    """Replaces the encoders: latents are decoded to their first three channels, and all captions are equal."""
     decode = lambda latents: np.tanh(np.asarray(latents)[..., :3])  # noqa: E731
     encode = lambda prompts: np.ones((len(prompts), tiny.TEXT.tokens, tiny.TEXT.channels), np.float32)  # noqa: E731
     vae = SimpleNamespace(name="noise", fingerprint=tiny.VAE.fingerprint, decode=decode)
@@ -32,7 +32,7 @@ def main(shards: str, workdir: str, coordinator: str, index: str, count: str, me
     stand_in_encoders()
     config = tiny.get_config(shards)
     config.model.use_patch_mixer, config.remat = False, "none"
-    # By default parameters are split over devices of both processes; the batch is read by each in part.
+    # By default, parameters are split over the devices of both processes, and each process reads a share of the batch.
     config.mesh.update(json.loads(mesh))
     config.phases = (tiny.UNMASKED | dict(steps=4, batch_size=16, mask_ratio=0.75, ema_start=1),)
     config.data.update(heldout="validation", heldout_images=3)

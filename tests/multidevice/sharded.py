@@ -1,4 +1,4 @@
-"""Run by test_sharded.py in a process of its own with 8 fake devices; prints what it found as JSON."""
+"""Run by test_sharded.py in a separate process with 8 fake devices; prints the results as JSON."""
 
 import json
 import re
@@ -26,14 +26,14 @@ from micro_dit.training.step import abstract_train_state
 from tests.helpers import tiny
 
 STEPS = 3
-# Images are a multiple of five on each device, which no dimension of a parameter is.
+# The number of images on each device is a multiple of five, unlike all dimensions of parameters.
 B = 80
-# A large epsilon of Adam's keeps it from dividing rounding errors by rounding errors.
+# A large epsilon prevents Adam from dividing rounding errors by rounding errors.
 PHASE = Phase(**tiny.MASKED | dict(batch_size=B, warmup_steps=0, ema_decay=0.9, learning_rate=1e-2))
-# Two blocks, the first with experts; a mixer would only take time to compile.
+# Two blocks, the first with experts. Without a mixer, compilation is faster.
 NETWORK = tiny.network(use_patch_mixer=False)
 PARAMS, DENSE = abstract_params(NETWORK), abstract_params(tiny.network(experts_every_n=9))
-# The dense residual under Muon, with images that skip the backbone.
+# The dense residual, trained with Muon and path drop.
 FRUGAL = tiny.network(depth=1, patch_mixer_depth=1, decoder_depth=1, decoder_dim=32, fusion=True, rope=True)
 MESHES = {"data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "experts": (2, 2, 2, 1), "tensor": (2, 1, 2, 2)}
 
@@ -49,7 +49,7 @@ def batch(step: int) -> dict[str, np.ndarray]:
 
 
 def train(mesh: jax.sharding.Mesh, how: Recipe, network: DiTConfig = NETWORK) -> tuple[dict[str, Any], TrainState, str]:
-    """What was measured, the state on the host, and the program."""
+    """Returns measurements, the final state on the host, and the compiled program as text."""
     function, *abstract, places = abstract_train_step(network, PHASE, how, mesh, 4)
     register_lowerings()
     step = jax.jit(function, donate_argnums=0, out_shardings=places, compiler_options=compiler_options())
@@ -77,7 +77,7 @@ def train(mesh: jax.sharding.Mesh, how: Recipe, network: DiTConfig = NETWORK) ->
 
 
 def gathered_activations(program: str) -> list[str]:
-    """The all-gathers that put a batch together: along a dimension that is then a multiple of five."""
+    """Returns the all-gathers of a batch, whose gathered dimension is a multiple of five."""
     found = []
     for line in program.splitlines():
         if match := re.search(r"= (.*?) all-gather(?:-start)?\(.*?dimensions={(\d+)}", line):
@@ -88,7 +88,7 @@ def gathered_activations(program: str) -> list[str]:
 
 
 def fresh_state(mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """A state made where it lives: what a device holds of it, and its sum."""
+    """Initializes a state in its shards, and returns its bytes per device and the sums of its parameters."""
     abstract = abstract_train_state(NETWORK, PHASE, recipe(), mesh)
     state = init_state(Trainable(NETWORK), recipe().optimizer(PHASE), 0, sharding.shardings_of(abstract), with_ema=True)
     values = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(state.params)]
@@ -103,7 +103,7 @@ def collectives(program: str) -> dict[str, int]:
     return {name: len(re.findall(rf" {name}(?:-start)?\(", program)) for name in names}
 
 
-def refusal(check: Any) -> str:
+def error_of(check: Any) -> str:
     try:
         check()
     except UserError as error:
@@ -112,9 +112,9 @@ def refusal(check: Any) -> str:
 
 
 def difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """Of all arrays together, relative to their size."""
-    apart = sum(np.sum((ours[n] - theirs[n]) ** 2, dtype=np.float64) for n in ours)
-    return float(np.sqrt(apart / sum(np.sum(theirs[n] ** 2, dtype=np.float64) for n in ours)))
+    """Returns the norm of the difference over all arrays, relative to the norm of `theirs`."""
+    squares = sum(np.sum((ours[n] - theirs[n]) ** 2, dtype=np.float64) for n in ours)
+    return float(np.sqrt(squares / sum(np.sum(theirs[n] ** 2, dtype=np.float64) for n in ours)))
 
 
 def main() -> None:
@@ -141,22 +141,22 @@ def main() -> None:
     start = jax.tree.map(np.asarray, tiny.random_params(FRUGAL))
     moved, expected = ({n: params[n] - start[n] for n in start} for params in (state.params, end.params))
     found["frugal"] |= {"params": difference(moved, expected), "ema": difference(state.ema, end.ema)}
-    # What would be found, were tokens dropped by hand-broadcast indices.
+    # Dropping tokens with broadcast indices gathers the batch, which `gathered_activations` must detect.
     over = batch_sharding(meshes["data"])
     take = jax.jit(lambda x, keep: x[jnp.arange(B)[:, None], keep], in_shardings=(over, over), out_shardings=over)
     arguments = jax.ShapeDtypeStruct((B, 16, 32), jnp.float32), jax.ShapeDtypeStruct((B, 4), jnp.int32)
-    found["by hand"] = gathered_activations(take.lower(*arguments).compile().as_text())
+    found["broadcast indices"] = gathered_activations(take.lower(*arguments).compile().as_text())
     eight = meshes["data"]
-    found["refusals"] = {
-        "uneven": refusal(lambda: check_batch(eight, 12, "batch_size")),
-        "fewer": refusal(lambda: make_mesh({"data": 4})),
-        "two_rests": refusal(lambda: make_mesh({"data": -1, "fsdp": -1})),
-        "unknown": refusal(lambda: make_mesh({"model": 2})),
-        "experts": refusal(lambda: sharding.param_shardings(make_mesh({"expert": -1}), PARAMS)),
-        "no_experts": refusal(lambda: sharding.param_shardings(make_mesh({"data": 4, "expert": 2}), DENSE)),
-        "no_rule": refusal(lambda: sharding.param_shardings(eight, PARAMS | {"codebook": PARAMS["blocks.0.mlp.w1"]})),
-        "microbatch": refusal(lambda: recipe(4).check_batch(PHASE, eight)),
-        "microbatches": refusal(lambda: recipe(24).check_batch(PHASE, eight)),
+    found["errors"] = {
+        "uneven": error_of(lambda: check_batch(eight, 12, "batch_size")),
+        "fewer": error_of(lambda: make_mesh({"data": 4})),
+        "two_rests": error_of(lambda: make_mesh({"data": -1, "fsdp": -1})),
+        "unknown": error_of(lambda: make_mesh({"model": 2})),
+        "experts": error_of(lambda: sharding.param_shardings(make_mesh({"expert": -1}), PARAMS)),
+        "no_experts": error_of(lambda: sharding.param_shardings(make_mesh({"data": 4, "expert": 2}), DENSE)),
+        "no_rule": error_of(lambda: sharding.param_shardings(eight, PARAMS | {"codebook": PARAMS["blocks.0.mlp.w1"]})),
+        "microbatch": error_of(lambda: recipe(4).check_batch(PHASE, eight)),
+        "microbatches": error_of(lambda: recipe(24).check_batch(PHASE, eight)),
     }
     print(json.dumps(found))
 

@@ -1,4 +1,4 @@
-"""Two processes of four devices each train, evaluate, draw and save as one process of eight does."""
+"""Two processes with four devices each train, evaluate, sample and save like one process with eight devices."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 
 def run(shards: Path, workdir: Path, count: int, **mesh: int) -> dict[str, Any]:
-    """What process 0 of so many found."""
+    """Runs processes.py in `count` processes and returns the results of process 0."""
     axes = json.dumps(mesh or {"data": 1, "fsdp": -1})
     script, address = Path(__file__).with_name("processes.py"), f"localhost:{free_port()}"
     started = [
@@ -41,13 +41,13 @@ def run(shards: Path, workdir: Path, count: int, **mesh: int) -> dict[str, Any]:
         for index in range(count)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=SECONDS) for process in started]
+        outputs = [process.communicate(timeout=SECONDS) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0] * count, said
-    assert all("step 4/4" not in out for out, _ in said[1:])  # process 0 alone reports
-    return json.loads(said[0][0].splitlines()[-1])
+    assert [process.returncode for process in started] == [0] * count, outputs
+    assert all("step 4/4" not in out for out, _ in outputs[1:])  # only process 0 prints the progress
+    return json.loads(outputs[0][0].splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def found(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[A
     return found | {"folder": folder}
 
 
-def test_two_processes_have_the_losses_of_one(found: dict[int, Any]) -> None:
+def test_two_processes_have_the_same_losses_as_one(found: dict[int, Any]) -> None:
     assert [found[count]["processes"] for count in (1, 2)] == [1, 2]
     assert [found[count]["devices"] for count in (1, 2)] == [8, 8]
     steps = {count: [r for r in found[count]["metrics"] if "loss" in r] for count in (1, 2)}
@@ -67,7 +67,7 @@ def test_two_processes_have_the_losses_of_one(found: dict[int, Any]) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6), name
 
 
-def test_evaluation_and_pictures_are_those_of_one(found: dict[int, Any]) -> None:
+def test_two_processes_have_the_same_evaluations_and_files_as_one(found: dict[int, Any]) -> None:
     evaluated = [[r for r in found[count]["metrics"] if "heldout_loss" in r] for count in (1, 2)]
     for theirs, ours in zip(*evaluated, strict=True):
         for name in ("heldout_loss", "heldout_loss_ema"):
@@ -76,8 +76,8 @@ def test_evaluation_and_pictures_are_those_of_one(found: dict[int, Any]) -> None
     assert "final.png" in found[2]["files"]
 
 
-def test_checkpoints_are_those_of_one(found: dict[int, Any]) -> None:
-    """And can be read by one process with a single device."""
+def test_two_processes_have_the_same_checkpoints_as_one(found: dict[int, Any]) -> None:
+    """Both checkpoints are read by one process with a single device."""
     (one, about_one), (two, about_two) = (Checkpoints(found["folder"] / str(n)).load_params() for n in (1, 2))
     for field in ("step", "images", "phase", "data"):
         assert about_one[field] == about_two[field], field
@@ -86,7 +86,7 @@ def test_checkpoints_are_those_of_one(found: dict[int, Any]) -> None:
         np.testing.assert_allclose(two[name], value, atol=1e-6, err_msg=name)
 
 
-def test_another_number_of_processes_and_another_mesh_go_on_with_the_same_batches(
+def test_a_run_resumes_with_another_number_of_processes_and_another_mesh(
     found: dict[int, Any], tiny_shards: Path, tmp_path: Path
 ) -> None:
     workdir = Path(shutil.copytree(found["folder"] / "2", tmp_path / "run"))
@@ -101,18 +101,19 @@ def test_another_number_of_processes_and_another_mesh_go_on_with_the_same_batche
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_process_that_waits_in_vain_says_for_what(tmp_path: Path, index: int) -> None:
+def test_a_process_that_times_out_reports_the_missing_processes(tmp_path: Path, index: int) -> None:
     address = f"localhost:{free_port()}"
     command = [sys.executable, "-m", "micro_dit.main", "--config=configs/mask75.py", f"--workdir={tmp_path / 'run'}"]
     command += [f"--coordinator={address}", f"--process_index={index}", "--process_count=2", "--timeout=2"]
     done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=SECONDS)
-    awaited = ("the others", "process 0")[index]
-    assert f"error: process {index} of 2 waited 2 s for {awaited} at {address}, in vain; check that" in done.stderr
+    awaited = ("the other processes", "process 0")[index]
+    expected = f"error: Process {index} of 2 timed out after waiting 2 s for {awaited} at {address}. Check that"
+    assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == 1
 
 
-def test_half_of_the_flags_is_refused(tmp_path: Path) -> None:
+def test_incomplete_flags_are_rejected(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "micro_dit.main", "--config=configs/mask75.py", "--process_index=1"]
     done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=SECONDS)
-    assert done.stderr == "error: --coordinator, --process_index and --process_count belong together: give all three.\n"
+    assert done.stderr == "error: --coordinator, --process_index and --process_count must be set together.\n"

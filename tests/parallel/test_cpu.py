@@ -22,7 +22,7 @@ PARAMS = tiny.random_params(CONFIG)
 
 @functools.cache
 def gradient(remat: str) -> jax.stages.Compiled:
-    """Of the loss of 16 images, by the parameters."""
+    """Compiles the gradient of the loss of 16 images with respect to the parameters."""
     x, t, y = tiny.inputs(CONFIG, images=16)
 
     def loss(params: dict[str, jax.Array]) -> jax.Array:
@@ -33,7 +33,7 @@ def gradient(remat: str) -> jax.stages.Compiled:
 
 
 @pytest.mark.parametrize("remat", REMAT[1:])
-def test_rematerialization_changes_no_gradient(remat: str) -> None:
+def test_rematerialization_does_not_change_gradients(remat: str) -> None:
     expected, actual = gradient("none")(PARAMS), gradient(remat)(PARAMS)
     for name in PARAMS:
         scale = np.abs(expected[name]).max() + 1e-8
@@ -41,16 +41,16 @@ def test_rematerialization_changes_no_gradient(remat: str) -> None:
 
 
 def test_rematerialization_saves_memory() -> None:
-    """Which it doesn't if XLA merges what is computed again with what was computed before."""
+    """Fails if XLA merges the recomputed activations with the original ones."""
     none, dots, full = (gradient(remat).memory_analysis().temp_size_in_bytes for remat in REMAT)
     assert full < dots < 0.9 * none
 
 
-def test_what_rematerialization_keeps_is_not_copied() -> None:
+def test_activations_saved_by_rematerialization_are_not_copied() -> None:
     assert "reduce-precision" not in gradient("dots").as_text()
 
 
-def test_a_lower_precision_is_still_rounded_to() -> None:
+def test_rounding_to_a_lower_precision_is_kept() -> None:
     register_lowerings()
     rounded = jax.jit(lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))(jnp.float32(1.001))
     assert rounded == 1.0
@@ -72,7 +72,7 @@ assert not rounds()
 """
 
 
-def test_importing_registers_nothing() -> None:
+def test_importing_the_module_registers_no_lowering() -> None:
     subprocess.run([sys.executable, "-c", IMPORT], env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True)
 
 
@@ -83,31 +83,31 @@ from micro_dit.parallel.cpu import keep_memory
 
 if sys.argv[1] == "kept":
     keep_memory()
-step = jax.jit(lambda x: (jnp.cos(jnp.outer(x, x)) @ jnp.ones((5000, 8))).sum())  # 100 MB: no thread's heap holds that
+step = jax.jit(lambda x: (jnp.cos(jnp.outer(x, x)) @ jnp.ones((5000, 8))).sum())  # 100 MB: too much for a thread's heap
 x = jnp.ones(5000)
 faults = []
 for _ in range(8):
     step(x).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-# The median: now and then the heap grows by one step's memory, when a small block lies in the gap.
+# The median is used because fragmentation occasionally lets the heap grow by the memory of one step.
 print(statistics.median(after - before for before, after in zip(faults[:-1], faults[1:])))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
-def test_memory_is_kept_between_steps() -> None:
-    """If they are given back, every step has the same pages cleared again."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="requires glibc")
+def test_keep_memory_avoids_page_faults() -> None:
+    """Without it, freed pages are returned to the system, and every step has page faults for them."""
 
-    def faults(how: str) -> float:
-        command = [sys.executable, "-c", STEPS, how]
+    def faults(mode: str) -> float:
+        command = [sys.executable, "-c", STEPS, mode]
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
         return float(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
 
-    assert faults("kept") < 0.1 * faults("given back")
+    assert faults("kept") < 0.1 * faults("default")
 
 
-def test_a_batch_is_there_before_its_step_is_asked_for() -> None:
-    """Or else the step would run in another thread than the one whose memory is kept."""
+def test_a_batch_is_ready_before_its_step_is_dispatched() -> None:
+    """Otherwise the step would run in a thread whose heap does not keep the memory."""
     batch = {"latent_mean": np.ones((8, 1_000_000), np.float16)}
     arrays = meshes.to_device(batch, meshes.make_mesh(devices=jax.devices()[:1]))
     assert arrays["latent_mean"].is_ready()

@@ -1,4 +1,4 @@
-"""What is asked for is understood, or refused in one sentence; compiling is tested by tests/test_rehearse.py."""
+"""Parsing of topologies, missing compilers, and the cache. tests/test_rehearse.py tests compilation."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("text", "size"), [("v5e:8x8", 64), ("v5p:4x4x4", 64), ("h100:8", 8), ("cpu:3", 3)])
-def test_topologies(text: str, size: int) -> None:
+def test_topologies_are_parsed(text: str, size: int) -> None:
     topology = Topology.parse(text)
     assert topology.size == size
     assert str(topology) == text
@@ -25,7 +25,7 @@ def test_topologies(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("b200:8", "must be one of v5e, v5p"),
+        ("b200:8", "Use one of v5e, v5p"),
         ("v5e", "as in v5e:8x8"),
         ("v5e:4x4x4", "as in v5e:8x8"),
         ("v5p:8x8", "as in v5p:4x4x4"),
@@ -34,7 +34,7 @@ def test_topologies(text: str, size: int) -> None:
         ("h100:16", "8 GPUs of one host"),
     ],
 )
-def test_what_is_no_topology_is_refused(text: str, message: str) -> None:
+def test_invalid_topologies_are_rejected(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Topology.parse(text)
 
@@ -43,11 +43,11 @@ def test_what_is_no_topology_is_refused(text: str, message: str) -> None:
     ("topology", "module", "extra"),
     [("v5e:2x2", "libtpu", "tpu-rehearsal"), ("h100:8", "jax_plugins", "gpu-rehearsal")],
 )
-def test_a_missing_compiler_is_named(topology: str, module: str, extra: str) -> None:
-    """In a process of its own: describing devices settles what jax runs on."""
+def test_the_error_for_a_missing_compiler_names_the_extra(topology: str, module: str, extra: str) -> None:
+    """Uses a separate process, because `describe_devices` sets the platform of JAX."""
     program = f"""
 import sys
-sys.modules[{module!r}] = None  # as if it were not installed
+sys.modules[{module!r}] = None  # imports fail as if it were not installed
 from micro_dit.planning.aot import Topology, UserError, describe_devices
 try:
     describe_devices(Topology.parse({topology!r}))
@@ -55,13 +55,13 @@ except UserError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env={"PATH": ""})
-    assert done.stdout.endswith(f": pip install 'micro_dit[{extra}]'.\n"), done.stderr
+    assert done.stdout.endswith(f"Run: pip install 'micro_dit[{extra}]'.\n"), done.stderr
     assert done.stdout.count("\n") == 1
     with (ROOT / "pyproject.toml").open("rb") as file:
         assert extra in tomllib.load(file)["project"]["optional-dependencies"]
 
 
-def test_nothing_is_compiled_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_programs_are_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     x, topology, times = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=place), Topology("cpu", (1,)), []
     compile_it = jax.stages.Lowered.compile

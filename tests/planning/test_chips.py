@@ -29,7 +29,7 @@ from micro_dit.planning.chips import CHIPS, chip_of
         ("NVIDIA H100 PCIe", None),
     ],
 )
-def test_chip_of(device_kind: str, name: str) -> None:
+def test_chips_are_found_by_device_kind(device_kind: str, name: str) -> None:
     chip = chip_of(device_kind)
     assert (chip.name if chip else None) == name
 

@@ -1,4 +1,4 @@
-"""Reading HLO text: every instruction is counted once, with its loop's turns, and rings send what they must."""
+"""Counting collectives in HLO text, including loops, asynchronous instructions and the traffic of ring algorithms."""
 
 # ruff: noqa: E501
 
@@ -43,15 +43,15 @@ ENTRY %main (a: f32[16], b: f32[4,4]) -> f32[16] {
 """
 
 
-def test_a_program_is_added_up() -> None:
+def test_traffic_is_summed_over_a_program() -> None:
     found = collectives(PROGRAM, devices=8)
     assert set(found) == {"all-reduce", "all-gather", "reduce-scatter", "collective-permute"}
-    assert found["all-reduce"] == Traffic(1, 128, 128)  # 2·(2-1)/2 of 16 + 16 float32
+    assert found["all-reduce"] == Traffic(1, 128, 128)  # 2·(2-1)/2 times 16 + 16 float32
     gathered = 59 * 32 * 64 * 2
     assert found["all-gather"].count == 60
     assert found["all-gather"].bytes == pytest.approx(gathered + 512)
     assert found["all-gather"].sent == pytest.approx(gathered * 3 / 4 + 512 * 7 / 8)
-    assert found["all-gather"].hidden == 1  # the one with a start and a done
+    assert found["all-gather"].hidden == 1  # the instruction with -start and -done
     assert found["reduce-scatter"] == Traffic(1, 64, 56, hidden=1)
     assert found["collective-permute"] == Traffic(1, 64, 64)
 
@@ -82,7 +82,7 @@ ENTRY %main (p: bf16[2,64], q: bf16[8,8], g: bf16[16,64]) -> bf16[2,64] {
 """
 
 
-def test_what_a_tpu_spreads_over_several_fusions_or_fuses_counts_once_for_what_it_is() -> None:
+def test_tpu_collectives_in_fusions_are_counted_once() -> None:
     size = 16 * 64 * 2
     assert collectives(TPU, devices=8) == {
         "reduce-scatter": Traffic(1, size, size * 7 / 8),
@@ -95,7 +95,7 @@ def test_one_device_sends_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "together"),
+    ("groups", "size"),
     [
         ("[2,4]<=[8]", 4),
         ("{{0,1},{2,3},{4,5},{6,7}}", 2),
@@ -106,7 +106,7 @@ def test_one_device_sends_nothing() -> None:
         ("{}", 8),
     ],
 )
-def test_groups_of_devices(groups: str, together: int) -> None:
+def test_the_size_of_device_groups_is_parsed(groups: str, size: int) -> None:
     line = f"ROOT %r = f32[64]{{0}} all-reduce(%a), channel_id=1, replica_groups={groups}, to_apply=%add"
     found = collectives(f"ENTRY %main (a: f32[64]) -> f32[64] {{\n  {line}\n}}", devices=8)
-    assert found["all-reduce"].sent == pytest.approx(256 * 2 * (together - 1) / together)
+    assert found["all-reduce"].sent == pytest.approx(256 * 2 * (size - 1) / size)

@@ -1,4 +1,4 @@
-"""Estimated hours and dollars against the paper's table of costs."""
+"""Estimated hours and dollars, compared with the paper's table of costs."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ NETWORKS = [make_config("MicroDiT_XL_2", input_size=phase.resolution // 8) for p
 
 
 def test_the_estimate_agrees_with_the_paper() -> None:
-    """Table of the paper: its FLOPs are 3 × forward and include the release's one-hot products."""
+    """The FLOPs in the paper's table are 3 × forward and include the one-hot products of the public release."""
     flops = (1.47e20, 4.53e19, 1.18e20, 3.48e19)
     days = (1.11, 0.38, 0.88, 0.26)
     dollars = (800, 271, 630, 189)
@@ -35,23 +35,23 @@ def test_the_estimate_agrees_with_the_paper() -> None:
     assert total == pytest.approx(3.45e20, rel=0.01)
 
 
-def test_the_estimate_adds_up_and_prints() -> None:
+def test_the_totals_are_the_sums_over_phases() -> None:
     result = estimate_cost(NETWORKS, PHASES, CHIPS["v5e"], devices=16, mfu=0.4, price=2.0)
     assert result.hours == pytest.approx(sum(cost.hours for cost in result.phases))
     assert result.dollars == pytest.approx(result.hours * 16 * 2.0)
     table = result.table()
     assert all(phase.name in table for phase in PHASES)
     assert f"{result.dollars:,.0f}" in table
-    assert len({len(line) for line in table.splitlines()[2:]}) == 1, "columns do not line up"
+    assert len({len(line) for line in table.splitlines()[2:]}) == 1, "columns are not aligned"
 
 
 @pytest.mark.parametrize("wrong", [{"mfu": 0.0}, {"mfu": 40.0}, {"devices": 0}])
-def test_a_senseless_estimate_is_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_mfu_and_devices_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="mfu"):
         estimate_cost(NETWORKS, PHASES, CHIPS["h100"], **wrong)
 
 
-def test_unknown_price_stays_unknown() -> None:
+def test_dollars_are_none_if_the_price_is_unknown() -> None:
     free = dataclasses.replace(CHIPS["h100"], price=None)
     result = estimate_cost(NETWORKS, PHASES, free)
     assert result.dollars is None

@@ -67,7 +67,7 @@ def test_checkpoints_of_a_run_are_listed_with_ema_and_raw_weights(
     assert list(session.choices)[-1] == MASKED
     two = find_checkpoints([finished_run, finished_run])
     assert f"{finished_run.name}, {RAW}" in two
-    with pytest.raises(UserError, match="is no work directory"):
+    with pytest.raises(UserError, match="is neither the work directory"):
         find_checkpoints([finished_run, tmp_path])
     shutil.copy(finished_run / "config.json", tmp_path)
     with pytest.raises(UserError, match="has no checkpoints yet"):

@@ -1,4 +1,4 @@
-"""The figure of a run's curves."""
+"""The plot of a run's losses and learning rate."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ def run_metrics(last: int = 600) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_curves_are_drawn(tmp_path: Path, suffix: str) -> None:
+def test_curves_are_plotted(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"curves.{suffix}"
     plot_curves(run_metrics(), path, phases=[("masked", 0, 400), ("unmasked", 400, 600)], title="a run")
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -45,17 +45,17 @@ def test_curves_are_drawn(tmp_path: Path, suffix: str) -> None:
         [{"step": 5, "loss": -1.0}, {"step": 6, "loss": 100.0}],
     ],
 )
-def test_odd_runs_can_be_drawn(tmp_path: Path, metrics: Any) -> None:
+def test_unusual_metrics_can_be_plotted(tmp_path: Path, metrics: Any) -> None:
     plot_curves(metrics, tmp_path / "curves.png", phases=[("short", 1, 2)])
     assert (tmp_path / "curves.png").exists()
 
 
-def test_a_run_without_losses_is_named(tmp_path: Path) -> None:
+def test_metrics_without_losses_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'loss'"):
         plot_curves([{"step": 1, "loss": math.nan}, {"step": 2, "heldout_loss": 1.0}], tmp_path / "curves.png")
 
 
-def test_smoothing_keeps_a_straight_line_and_evens_out_noise() -> None:
+def test_smoothing_preserves_a_straight_line_and_reduces_noise() -> None:
     line = np.linspace(5, 1, 600)
     assert np.allclose(curves._smooth(line)[:-10], line[:-10])
     noise = np.random.default_rng(0).normal(size=6000)
@@ -63,13 +63,13 @@ def test_smoothing_keeps_a_straight_line_and_evens_out_noise() -> None:
     assert curves._smooth(np.array([3.0])).tolist() == [3.0]
 
 
-def test_series_skip_what_is_not_finite() -> None:
+def test_series_skip_values_that_are_not_finite() -> None:
     steps, values = curves._series([{"step": 1, "a": 2.0}, {"step": 2, "a": math.nan}, {"step": 3, "b": 1.0}], "a")
     assert steps.tolist() == [1]
     assert values.tolist() == [2.0]
 
 
-def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:
+def test_plotting_does_not_change_matplotlib_settings(tmp_path: Path) -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)

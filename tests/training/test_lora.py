@@ -17,13 +17,13 @@ ATTENTION = r"attn\.(qkv|q|kv|proj)\.kernel$"
 
 
 def adapter_of(lora: LoRA, seed: int = 0) -> dict[str, jax.Array]:
-    """An adapter that changes something: B is not zero."""
+    """Returns an adapter with random A and B, so that A·B is not zero."""
     generator = np.random.default_rng(seed)
     shapes = lora.abstract(abstract_params(NETWORK))
     return {name: jnp.asarray(generator.standard_normal(leaf.shape, np.float32)) for name, leaf in shapes.items()}
 
 
-def test_a_fresh_adapter_changes_nothing_and_has_variance_one_over_in() -> None:
+def test_a_new_adapter_does_not_change_the_parameters_and_has_variance_one_over_in() -> None:
     base, lora = tiny.random_params(NETWORK), LoRA(8, 4.0, "mlp.w1")
     adapter = lora.init(base, jax.random.key(0))
     assert {name: leaf.shape for name, leaf in adapter.items()} == {
@@ -38,8 +38,8 @@ def test_a_fresh_adapter_changes_nothing_and_has_variance_one_over_in() -> None:
             np.testing.assert_array_equal(value, 0)
 
 
-def test_merging_adds_alpha_over_rank_times_a_b_to_what_is_adapted() -> None:
-    base, lora = tiny.random_params(NETWORK), LoRA(2, 6.0, r"\.mlp\.w[12]$")  # the experts' alone
+def test_merging_adds_alpha_over_rank_times_a_b_to_adapted_kernels() -> None:
+    base, lora = tiny.random_params(NETWORK), LoRA(2, 6.0, r"\.mlp\.w[12]$")  # matches only experts
     adapter = adapter_of(lora)
     merged = lora.merge(base, adapter)
     adapted = {name.removesuffix(".lora_a") for name in adapter if name.endswith("a")}
@@ -55,7 +55,7 @@ def test_merging_adds_alpha_over_rank_times_a_b_to_what_is_adapted() -> None:
             np.testing.assert_allclose(value[expert], base[name][expert] + 3 * a @ b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_merged_layer_computes_what_the_layer_and_its_adapter_do_side_by_side() -> None:
+def test_a_merged_layer_has_the_output_of_layer_plus_adapter() -> None:
     base, lora = tiny.random_params(NETWORK), LoRA(2, 4.0, r"^caption_projection\.fc2\.kernel$")
     adapter = adapter_of(lora)
     a, b = adapter.values()
@@ -66,28 +66,28 @@ def test_a_merged_layer_computes_what_the_layer_and_its_adapter_do_side_by_side(
     assert not np.allclose(merged, bind(NETWORK, base).caption_projection.fc2(x), atol=0.1)
 
 
-def test_rank_zero_is_no_lora() -> None:
-    assert make_lora(0, 8.0, "whatever") is None
+def test_rank_zero_disables_lora() -> None:
+    assert make_lora(0, 8.0, "qkv") is None
     assert make_lora(2, 8, "x") == LoRA(2, 8.0, "x")
 
 
 @pytest.mark.parametrize(
-    ("rank", "alpha", "targets", "told"),
+    ("rank", "alpha", "targets", "message"),
     [
-        (-1, 8.0, "qkv", "must be above 0"),
-        (4, 0.0, "qkv", "must be above 0"),
-        (4, 8.0, "(qkv", "no regular expression"),
-        (4, 8.0, "no_such_kernel", "found in no kernel's name"),
-        (4, 8.0, r"norm1\.scale$", "found in no kernel's name"),
-        (64, 8.0, "qkv", "no smaller than"),
+        (-1, 8.0, "qkv", "must be positive"),
+        (4, 0.0, "qkv", "must be positive"),
+        (4, 8.0, "(qkv", "not a valid regular expression"),
+        (4, 8.0, "no_such_kernel", "matches no kernel"),
+        (4, 8.0, r"norm1\.scale$", "matches no kernel"),
+        (64, 8.0, "qkv", "would not be smaller than"),
     ],
 )
-def test_impossible_adapters_are_refused(rank: int, alpha: float, targets: str, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_invalid_adapters_are_rejected(rank: int, alpha: float, targets: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         make_lora(rank, alpha, targets).abstract(abstract_params(NETWORK))
 
 
-def test_adapters_are_on_every_device() -> None:
+def test_adapters_are_replicated() -> None:
     shapes = LoRA(2, 4.0, ATTENTION).abstract(abstract_params(NETWORK))
     mesh = meshes.make_mesh({"data": -1, "fsdp": 1, "expert": 1, "tensor": 1})
     places = param_shardings(mesh, shapes)

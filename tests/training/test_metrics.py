@@ -1,4 +1,4 @@
-"""The metrics file survives kills and resumes, and stays valid JSON."""
+"""The metrics file remains valid JSON after kills and resumes."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert second["learning_rate"] == 1e-4
 
 
-def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:
+def test_each_line_is_flushed_immediately(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path, tensorboard=False)
     writer.write_scalars(1, {"loss": 0.5})
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 0.5  # while the writer is still open
@@ -40,21 +40,21 @@ def test_each_line_is_on_disk_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path: Path, value: float) -> None:
+def test_values_that_are_not_finite_are_written_as_null_and_read_as_nan(tmp_path: Path, value: float) -> None:
     path = write(tmp_path, [(1, {"loss": value})])
 
-    def refuse(constant: str) -> Never:
+    def reject(constant: str) -> Never:
         raise AssertionError(f"{constant} is not JSON")
 
-    assert json.loads(path.read_text(), parse_constant=refuse)["loss"] is None
+    assert json.loads(path.read_text(), parse_constant=reject)["loss"] is None
     assert math.isnan(read_metrics(path)[0]["loss"])
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
-def test_torn_last_line_is_mended_and_nothing_else_lost(tmp_path: Path, cut: int) -> None:
+def test_an_incomplete_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
     path = write(tmp_path, [(1, {"loss": 0.5}), (2, {"loss": 0.4})])
     whole = path.read_bytes()
-    path.write_bytes(whole[:-cut])  # a kill; cut = 1 takes the newline alone
+    path.write_bytes(whole[:-cut])  # as after a kill; with cut = 1, only the newline is missing
     kept = 2 if cut == 1 else 1
     assert len(read_metrics(path)) == kept
     write(tmp_path, [(3, {"loss": 0.3})])
@@ -62,14 +62,14 @@ def test_torn_last_line_is_mended_and_nothing_else_lost(tmp_path: Path, cut: int
     assert path.read_bytes().startswith(b"\n".join(whole.split(b"\n")[:kept]) + b"\n")
 
 
-def test_whole_file_is_left_as_it_is_on_reopening(tmp_path: Path) -> None:
+def test_a_complete_file_is_not_modified_when_it_is_reopened(tmp_path: Path) -> None:
     path = write(tmp_path, [(1, {"loss": 0.5})])
     before = path.read_bytes()
     write(tmp_path, [])
     assert path.read_bytes() == before
 
 
-def test_resumed_run_repeats_steps_and_the_last_line_wins(tmp_path: Path) -> None:
+def test_the_last_line_of_a_repeated_step_is_used(tmp_path: Path) -> None:
     twice = (2, {"loss": 2.0, "images_per_second": 9.0})
     write(tmp_path, [(1, {"loss": 1.0}), twice, (2, {"heldout_loss": 7.0}), (4, {"loss": 4.0})])
     path = write(tmp_path, [(2, {"loss": 20.0}), (3, {"loss": 30.0})])
@@ -77,10 +77,10 @@ def test_resumed_run_repeats_steps_and_the_last_line_wins(tmp_path: Path) -> Non
     assert [record["step"] for record in records] == [1, 2, 2, 3, 4]
     assert [record["loss"] for record in records if "loss" in record] == [1.0, 20.0, 30.0, 4.0]
     assert [record["heldout_loss"] for record in records if "heldout_loss" in record] == [7.0]
-    assert len(path.read_text().splitlines()) == 6  # the file keeps everything
+    assert len(path.read_text().splitlines()) == 6  # the file keeps all lines
 
 
-def test_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_an_invalid_line_in_the_middle_is_reported_with_its_number(tmp_path: Path) -> None:
     path = write(tmp_path, [(1, {"loss": 1.0}), (2, {"loss": 2.0})])
     path.write_text("gibberish\n" + path.read_text())
     with pytest.raises(UserError, match=r"Line 1 of .*metrics\.jsonl"):
@@ -89,7 +89,7 @@ def test_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
         read_metrics(tmp_path / "elsewhere.jsonl")
 
 
-def test_disabled_writer_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_disabled_writer_writes_no_files(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path / "run", wandb_project="p", enabled=False)
     writer.write_scalars(1, {"loss": 1.0})
     writer.write_images(1, {"grid": np.zeros((4, 4, 3), np.uint8)})
@@ -97,7 +97,7 @@ def test_disabled_writer_leaves_no_trace(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_reserved_names_and_wrong_images_are_refused(tmp_path: Path) -> None:
+def test_reserved_names_and_invalid_images_are_rejected(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path, tensorboard=False)
     with pytest.raises(ValueError, match="step"):
         writer.write_scalars(1, {"step": 3.0})
@@ -106,7 +106,7 @@ def test_reserved_names_and_wrong_images_are_refused(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_tensorboard_gets_scalars_and_images_without_importing_torch(tmp_path: Path) -> None:
+def test_tensorboard_receives_scalars_and_images_without_importing_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 import numpy as np
@@ -116,7 +116,7 @@ assert not [name for name in sys.modules if name.split('.')[0] in ('torch', 'ten
 writer.write_scalars(3, {{"loss": 0.5}})
 writer.write_images(3, {{"grid": np.zeros((4, 5, 3), np.uint8)}})
 writer.close()
-import torch  # can be imported afterwards as if nothing had happened
+import torch  # can still be imported afterwards
 assert torch.ones(1).sum() == 1
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -125,7 +125,7 @@ assert torch.ones(1).sum() == 1
 
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, seen = path.read_bytes(), dict[Any, Any]()
-    while data:  # the record format: length, its checksum, the event, its checksum
+    while data:  # a record consists of a length, its checksum, the event and its checksum
         length = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + length])
         seen |= {value.tag: (event.step, value) for value in event.summary.value}
@@ -135,13 +135,13 @@ assert torch.ones(1).sum() == 1
     assert (seen["grid"][1].image.height, seen["grid"][1].image.width) == (4, 5)
 
 
-def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'micro_dit\[wandb\]'"):
         MetricWriter(tmp_path, tensorboard=False, wandb_project="faces")
 
 
-def test_wandb_run_goes_on_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_continues_the_same_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Run:
         def __init__(self, **options: Any) -> None:
             self.options, self.logged, self.finished = options, list[Any](), False

@@ -17,14 +17,14 @@ SETTINGS = dict(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1)
 
 
 def gradients(step: int) -> dict[str, np.ndarray]:
-    """Large at even steps, so that they are clipped, and small at odd ones, so that they are not."""
+    """Returns gradients that are clipped at even steps, where they are large, but not at odd steps."""
     generator = np.random.default_rng(step)
     scale = 3.0 if step % 2 == 0 else 0.01
     return {name: scale * generator.standard_normal(value.shape) for name, value in PARAMS.items()}
 
 
-def by_hand(params: dict[str, np.ndarray], steps: int, clip: float, learning_rate: float) -> dict[str, np.ndarray]:
-    """AdamW in float64 (Loshchilov and Hutter 2019, algorithm 2), after clipping by the norm over both parameters."""
+def reference(params: dict[str, np.ndarray], steps: int, clip: float, learning_rate: float) -> dict[str, np.ndarray]:
+    """Returns parameters after AdamW in float64 (Loshchilov and Hutter 2019, algorithm 2) with clipped gradients."""
     first = {name: np.zeros_like(value) for name, value in params.items()}
     second = {name: np.zeros_like(value) for name, value in params.items()}
     for t in range(1, steps + 1):
@@ -42,7 +42,7 @@ def by_hand(params: dict[str, np.ndarray], steps: int, clip: float, learning_rat
 
 
 @pytest.mark.parametrize("clip", [0.25, 1e6])
-def test_steps_are_those_of_adamw_by_hand(clip: float) -> None:
+def test_steps_agree_with_a_reference_implementation_of_adamw(clip: float) -> None:
     optimizer = make_optimizer(clip, **SETTINGS)
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), PARAMS)
     state = optimizer.init(params)
@@ -50,20 +50,20 @@ def test_steps_are_those_of_adamw_by_hand(clip: float) -> None:
         g = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gradients(step))
         updates, state = optimizer.update(g, state, params)
         params = jax.tree.map(lambda p, u: p - 0.01 * u, params, updates)
-    expected = by_hand(PARAMS, 5, clip, 0.01)
+    expected = reference(PARAMS, 5, clip, 0.01)
     for name in PARAMS:
         np.testing.assert_allclose(params[name], expected[name], rtol=2e-6)
         assert np.abs(expected[name] - PARAMS[name]).max() > 0.01
 
 
-def test_the_states_structure_does_not_depend_on_the_settings() -> None:
+def test_the_state_structure_does_not_depend_on_the_settings() -> None:
     params = jax.tree.map(jnp.asarray, PARAMS)
     first, second = make_optimizer(0.25).init(params), make_optimizer(1.0, **SETTINGS).init(params)
     assert jax.tree.structure(first) == jax.tree.structure(second)
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-def test_a_phase_takes_over_the_moments_or_starts_afresh(fresh: bool) -> None:
+def test_a_phase_keeps_or_resets_the_moments(fresh: bool) -> None:
     optimizer = make_optimizer(1.0)
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), PARAMS)
     g = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), gradients(0))
@@ -76,7 +76,7 @@ def test_a_phase_takes_over_the_moments_or_starts_afresh(fresh: bool) -> None:
     assert any(np.any(leaf) for leaf in jax.tree.leaves(used))
     assert int(entered.step) == 7
     jax.tree.map(np.testing.assert_array_equal, entered.params, params)
-    # The average begins as a copy, in memory of its own: the train step gives its arguments away.
+    # New EMA weights are a copy in separate memory, because the train step donates its arguments.
     jax.tree.map(np.testing.assert_array_equal, entered.ema, params)
     for name in PARAMS:
         assert entered.ema[name].unsafe_buffer_pointer() != entered.params[name].unsafe_buffer_pointer()
@@ -86,7 +86,7 @@ def test_a_phase_takes_over_the_moments_or_starts_afresh(fresh: bool) -> None:
 # ---- EMA -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_ema_follows_the_formula_in_float32_and_moves_at_every_step() -> None:
+def test_the_ema_follows_the_formula_in_float32_and_changes_at_every_step() -> None:
     generator = np.random.default_rng(0)
     start = params = generator.standard_normal(1000).astype(np.float32)
     ema = {"w": jnp.asarray(params)}
@@ -99,8 +99,8 @@ def test_the_ema_follows_the_formula_in_float32_and_moves_at_every_step() -> Non
         expected = DECAY * expected + (1 - DECAY) * params
         assert np.mean(np.asarray(ema["w"]) != before) > 0.95
     assert ema["w"].dtype == jnp.float32
-    moved = np.linalg.norm(expected - start)
-    assert np.linalg.norm(ema["w"] - expected) < 2e-3 * moved
+    change = np.linalg.norm(expected - start)
+    assert np.linalg.norm(ema["w"] - expected) < 2e-3 * change
 
 
 def test_the_ema_converges_to_constant_parameters() -> None:
@@ -109,7 +109,7 @@ def test_the_ema_converges_to_constant_parameters() -> None:
     np.testing.assert_allclose(after["w"], 7 * (1 - DECAY**20_000), rtol=1e-4)
 
 
-def test_while_not_active_the_ema_is_a_copy() -> None:
+def test_an_inactive_ema_is_a_copy_of_the_parameters() -> None:
     ema, params = {"w": jnp.zeros(3)}, {"w": jnp.asarray([0.1, 1e-8, 3e7])}
     np.testing.assert_array_equal(update_ema(ema, params, DECAY, active=jnp.asarray(False))["w"], params["w"])
     np.testing.assert_array_equal(update_ema(ema, ema, DECAY, active=jnp.asarray(True))["w"], ema["w"])
@@ -122,7 +122,7 @@ def matrices(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
 
 
-def test_newton_schulz_keeps_singular_vectors_and_evens_out_singular_values() -> None:
+def test_newton_schulz_keeps_singular_vectors_and_equalizes_singular_values() -> None:
     X = matrices(3, 16, 40)
     U, _, Vh = np.linalg.svd(X, full_matrices=False)
     S = np.swapaxes(U, 1, 2) @ np.asarray(newton_schulz(X)) @ np.swapaxes(Vh, 1, 2)
@@ -132,10 +132,10 @@ def test_newton_schulz_keeps_singular_vectors_and_evens_out_singular_values() ->
     assert not np.any(newton_schulz(jnp.zeros((1, 4, 4))))
 
 
-def test_newton_schulz_is_optaxs() -> None:
+def test_newton_schulz_agrees_with_optax() -> None:
     X = matrices(12, 20)
     optaxs = optax.contrib.scale_by_muon()
-    first, _ = optaxs.update(X, optaxs.init(X))  # of the first step, when momentum is the gradient
+    first, _ = optaxs.update(X, optaxs.init(X))  # in the first step, the momentum is the gradient
     np.testing.assert_allclose(newton_schulz(X[None])[0], first, atol=1e-5)
 
 
@@ -164,7 +164,7 @@ def test_parts_of_fused_kernels_and_experts_are_orthogonalized_separately() -> N
         assert 0.25 < float(jnp.sqrt(jnp.mean(out[kernel] ** 2))) < 0.45
 
 
-def test_muon_updates_the_matrices_of_the_blocks_and_adam_the_rest() -> None:
+def test_muon_updates_only_the_matrices_of_the_blocks() -> None:
     network = tiny.network(decoder_depth=1, decoder_dim=32, fusion=True, use_bias=True)
     groups = optimizers._muon_groups(abstract_params(network))
     muon = {name for name, group in groups.items() if group == "muon"}
@@ -178,7 +178,7 @@ def test_muon_updates_the_matrices_of_the_blocks_and_adam_the_rest() -> None:
     assert muon == expected
 
 
-def test_muon_steps_are_orthogonalized_momentum_and_adams() -> None:
+def test_muon_orthogonalizes_momentum_and_uses_adam_for_other_parameters() -> None:
     network = tiny.network()
     params = tiny.random_params(network)
     muon, adam = (make_optimizer(1e6, weight_decay=0.1, name=name) for name in ("muon", "adamw"))
@@ -196,12 +196,12 @@ def test_muon_steps_are_orthogonalized_momentum_and_adams() -> None:
             np.testing.assert_allclose(updates[name], others[name], rtol=1e-6)
 
 
-def test_a_matrix_under_muon_has_one_moment() -> None:
+def test_muon_stores_one_moment_per_matrix() -> None:
     params = abstract_params(tiny.network())
     muon, adam = (jax.eval_shape(make_optimizer(1.0, name=name).init, params) for name in ("muon", "adamw"))
-    held = [sum(leaf.size for leaf in jax.tree.leaves(state)) for state in (muon, adam)]
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(state)) for state in (muon, adam)]
     orthogonal = sum(params[name].size for name, group in optimizers._muon_groups(params).items() if group == "muon")
-    assert held[1] - held[0] == orthogonal > 0
+    assert sizes[1] - sizes[0] == orthogonal > 0
 
 
 def test_muon_orthogonalizes_the_factors_of_an_adapter() -> None:
@@ -216,7 +216,7 @@ def test_muon_orthogonalizes_the_factors_of_an_adapter() -> None:
         assert np.all((values > 0.6) & (values < 1.25))
 
 
-def test_flops_of_newton_schulz_are_those_of_its_products() -> None:
+def test_flops_of_newton_schulz_match_its_matrix_products() -> None:
     from tests.models.test_decoder import product_flops
 
     params = {name: abstract_params(tiny.network())[name] for name in ("blocks.0.mlp.w1", "blocks.1.attn.qkv.kernel")}

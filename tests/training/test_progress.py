@@ -1,4 +1,4 @@
-"""Rates, money and lines, on a clock that the test winds."""
+"""Rates, cost and output of the progress bar, with a fake clock."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def make(clock: Clock, **options: Any) -> Progress:
     return Progress("faces", **(defaults | options))
 
 
-def test_rate_leaves_out_compilation_and_pauses(clock: Clock) -> None:
+def test_rate_excludes_compilation_and_pauses(clock: Clock) -> None:
     progress = make(clock, peak_flops=100e9)
     clock.now += 50  # compilation
     progress.update(1)
@@ -52,7 +52,7 @@ def test_rate_leaves_out_compilation_and_pauses(clock: Clock) -> None:
     assert progress.seconds_left == pytest.approx(89 * 0.5)
 
 
-def test_a_pause_that_fails_still_counts_as_a_pause(clock: Clock) -> None:
+def test_a_pause_that_raises_is_still_excluded(clock: Clock) -> None:
     progress = make(clock)
     progress.update(1)
     with contextlib.suppress(RuntimeError), progress.paused():
@@ -63,11 +63,11 @@ def test_a_pause_that_fails_still_counts_as_a_pause(clock: Clock) -> None:
     assert progress.images_per_second == pytest.approx(8)
 
 
-def test_resumed_phase_counts_only_its_own_steps(clock: Clock) -> None:
+def test_rate_of_a_resumed_phase_counts_only_new_steps(clock: Clock) -> None:
     progress = make(clock, initial_step=40)
     progress.update(50)
     clock.now += 5
-    progress.update(60)  # updates may be ten steps apart
+    progress.update(60)  # updates may be several steps apart
     assert progress.images_per_second == pytest.approx(16)
     assert progress.seconds_left == pytest.approx(20)
 
@@ -80,7 +80,7 @@ def test_rate_follows_a_change_of_speed(clock: Clock) -> None:
     assert progress.images_per_second == pytest.approx(8)
 
 
-def test_dollars_run_through_compilation_and_pauses(clock: Clock) -> None:
+def test_dollars_include_compilation_and_pauses(clock: Clock) -> None:
     progress = make(clock, dollars_per_hour=36.0, dollars_before=5.0)
     clock.now += 50
     progress.update(1)
@@ -91,10 +91,10 @@ def test_dollars_run_through_compilation_and_pauses(clock: Clock) -> None:
     assert progress.dollars == pytest.approx(5 + 100 * 0.01)
     progress.close()
     line = progress.stream.getvalue().splitlines()[-1]
-    assert "$6.00 → $25.60" in line  # 98 steps of 20 s still to go
+    assert "$6.00 → $25.60" in line  # 98 steps of 20 s remain
 
 
-def test_scalars_hold_only_what_is_known(clock: Clock) -> None:
+def test_scalars_exclude_unknown_values(clock: Clock) -> None:
     progress = make(clock, flops_per_image=0.0)
     assert progress.scalars() == {}
     progress.update(1)
@@ -103,7 +103,7 @@ def test_scalars_hold_only_what_is_known(clock: Clock) -> None:
     assert progress.scalars() == {"images_per_second": 8.0}
 
 
-def test_without_a_terminal_a_line_every_ten_seconds(clock: Clock) -> None:
+def test_without_a_terminal_a_line_is_printed_every_ten_seconds(clock: Clock) -> None:
     progress = make(clock, total_steps=5000)
     for step in range(1, 3501):
         clock.now += 0.01
@@ -119,7 +119,7 @@ def test_without_a_terminal_a_line_every_ten_seconds(clock: Clock) -> None:
     assert "\r" not in progress.stream.getvalue()
 
 
-def test_terminal_gets_one_bar(clock: Clock) -> None:
+def test_on_a_terminal_one_bar_is_displayed(clock: Clock) -> None:
     terminal = Terminal()
     progress = make(clock, stream=terminal, peak_flops=1e12)
     for step in range(1, 101):
@@ -136,7 +136,7 @@ def test_terminal_gets_one_bar(clock: Clock) -> None:
     assert "$" not in output
 
 
-def test_nan_is_shown_and_does_not_stick(clock: Clock) -> None:
+def test_a_nan_loss_is_displayed_and_does_not_affect_later_values(clock: Clock) -> None:
     progress = make(clock)
     progress.update(1, {"loss": 0.5})
     assert "loss 0.5000" in progress._status()
@@ -146,7 +146,7 @@ def test_nan_is_shown_and_does_not_stick(clock: Clock) -> None:
     assert "loss 0.5000" in progress._status()
 
 
-def test_other_processes_count_and_stay_silent(clock: Clock) -> None:
+def test_a_disabled_bar_measures_the_rate_without_printing(clock: Clock) -> None:
     for stream in (io.StringIO(), Terminal()):
         progress = make(clock, enabled=False, stream=stream)
         for step in (1, 2):
@@ -158,7 +158,7 @@ def test_other_processes_count_and_stay_silent(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(59, "00:59"), (3600, "1:00:00"), (2 * 86400 + 61, "2 d 0:01:01")])
-def test_eta_is_readable(clock: Clock, seconds: float, text: str) -> None:
+def test_eta_is_formatted_with_days_hours_and_minutes(clock: Clock, seconds: float, text: str) -> None:
     progress = make(clock, total_steps=3)
     progress.update(1)
     clock.now += seconds

@@ -15,7 +15,7 @@ from tests.helpers import tiny
 NAMES = ("init", "posterior", "caption_drop", "sigma", "noise", "mask", "heldout")
 
 
-def test_streams_differ_by_name_and_step_and_repeat_by_seed() -> None:
+def test_random_streams_differ_by_name_and_step_and_repeat_for_the_same_seed() -> None:
     key = jax.random.key(0)
     streams = itertools.product(NAMES, (None, 0, 1, 2))
     draws = {(name, step): np.asarray(jax.random.normal(stream(key, name, step), (200,))) for name, step in streams}
@@ -28,7 +28,7 @@ def test_streams_differ_by_name_and_step_and_repeat_by_seed() -> None:
 
 
 @pytest.mark.parametrize("with_ema", [True, False])
-def test_a_fresh_state(with_ema: bool) -> None:
+def test_an_initialized_state_is_float32(with_ema: bool) -> None:
     network, optimizer = tiny.network(), make_optimizer(1.0)
     state = jax.eval_shape(lambda: init_state(Trainable(network), optimizer, 0, None, with_ema))
     assert (state.step.shape, state.step.dtype) == ((), np.int32)
@@ -38,7 +38,7 @@ def test_a_fresh_state(with_ema: bool) -> None:
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-def test_the_next_phase_takes_the_weights_to_the_bit_and_the_moments_if_it_shall(fresh: bool) -> None:
+def test_the_next_phase_keeps_the_weights_bitwise_and_the_moments_unless_reset(fresh: bool) -> None:
     optimizer, generator = make_optimizer(1.0), np.random.default_rng(0)
     params = {name: generator.standard_normal((3, 4)).astype(np.float32) for name in ("a", "b")}
     moments = jax.tree.map(lambda leaf: jnp.ones_like(leaf) * 7, optimizer.init(params))
@@ -53,6 +53,6 @@ def test_the_next_phase_takes_the_weights_to_the_bit_and_the_moments_if_it_shall
 
 
 def test_networks_of_two_resolutions_have_the_same_parameters() -> None:
-    """The table of positions is computed from the resolution and the scale."""
+    """The position table is computed from the resolution and the scale, and is not a parameter."""
     low, high = (abstract_params(tiny.network(input_size=n, pos_interp_scale=n / 8)) for n in (8, 16))
     assert low == high

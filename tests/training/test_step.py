@@ -1,4 +1,4 @@
-"""The parts of the train step. Its randomness and its schedule are in tests/test_train.py."""
+"""The parts of the train step. tests/test_train.py tests its randomness and its schedule."""
 
 import os
 import subprocess
@@ -37,14 +37,14 @@ assert int(state.step) == 1 and jnp.isfinite(metrics["loss"])
 """
 
 
-def test_a_step_needs_jax_flax_optax_and_numpy_only() -> None:
+def test_a_step_requires_only_jax_flax_optax_and_numpy() -> None:
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("parts", [1, 2, 6])
-def test_accumulated_gradients_are_those_of_the_whole_batch(parts: int) -> None:
+def test_accumulated_gradients_equal_those_of_the_whole_batch(parts: int) -> None:
     generator = np.random.default_rng(0)
     params = {"w": jnp.asarray(generator.standard_normal((3, 2), np.float32)), "b": jnp.zeros(2)}
     batch = {name: generator.standard_normal((12, n), np.float32) for name, n in (("x", 3), ("y", 2))}

@@ -13,7 +13,7 @@ CONFIG = {
 SHARDS = {"vae": "0123", "files": ["aa"]}
 
 
-def test_the_same_config_may_come_again_and_what_has_no_influence_may_change(tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_same_config_except_for_fields_without_influence(tmp_path: Path) -> None:
     claim_workdir(tmp_path / "run", CONFIG, SHARDS)
     claim_workdir(tmp_path / "run", CONFIG, SHARDS)
     changed = CONFIG | {"checkpoint_every": 7, "sampling": {"every": 1, "prompts": ()}}
@@ -24,11 +24,11 @@ def test_the_same_config_may_come_again_and_what_has_no_influence_may_change(tmp
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_the_fields_that_it_lacks_left_off(tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_resumes_if_new_fields_have_their_defaults(tmp_path: Path) -> None:
     claim_workdir(tmp_path, CONFIG, SHARDS)
     lora = {"rank": 0, "alpha": 8.0, "targets": "qkv"}
     claim_workdir(tmp_path, CONFIG | {"init_from": "", "lora": lora, "quantize": ""}, SHARDS)
-    with pytest.raises(UserError, match=r"init_from \('' there, 'models/a' here\); lora.alpha .*; lora.rank \(0 there"):
+    with pytest.raises(UserError, match=r"init_from \(was '', is now 'models/a'\); lora.alpha .*; lora.rank \(was 0"):
         claim_workdir(tmp_path, CONFIG | {"init_from": "models/a", "lora": lora | {"rank": 4}}, SHARDS)
 
 
@@ -36,12 +36,12 @@ def test_only_runs_without_8_bit_products_resume(tmp_path: Path) -> None:
     claim_workdir(tmp_path / "plain", CONFIG | {"quantize": ""}, SHARDS)
     claim_workdir(tmp_path / "plain", CONFIG, SHARDS)
     claim_workdir(tmp_path / "int8", CONFIG | {"quantize": "int8"}, SHARDS)
-    with pytest.raises(UserError, match="holds a run with quantize='int8', and 8-bit products were removed") as error:
+    with pytest.raises(UserError, match="holds a run with quantize='int8', but 8-bit matrix products were") as error:
         claim_workdir(tmp_path / "int8", CONFIG, SHARDS)
     assert "\n" not in str(error.value)
 
 
-def test_configs_are_the_same_if_one_would_resume_the_other() -> None:
+def test_configs_are_the_same_if_one_can_resume_the_other() -> None:
     read = json.loads(json.dumps(CONFIG))
     assert same_config(CONFIG, read)
     assert same_config(read, CONFIG | {"checkpoint_every": 7, "sampling": {"every": 1}, "mesh": {"fsdp": 2}})
@@ -54,25 +54,27 @@ def test_configs_are_the_same_if_one_would_resume_the_other() -> None:
 @pytest.mark.parametrize(
     ("config", "shards", "message"),
     [
-        (CONFIG | {"seed": 1}, SHARDS, r"seed \(0 there, 1 here\)"),
-        (CONFIG | {"model": {"size": "Nano", "dim": 8}}, SHARDS, r"model\.dim \(None there, 8 here\)"),
-        (CONFIG | {"phases": (CONFIG["phases"][0], {"name": "b", "steps": 5})}, SHARDS, r"phases\[1\]\.steps \(4 "),
+        (CONFIG | {"seed": 1}, SHARDS, r"seed \(was 0, is now 1\)"),
+        (CONFIG | {"model": {"size": "Nano", "dim": 8}}, SHARDS, r"model\.dim \(was None, is now 8\)"),
+        (CONFIG | {"phases": (CONFIG["phases"][0], {"name": "b", "steps": 5})}, SHARDS, r"phases\[1\]\.steps \(was 4"),
         (CONFIG | {"phases": ({"name": "a", "steps": 3},)}, SHARDS, r"phases\[1\]"),
-        (CONFIG, SHARDS | {"files": ["bb"]}, "the shards, which were made again"),
+        (CONFIG, SHARDS | {"files": ["bb"]}, "the shards were rebuilt"),
     ],
 )
-def test_another_runs_directory_is_not_taken(tmp_path: Path, config: dict, shards: dict, message: str) -> None:
+def test_the_work_directory_of_another_run_is_rejected(
+    tmp_path: Path, config: dict, shards: dict, message: str
+) -> None:
     claim_workdir(tmp_path, CONFIG, SHARDS)
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(UserError, match=message) as error:
         claim_workdir(tmp_path, config, shards)
-    assert "give a new --workdir" in str(error.value)
+    assert "Set a new --workdir" in str(error.value)
     assert "\n" not in str(error.value)
     assert (tmp_path / "config.json").read_text() == before
 
 
 @pytest.mark.parametrize("name", ["phases[0]", "run*", "run?"])
-def test_names_in_which_checkpoints_would_be_lost_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="by which Orbax would not find what it has saved: give another --workdir"):
+def test_paths_with_glob_characters_are_rejected(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"with which Orbax does not find its checkpoints\. Set another --workdir"):
         claim_workdir(tmp_path / name / "run", CONFIG, SHARDS)
     assert not list(tmp_path.iterdir())

@@ -142,7 +142,7 @@ def test_kills_and_a_signal_change_nothing(
         loop.process.send_signal(signal.SIGTERM)
         status, out = loop.finish()
     assert status == 75, out
-    assert re.findall(r"the run ended with status (.*): starting it again", out) == [str(-signal.SIGKILL)] * kills
+    assert re.findall(r"the run exited with status (.*): restarting it", out) == [str(-signal.SIGKILL)] * kills
     assert "stopping after this step, saving first" in out
     (stopped,) = re.findall(rf"stopped at step (\d+) of {STEPS}, saved in .*: resumable by running the same", out)
     assert Checkpoints(workdir).steps[0] == int(stopped) < STEPS

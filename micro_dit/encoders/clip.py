@@ -290,7 +290,7 @@ def read_open_clip_config(file: Path) -> ClipTextConfig:
         layer_norm_eps=fields.pop("norm_kwargs", {}).get("eps", 1e-5),
     )
     if fields:
-        raise UserError(f"{file}: '{min(fields)}' in 'text_cfg' is {fields[min(fields)]!r}, which is not supported.")
+        raise UserError(f"{file}, 'text_cfg': '{min(fields)}' is {fields[min(fields)]!r}, which is not supported.")
     return _checked(config, file)
 
 

@@ -46,7 +46,7 @@ def test_restores_every_token_to_its_position(params: dict[str, jax.Array]) -> N
 
 
 def test_dropped_tokens_are_denoised_from_the_mixers_output(params: dict[str, jax.Array]) -> None:
-    """Checks that dropped patches influence their outputs, unlike with MaskDiT's decoder, and so does the mask token."""
+    """Checks that dropped patches (unlike with MaskDiT's decoder) and the mask token influence the output."""
     out = forward(params, X, MASK)
     dropped = jnp.repeat(jnp.repeat(MASK.dropped.reshape(3, 4, 4), 2, 1), 2, 2)[..., None]
     changed = jnp.abs(forward(params, X + 3 * dropped, MASK) - out) * dropped

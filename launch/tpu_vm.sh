@@ -92,7 +92,8 @@ create() {
 
 delete() {
   if [[ "$provisioning" == queued* ]]; then
-    run gcloud compute tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force --quiet # --force also deletes the node
+    # --force also deletes the node.
+    run gcloud compute tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force --quiet
   else
     run gcloud compute tpus tpu-vm delete "$TPU_NAME" "${where[@]}" --quiet
   fi
@@ -196,7 +197,7 @@ up() {
       failures=$((failures + 1))
       echo "$TPU_NAME: failed with status $result" >&2
       if [[ $failures -ge $FAILURES ]]; then
-        fail "the run failed $FAILURES times; see launch/tpu_vm.sh logs. To stop paying, run launch/tpu_vm.sh delete."
+        fail "The run failed $FAILURES times; see launch/tpu_vm.sh logs. To stop paying, run launch/tpu_vm.sh delete."
       fi
     fi
     sleep "$POLL_SECONDS"
@@ -215,7 +216,7 @@ worker_install() {
   mkdir -p ~/bucket
   mountpoint -q ~/bucket || gcsfuse --implicit-dirs "$BUCKET" ~/bucket
   cd ~/micro_dit
-  python3 -m pip install -q --user uv # installs a newer Python than the image's
+  python3 -m pip install -q --user uv # provides Python 3.12, because the image's Python is older
   python3 -m uv venv -q --allow-existing --python=3.12 .venv
   python3 -m uv pip install -q --python=.venv/bin/python --torch-backend=cpu -r requirements.txt 'jax[tpu]'
 }
@@ -256,7 +257,7 @@ main() {
       --provisioning=on_demand | --provisioning=spot | --provisioning=queued | --provisioning=queued_spot)
         provisioning=${1#*=}
         ;;
-      *) fail "unknown option $1. Use --dry_run or --provisioning=on_demand|spot|queued|queued_spot." ;;
+      *) fail "Unknown option $1. Use --dry_run or --provisioning=on_demand|spot|queued|queued_spot." ;;
     esac
     shift
   done
@@ -271,7 +272,7 @@ main() {
       [[ "$step" != wait ]] || step=wait_until_ready
       "$step" "$@"
       ;;
-    *) fail "unknown step '$step'. Use up, create, wait, install, train, follow, status, logs or delete." ;;
+    *) fail "Unknown step '$step'. Use up, create, wait, install, train, follow, status, logs or delete." ;;
   esac
 }
 

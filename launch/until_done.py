@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     folders = [argument.partition("=")[2] for argument in options.command if argument.startswith("--workdir=")]
     if not folders or not folders[-1]:
-        print("error: the command has no --workdir. Add --workdir=FOLDER to the command.", file=sys.stderr)
+        print("error: The command has no --workdir. Add --workdir=FOLDER to the command.", file=sys.stderr)
         return 1
     return until_done(options.command, Path(folders[-1]), options.restarts)
 

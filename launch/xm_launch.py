@@ -92,7 +92,7 @@ def requirements() -> dict[str, int]:
 def main(argv: Sequence[str]) -> None:
     """Launches the work units, or prints them with --xm_dry_run."""
     if len(argv) > 1:
-        sys.exit(f"error: unknown argument {argv[1]!r}. Set config fields with --override=FIELD=VALUE.")
+        sys.exit(f"error: Unknown argument {argv[1]!r}. Set config fields with --override=FIELD=VALUE.")
     workdir = f"/gcs/{environment('BUCKET')}/{FLAGS.workdir}" if FLAGS.executor == "vertex" else FLAGS.workdir
     units = work_units(FLAGS.config, workdir, SWEEPS[FLAGS.sweep], FLAGS.override)
     jobs = commands(FLAGS.executor, units)
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         from xmanager import xm, xm_local
     except ImportError as error:
-        sys.exit(f"error: cannot import XManager ({error}). Run `pip install xmanager`, or use --xm_dry_run.")
+        sys.exit(f"error: Cannot import XManager ({error}). Run `pip install xmanager`, or use --xm_dry_run.")
 
     if FLAGS.executor == "vertex":
         executor = xm_local.Vertex(requirements=xm.JobRequirements(**requirements()))
@@ -128,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         asyncio.run(launch())
     except xm.ExperimentUnitError as error:
-        sys.exit(f"error: a work unit ended before it was done ({error}). Run the same command to resume it.")
+        sys.exit(f"error: A work unit ended before it was done ({error}). Run the same command to resume it.")
 
 
 def define_flags() -> None:

@@ -128,7 +128,7 @@ def _summary(workdir: Path, out: Path, model: "Model", dtype: str, vae_included:
     where = f"step {about.step} of {workdir.name}" if about.step is not None else workdir.name
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     yield f"{out}: {where}, {_count(model):,} parameters as {dtype}, {size / 1e6:.1f} MB in total"
-    yield f"image encoder: {about.vae}, {f'copied to {out / VAE}' if vae_included else 'downloaded from the Hub'}"
+    yield f"image encoder: {about.vae}, {f'copied to {out / VAE}' if vae_included else 'on the Hub, not copied'}"
     if Path(about.text_encoder).expanduser().is_dir():
         yield (
             f"warning: the text encoder {about.text_encoder} is a local folder, which is not copied. If it is on the "

@@ -157,7 +157,7 @@ def test_hub_encoders_are_named_and_not_copied(run: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "m" / "vae").exists()
     about = load(tmp_path / "m").about
     assert (about.vae, about.vae_folder, about.text_encoder) == ("somebody/vae", "", "somebody/clip")
-    assert "somebody/vae, downloaded from the Hub" in lines[1]
+    assert "somebody/vae, on the Hub, not copied" in lines[1]
     assert lines[-1].endswith("README.md: mit")
     card = (tmp_path / "m" / "README.md").read_text()
     assert "64×64 pixels" in card

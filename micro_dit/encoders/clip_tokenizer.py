@@ -60,7 +60,7 @@ class ClipTokenizer:
 
         Captions are converted to lower case, and runs of white space to one space.
         """
-        if self._open_clip:  # like OpenCLIP's own tokenizer, except that it also repairs broken encodings
+        if self._open_clip:  # as in OpenCLIP's tokenizer, which also repairs broken encodings (not done here)
             captions = [html.unescape(html.unescape(caption)) for caption in captions]
         return [encoding.ids for encoding in self._backend.encode_batch(list(captions))]
 

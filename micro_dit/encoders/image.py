@@ -90,7 +90,7 @@ class ImageEncoder:
         self._encode, self._decode = self._devices.compile(encode), self._devices.compile(decode)
 
     def encode(self, images: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Encodes images as normal distributions of normalized latents.
+        """Encodes images as Gaussian distributions over normalized latents.
 
         Args:
             images: (B, f·H, f·W, 3), uint8, or float in [-1, 1].
@@ -132,7 +132,7 @@ def latent_scaling(config: AutoencoderConfig) -> tuple[np.ndarray, np.ndarray]:
 def fingerprint(config: AutoencoderConfig, parameters: Parameters) -> str:
     """Returns twelve hexadecimal digits of a hash of the configuration and all weights."""
     settings = dataclasses.asdict(config)
-    for kinds in ("down_block_types", "up_block_types"):  # default blocks are left out, so old fingerprints stay valid
+    for kinds in ("down_block_types", "up_block_types"):  # without default blocks, so old fingerprints stay valid
         if not settings[kinds]:
             del settings[kinds]
     leaves = jax.tree_util.tree_flatten_with_path(parameters)[0]

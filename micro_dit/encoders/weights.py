@@ -67,7 +67,10 @@ def to_parameters(tensors: Mapping[str, np.ndarray], shapes: Parameters, source:
         if name in arrays and arrays[name].shape != shape
     ]
     if problems:
-        raise UserError(f"{source} does not match the configuration next to it: {'; '.join(problems)}.")
+        raise UserError(
+            f"{source} does not match its configuration: {'; '.join(problems)}. Use the weights and configuration of "
+            "the same model."
+        )
     return jax.tree_util.tree_unflatten(structure, [arrays[name] for name in expected])
 
 

@@ -66,7 +66,7 @@ def model_card(
         f"A text-to-image diffusion transformer ([MicroDiT]({PAPER})) with {parameters:,} parameters, which generates "
         f"{size} from captions. It was trained and exported with micro_dit."
     )
-    grid = f"![Samples, each under its prompt]({samples})\n\nThese samples of the model were not selected."
+    grid = f"![Samples, each under its prompt]({samples})\n\nThese samples are not cherry-picked."
     where = "in the folder `vae`" if vae_included else "not included"
     encoders = f"""## Encoders
 

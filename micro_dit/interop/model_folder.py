@@ -74,7 +74,7 @@ def save_model_folder(
         raise UserError(f"{folder} is a file. Choose a folder, or a name that does not exist yet.")
     _check(params, config, "The parameters do not")
     folder.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)  # written last, so that a partial folder is not taken for a model
+    path.unlink(missing_ok=True)  # config.json is written last, so a partial folder is not a model
     write_safetensors(folder / WEIGHTS_FILE, params, dtype)
     fields = {"format": FORMAT, "version": VERSION, "model": dataclasses.asdict(config)}
     fields |= {name: about[name] for name in (*ABOUT, *OPTIONAL) if name in about}

@@ -84,7 +84,7 @@ def test_resumes_after_preemptions_until_the_run_is_done(tpu_vm: Any) -> None:
 def test_stops_after_repeated_failures_and_keeps_the_slice(tpu_vm: Any) -> None:
     done, calls = tpu_vm("up", states=["READY"], statuses=["1"], **SETTINGS)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: the run failed 3 times; see launch/tpu_vm.sh logs.")
+    assert done.stderr.splitlines()[-1].startswith("error: The run failed 3 times; see launch/tpu_vm.sh logs.")
     assert actions(calls) == ["scp", "worker_install", "worker_train"] * 3
 
 

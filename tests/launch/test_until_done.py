@@ -52,5 +52,5 @@ def test_exit_status_and_number_of_restarts(
 
 def test_requires_a_work_directory() -> None:
     loop = start(sys.executable, "-m", "micro_dit.main", "--config=configs/mask75.py")
-    assert loop.communicate(timeout=300)[1].startswith("error: the command has no --workdir. Add --workdir=FOLDER")
+    assert loop.communicate(timeout=300)[1].startswith("error: The command has no --workdir. Add --workdir=FOLDER")
     assert loop.returncode == 1

@@ -1,9 +1,9 @@
 # make demo · make test · make bench · make bench-gpu · make clean
 #
-# The first call makes .venv and installs the requirements; later calls find them there.
-# Another recipe: make demo CONFIG=configs/frugal.py. Another interpreter: make demo PYTHON=python3.12.
-# Another place for the environment: make demo VENV=~/micro_dit_env.
-# Figures to a file: make bench ARGS=--json=figures.json.
+# The first call creates .venv and installs the requirements.
+# Other recipe: make demo CONFIG=configs/frugal.py. Other interpreter: make demo PYTHON=python3.12.
+# Other environment folder: make demo VENV=~/micro_dit_env.
+# Benchmark results as JSON: make bench ARGS=--json=results.json.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,18 +27,18 @@ bench: $(VENV)/.installed
 bench-gpu: $(VENV)/.installed
 	$(RUN) -m benchmarks.gpu $(ARGS)
 
-# Runs, shards and the compilation cache stay: they are dear.
+# Keeps runs, shards and the compilation cache, because they are expensive to recompute.
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache micro_dit.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The file pip is made last, so that an environment that was left half made is made again.
+# venv writes pip last, so an incomplete environment is created again.
 $(VENV)/bin/pip:
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: $(PYTHON) is Python %d.%d, but 3.11, 3.12 or 3.13 is required. Run make PYTHON=python3.12." % v)'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/pip
-	@echo "Installing the requirements into $(VENV) (some minutes, once)"
+	@echo "Installing the requirements into $(VENV) (once, takes several minutes)"
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 

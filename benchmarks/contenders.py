@@ -1,8 +1,8 @@
-"""What the benchmarks compare, each in a process of its own, so that JAX's and PyTorch's threads and memory never meet.
+"""Runs each implementation of a benchmark in a separate process, so that JAX and PyTorch share no threads or memory.
 
-A contender is a class of benchmarks/jax_jobs.py or benchmarks/torch_jobs.py. Its process makes one, waits for a line on
-its standard input that names a method, and answers with a line that holds the result; in between it sleeps, so that
-contenders can take turns on the same cores.
+A contender is a class in benchmarks/jax_jobs.py or benchmarks/torch_jobs.py. Its process creates one instance, reads
+lines with a method name and arguments from standard input, and answers each with a line of JSON. It sleeps in between,
+so contenders can take turns on the same cores.
 """
 
 import contextlib
@@ -25,27 +25,27 @@ from micro_dit.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "triton", "numpy")
-GUIDANCE = 5.0  # of the samplers
-NARROW_EXPERTS = 16  # so narrow are experts of which little is left but the dispatch
-INSTALL_TORCH = "the PyTorch twin is left out: torch is not installed; pip install torch"
+GUIDANCE = 5.0  # guidance scale of the samplers
+NARROW_EXPERTS = 16  # hidden width at which the dispatch dominates the cost of an expert layer
+INSTALL_TORCH = "Skipping the PyTorch twin: torch is not installed. Run `pip install torch`."
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What every contender of a comparison is given.
+    """The workload of a comparison, equal for all contenders.
 
     Attributes:
-        size: a row of the table of network sizes.
-        fields: of the network, in place of that row's.
-        mask_ratio: part of the tokens that is dropped.
-        batch_size: images of a training step, or images sampled at once.
-        microbatch: images of a forward and backward pass, halved until it fits a GPU; 0 takes the whole batch at once.
-        dtype: of the matrix products.
-        remat: what micro_dit's backward pass computes again.
-        caption_tokens: L.
-        compiled: whether the twin is compiled by torch.compile.
-        steps: of the sampler.
-        gpu: where it runs.
+        size: Name of the network size.
+        fields: Overrides of the network's configuration.
+        mask_ratio: Fraction of the tokens that is dropped.
+        batch_size: Images per training step, or images sampled at once.
+        microbatch: Images per forward and backward pass, halved until it fits on a GPU; 0 uses the whole batch.
+        dtype: Dtype of matrix products.
+        remat: Rematerialization policy of micro_dit's backward pass.
+        caption_tokens: Number of caption tokens L.
+        compiled: Whether the twin uses torch.compile.
+        steps: Number of sampler steps.
+        gpu: Whether to run on a GPU instead of the CPU.
     """
 
     size: str
@@ -67,28 +67,28 @@ class Setting:
 
 
 class OutOfTime(Exception):
-    """A contender did not answer in time; it has been ended."""
+    """Raised if a contender did not answer in time; its process has been killed."""
 
 
 class Failed(Exception):
-    """A contender can't do what it was asked; the message is its reason."""
+    """Raised if a contender cannot do what it was asked; the message is the reason."""
 
 
 class Contender:
-    """The parent's end of a contender's process.
+    """A contender's process, seen from the parent.
 
     Args:
-        job: the class, e.g. "benchmarks.torch_jobs.Training".
-        setting: what the class is given.
-        threads: of the CPU.
-        cache: folder for compiled code, empty if compile seconds are to be those of a first time. Without it JAX keeps
-            nothing, and torch.compile, whose C++ takes minutes on a CPU, what it keeps by default.
+        job: The class, such as "benchmarks.torch_jobs.Training".
+        setting: Argument of the class.
+        threads: Number of CPU threads.
+        cache: Folder for compiled code; use an empty one to measure first compilations. Without it, JAX caches nothing,
+            and torch.compile uses its default cache, because its C++ compiler takes minutes on a CPU.
     """
 
     def __init__(self, job: str, setting: Setting, threads: int, cache: str | None = None) -> None:
         own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        own["OMP_WAIT_POLICY"] = "PASSIVE"  # threads without work sleep, or they would count as CPU seconds
-        # JAX, which the twin imports for the sizes, must not take the GPU's memory there.
+        own["OMP_WAIT_POLICY"] = "PASSIVE"  # idle threads sleep, so that they use no CPU time
+        # The twin imports JAX for the network sizes only, so JAX must not allocate GPU memory in its process.
         own["JAX_PLATFORMS"] = "cuda,cpu" if setting.gpu and ".jax_jobs." in job else "cpu"
         own |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
         own["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -112,41 +112,41 @@ class Contender:
         self.close(kill=exception[0] is not None)
 
     def start(self, method: str, **arguments: Any) -> None:
-        """Has the contender begin; `answer` waits for it."""
+        """Starts a method of the contender; `answer` waits for the result."""
         try:
             print(json.dumps([method, arguments]), file=self.input, flush=True)
         except BrokenPipeError:
-            raise Failed(f"{self.job} ended with status {self.process.wait()}") from None
+            raise Failed(f"{self.job} exited with status {self.process.wait()}.") from None
 
     def answer(self, deadline: float | None = None) -> dict[str, Any]:
-        """The result of what was started last.
+        """Waits for the result of the method started last, and returns it.
 
         Args:
-            deadline: of time.monotonic().
+            deadline: Value of time.monotonic() until which to wait.
 
         Raises:
-            OutOfTime: it was not there by then.
-            Failed: the contender gives a reason why it can't, or has ended.
+            OutOfTime: The result did not arrive before the deadline.
+            Failed: The contender reported an error, or its process has ended.
         """
         remaining = None if deadline is None else max(deadline - time.monotonic(), 0)
         if not select.select([self.output], [], [], remaining)[0]:
             self.close(kill=True)
-            raise OutOfTime(f"{self.job} was not done in time")
+            raise OutOfTime(f"{self.job} did not finish in time.")
         line = self.output.readline()
         if not line:
-            raise Failed(f"{self.job} ended with status {self.process.wait()}")
+            raise Failed(f"{self.job} exited with status {self.process.wait()}.")
         answer = json.loads(line)
         if "failed" in answer:
             raise Failed(answer["failed"])
         return answer
 
     def ask(self, method: str, deadline: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """Starts it and waits for the answer."""
+        """Starts a method and waits for its result."""
         self.start(method, **arguments)
         return self.answer(deadline)
 
     def close(self, kill: bool = False) -> None:
-        """Ends the process; it answers nothing any more."""
+        """Ends the process."""
         if kill:
             self.process.kill()
         with contextlib.suppress(BrokenPipeError):
@@ -156,7 +156,7 @@ class Contender:
 
 
 def serve(job: str, setting: Setting) -> None:
-    """The contender's end: what libraries print goes to standard error, answers alone to standard output."""
+    """Runs a contender's process; redirects prints of libraries to standard error, so that stdout has only answers."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     module, _, name = job.rpartition(".")
@@ -172,7 +172,7 @@ def serve(job: str, setting: Setting) -> None:
 
 
 def twin_is_there() -> bool:
-    """Whether PyTorch is installed; says so if not."""
+    """Returns whether PyTorch is installed, and prints a hint if it is not."""
     if importlib.util.find_spec("torch"):
         return True
     print(INSTALL_TORCH)
@@ -180,13 +180,13 @@ def twin_is_there() -> bool:
 
 
 def cpu_seconds() -> float:
-    """User and system seconds of this process and of the children it has waited for."""
+    """Returns user and system seconds of this process and of the child processes it has waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def describe_machine() -> dict[str, Any]:
-    """Where and with what the figures come about, without waking up any device."""
+    """Returns the hardware, load and package versions of a benchmark, without initializing a device."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line for line in lines if line.startswith("model name")]

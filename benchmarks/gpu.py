@@ -1,14 +1,15 @@
-"""Times micro_dit beside its PyTorch twin on a GPU: the recipe's four phases, sampling, single layers, the loader.
+"""Compares micro_dit with its PyTorch twin on a GPU: the recipe's four phases, sampling, single layers, the loader.
 
-    make bench-gpu                                  XL/2 in bfloat16, 8 minutes at most; figures in runs/bench_gpu.json
-    make bench-gpu ARGS=--go_on                     keeps what that file holds and measures the rest
-    make bench-gpu ARGS="--parts 'phase 4' loader"  some parts only
-    make bench-gpu ARGS=--dry_run                   the whole program with a tiny network on the CPU: nothing to report
+    make bench-gpu                                  XL/2 in bfloat16, at most 8 minutes; writes runs/bench_gpu.json
+    make bench-gpu ARGS=--resume                    keeps the results in that file and measures the missing ones
+    make bench-gpu ARGS="--parts 'phase 4' loader"  only some parts
+    make bench-gpu ARGS=--dry_run                   tests the program with a tiny network on the CPU
 
-A part's figures are printed and written as soon as they are there. What does not fit the budget is named as left out;
---go_on measures it later. In each part micro_dit and the twin (benchmarks/torch_twin.py: bfloat16 autocast,
-torch.compile) have a process each, compile at the same time, and then run one after the other, alone on the GPU. A
-training step is of 256 images, as each GPU of the paper has, split into the largest microbatches that fit.
+The results of each part are printed and written as soon as it is measured. Parts that exceed the time budget are
+reported as skipped; --resume measures them later. In each part, micro_dit and the twin (benchmarks/torch_twin.py, with
+bfloat16 autocast and torch.compile) run in separate processes. These compile at the same time, and then run one after
+the other, so that each has the GPU to itself. A training step has 256 images, the batch per GPU in the paper, split
+into the largest microbatches that fit.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from micro_dit.planning.chips import chip_of
 
 OURS, TWIN = "micro_dit", "twin"
 MODULES = {OURS: "benchmarks.jax_jobs", TWIN: "benchmarks.torch_jobs"}
-# name: pixels, mask ratio, images of a microbatch that is tried first; in the order in which they are measured.
+# name: (pixels, mask ratio, images per microbatch to try first)
 PHASES = {
     "phase 1": (256, 0.75, 256), "phase 2": (256, 0.0, 128), "phase 3": (512, 0.75, 128), "phase 4": (512, 0.0, 64),
 }  # fmt: skip
@@ -41,23 +42,23 @@ TINY = dict(
     dim=32, depth=1, head_dim=16, patch_mixer_depth=2, patch_mixer_dim=48, multiple_of=16, num_experts=2,
     experts_every_n=1, caption_channels=12,
 )  # fmt: skip
-RESERVE = 25.0  # seconds that are kept for running what is compiled
-ENOUGH = 40.0  # seconds without which no part is begun
+RESERVE = 25.0  # seconds reserved for running the compiled programs
+ENOUGH = 40.0  # minimum remaining seconds to start another part
 
 
 class Bench:
-    """What the parts share.
+    """The settings shared by all parts.
 
     Args:
-        deadline: of time.monotonic().
-        contenders: of OURS and TWIN, those that there are.
-        dry_run: a tiny network on the CPU.
-        compiled: whether torch.compile compiles the twin.
+        deadline: Value of time.monotonic() at which the time budget ends.
+        contenders: The available ones of OURS and TWIN.
+        dry_run: Whether to run a tiny network on the CPU.
+        compiled: Whether the twin uses torch.compile.
     """
 
     def __init__(self, deadline: float, contenders: list[str], dry_run: bool, compiled: bool = True) -> None:
         self.deadline, self.contenders, self.dry_run, self.compiled = deadline, contenders, dry_run, compiled
-        self.absent: dict[str, str] = {}  # contenders that can't take part, and why
+        self.absent: dict[str, str] = {}  # contenders that cannot run, and the reasons
 
     def setting(self, pixels: int, mask_ratio: float, images: int, microbatch: int = 0) -> Setting:
         if self.dry_run:
@@ -71,7 +72,10 @@ class Bench:
         )  # fmt: skip
 
     def compete(self, job: str, setting: Setting) -> dict[str, dict[str, Any]]:
-        """Figures of each contender, or {"failed": why}. Both prepare at once; then the twin runs, then micro_dit."""
+        """Returns the results of each contender, or {"failed": reason}.
+
+        Both contenders compile at the same time; then the twin runs, and then micro_dit.
+        """
         figures: dict[str, dict[str, Any]] = {name: {"failed": why} for name, why in self.absent.items()}
         with contextlib.ExitStack() as stack:
             cache = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
@@ -88,11 +92,11 @@ class Bench:
                     with reason(figures, name):
                         figures[name] |= self.timed(running[name])
                 if name in running:
-                    running.pop(name).close(kill=True)  # its memory is needed
+                    running.pop(name).close(kill=True)  # frees its memory
         return figures
 
     def timed(self, contender: Contender) -> dict[str, Any]:
-        """Medians of five timings of about a second each, fewer if a run takes longer than that."""
+        """Returns the medians of five timings of about a second each, or of three if a run takes 3 seconds or more."""
         contender.ask("run", self.deadline, times=1)
         first = contender.ask("run", self.deadline, times=1)
         seconds = first.get("wall_s", 0.05)
@@ -103,7 +107,7 @@ class Bench:
 
 @contextlib.contextmanager
 def reason(figures: dict[str, dict[str, Any]], name: str) -> Any:
-    """A contender that fails or is out of time leaves why, and the others go on."""
+    """Records the reason if a contender fails or runs out of time, so that the others can continue."""
     try:
         yield
     except (Failed, OutOfTime) as error:
@@ -111,7 +115,7 @@ def reason(figures: dict[str, dict[str, Any]], name: str) -> Any:
 
 
 def measure_phase(bench: Bench, name: str) -> dict[str, Any]:
-    """Images/s, MFU, memory and compile seconds of a phase's training step."""
+    """Measures images/s, MFU, memory and compile seconds of a phase's training step."""
     pixels, mask_ratio, microbatch = PHASES[name]
     setting = bench.setting(pixels, mask_ratio, STEP_IMAGES, microbatch)
     figures = bench.compete("Training", setting)
@@ -125,7 +129,7 @@ def measure_phase(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def measure_sampler(bench: Bench) -> dict[str, Any]:
-    """Images/s of Heun's sampler under guidance, to latents, at 512 px."""
+    """Measures images/s of Heun's sampler with guidance at 512 px, without decoding."""
     setting = bench.setting(512, 0.0, SAMPLED_IMAGES)
     figures = bench.compete("Sampling", setting)
     for row in figures.values():
@@ -135,15 +139,18 @@ def measure_sampler(bench: Bench) -> dict[str, Any]:
 
 
 def measure_layers(bench: Bench) -> dict[str, Any]:
-    """Milliseconds of the experts and of the token drop, forward and backward: gathers against one-hot products."""
+    """Measures milliseconds of expert layers and token dropping, forward and backward.
+
+    micro_dit dispatches with gathers, the twin with one-hot products.
+    """
     setting = bench.setting(512, 0.75, LAYER_IMAGES)
     return {"pixels": 512, "batch": setting.batch_size} | bench.compete("Layers", setting)
 
 
 def measure_loader(bench: Bench) -> dict[str, Any]:
-    """benchmarks/loader.py's medians."""
+    """Runs benchmarks/loader.py and returns its medians."""
     if importlib.util.find_spec("streaming") is None:
-        raise Failed("mosaicml-streaming is not installed; see benchmarks/loader.py")
+        raise Failed("mosaicml-streaming is not installed; see benchmarks/loader.py.")
     small = ["--records=64", "--batch_size=8", "--images=64", "--turns=1", "--workers", "1"]
     size = small if bench.dry_run else ["--turns=2", "--cores=8", "--workers", "4", "8"]
     with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +162,7 @@ def measure_loader(bench: Bench) -> dict[str, Any]:
                 timeout=max(bench.deadline - time.monotonic(), 1),
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise OutOfTime("the loader was not done in time") from None
+            raise OutOfTime("The loader benchmark did not finish in time.") from None
         if done.returncode:
             raise Failed(done.stderr.strip().splitlines()[-1])
         return json.loads(path.read_text())["medians"]
@@ -169,7 +176,7 @@ def measure_part(bench: Bench, part: str) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The figures as lines of text."""
+    """Formats the results as a table."""
     parts = results["parts"]
     lines = ["part     px  mask  contender  images/s    MFU  peak GB  microbatch  compile s  warm s  ours/twin"]
     for name in (*PHASES, "sampler"):
@@ -195,18 +202,18 @@ def table(results: Mapping[str, Any]) -> str:
             lines.append(f"{figure.removesuffix('_ms').replace('_', ' ')}, forward and backward: {', '.join(found)}")
     for who, row in parts.get("loader", {}).items():
         lines.append(f"loader, {who}: {row['images/s']:,.0f} images/s")
-    lines += [f"left out: {part}: {why}" for part, why in results["left_out"].items()]
+    lines += [f"skipped: {part}: {why}" for part, why in results["left_out"].items()]
     return "\n".join(lines)
 
 
 def ratio_of(row: Mapping[str, Any]) -> float | None:
-    """Images/s of micro_dit over the twin's, where there are both."""
+    """Returns the ratio of micro_dit's images/s to the twin's, or None if either is missing."""
     speeds = [row.get(who, {}).get("images_per_s") for who in (OURS, TWIN)]
     return speeds[0] / speeds[1] if all(speeds) else None
 
 
 def hello(bench: Bench) -> str:
-    """The GPU's name, asked of the contenders; those that can't take part are noted in `bench.absent`."""
+    """Returns the GPU's name, and records contenders that cannot run in `bench.absent`."""
     devices: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as cache, contextlib.ExitStack() as stack:
         setting = bench.setting(256, 0.0, 1)
@@ -223,29 +230,29 @@ def hello(bench: Bench) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=ORDER, default=ORDER, help="what to measure, in this order")
-    parser.add_argument("--budget", type=float, default=460.0, help="seconds for all of it")
-    parser.add_argument("--json", type=Path, help="file for the figures; by default runs/bench_gpu.json")
-    parser.add_argument("--go_on", action="store_true", help="keeps what that file holds and measures the rest")
-    parser.add_argument("--dry_run", action="store_true", help="a tiny network on the CPU; the figures mean nothing")
-    parser.add_argument("--eager", action="store_true", help="runs the twin without torch.compile")
+    parser.add_argument("--parts", nargs="+", choices=ORDER, default=ORDER, help="parts to measure, in this order")
+    parser.add_argument("--budget", type=float, default=460.0, help="time budget in seconds")
+    parser.add_argument("--json", type=Path, help="file for the results; by default runs/bench_gpu.json")
+    parser.add_argument("--resume", action="store_true", help="keep the results in that file and measure the rest")
+    parser.add_argument("--dry_run", action="store_true", help="test the program with a tiny network on the CPU")
+    parser.add_argument("--eager", action="store_true", help="run the twin without torch.compile")
     options = parser.parse_args(argv)
     options.json = options.json or Path("runs", "bench_gpu.json")
 
-    if options.dry_run:  # optimizing machine code would take most of the time
+    if options.dry_run:  # otherwise code optimization would take most of the time
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     contenders = [OURS, TWIN] if twin_is_there() else [OURS]
-    compiled = not (options.eager or options.dry_run)  # its C++ for a CPU would take minutes
+    compiled = not (options.eager or options.dry_run)  # compiling C++ for a CPU takes minutes
     bench = Bench(time.monotonic() + options.budget, contenders, options.dry_run, compiled)
     machine, device = describe_machine(), hello(bench)
     if OURS in bench.absent:
         print(f"skipped: {bench.absent[OURS]}")
         return 0
     if TWIN in bench.absent:
-        print(f"the PyTorch twin is left out: {bench.absent[TWIN]}")
+        print(f"Skipping the PyTorch twin: {bench.absent[TWIN]}")
         bench.contenders.remove(TWIN)
     results: dict[str, Any] = {"parts": {}}
-    if options.go_on and options.json.exists():
+    if options.resume and options.json.exists():
         results["parts"] = json.loads(options.json.read_text())["parts"]
     results |= {"machine": machine, "device": device, "dry_run": options.dry_run}
     results["left_out"] = {}
@@ -256,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         try:
             if bench.deadline - started < ENOUGH:
-                raise OutOfTime("no time was left of the budget")
+                raise OutOfTime("The time budget is used up.")
             figures = measure_part(bench, part)
             results["parts"][part] = figures
             rows = {who: figures.get(who, {}) for who in bench.contenders}
@@ -268,22 +275,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
     print("\n" + table(results))
     if results["left_out"]:
-        print(f"the same command with --go_on measures what was left out; {options.json} keeps what is there")
+        print(
+            f"To measure the skipped parts, run the same command with --resume. It keeps the results in {options.json}."
+        )
     return 0
 
 
 def whole(figures: Mapping[str, Any], bench: Bench) -> bool:
-    """Whether nothing of a part's figures is missing."""
+    """Returns whether a part has results of all contenders."""
     rows = [figures.get(name) for name in bench.contenders] if OURS in figures else list(figures.values())
     return bool(rows) and all(row and "failed" not in row for row in rows)
 
 
 def summary(results: Mapping[str, Any], part: str) -> str:
-    """A part's figures in a line."""
+    """Formats the results of a part as one line."""
     rows = {who: results["parts"].get(part, {}).get(who, {}) for who in (OURS, TWIN)}
     found = [f"{who} {row['images_per_s']:.2f} images/s" for who, row in rows.items() if "images_per_s" in row]
     if part in results["left_out"]:
-        found.append(f"left out: {results['left_out'][part]}")
+        found.append(f"skipped: {results['left_out'][part]}")
     return ", ".join(found) or "done"
 
 

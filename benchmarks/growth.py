@@ -1,11 +1,12 @@
-"""How a training step grows with tokens, masking, batch and experts: seconds beside the FLOPs counted by hand.
+"""Measures how the cost of a training step scales with tokens, masking, batch size and experts.
 
     python -m benchmarks.growth --plot=docs/images/growth.png       a small network on one CPU thread: minutes
-    python -m benchmarks.growth --gpu                               a wider one in bfloat16 on the first GPU
+    python -m benchmarks.growth --gpu                               a wider network in bfloat16 on the first GPU
 
-One factor is varied at a time, the others stay. Timed are loss and gradients; the timings take turns, and the medians
-are kept: CPU seconds (user and system), on a GPU wall seconds. Then some parts of the network alone, against tokens,
-with the largest array that each makes: only attention may make one that grows with the square of the tokens.
+Varies one factor at a time, and compares the time of loss and gradients with the analytical FLOPs. The settings are
+timed in turns; the results are medians of CPU seconds (user and system), or of wall seconds on a GPU. Then it measures
+single parts of the network against the number of tokens, with the largest array that each creates. Only attention may
+create one that grows with the square of the tokens.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from micro_dit.parallel.cpu import compiler_options, register_lowerings
 from micro_dit.planning.mxu_padding import matrix_products, operations
 
 CAPTION_TOKENS = 77
-SIDES = (16, 24, 32, 48, 64)  # of the grid of tokens: 256 to 4,096
+SIDES = (16, 24, 32, 48, 64)  # sides of the token grid: 256 to 4,096 tokens
 VARIED: dict[str, tuple[int, ...]] = {
     "tokens": tuple(side**2 for side in SIDES),
     "tokens, unmasked": tuple(side**2 for side in SIDES),
@@ -46,24 +47,24 @@ VARIED: dict[str, tuple[int, ...]] = {
 
 
 class Setting(NamedTuple):
-    """A point of a curve."""
+    """One measured workload."""
 
     tokens: int = 1024
-    kept: float = 0.25  # share of the tokens that masking leaves
+    kept: float = 0.25  # fraction of the tokens kept by masking
     images: int = 2
     experts: int = 8
 
 
 class Timed(NamedTuple):
-    """A compiled program with its arguments, and what was known of it before."""
+    """A compiled program with its arguments and analytical costs."""
 
     run: Callable[[], Any]
     flops: float
-    largest: float = 0.0  # bytes of the largest array that it makes; 0 if that is not asked
+    largest: float = 0.0  # bytes of the largest array that it creates; 0 if not computed
 
 
 def setting_of(factor: str, value: int) -> Setting:
-    """The setting in which one factor has a value, and the others theirs."""
+    """Returns the setting with one factor at the given value, and the others at their defaults."""
     if factor == "tokens":
         return Setting(tokens=value)
     if factor == "tokens, unmasked":
@@ -74,7 +75,7 @@ def setting_of(factor: str, value: int) -> Setting:
 
 
 def network_of(setting: Setting, width: int) -> DiTConfig:
-    """Three blocks behind a mixer of two; each has one with experts."""
+    """Returns a network with two mixer and three backbone blocks, each with one block of experts."""
     return make_config(
         "Nano", input_size=2 * math.isqrt(setting.tokens), depth=3, dim=width, patch_mixer_dim=width,
         head_dim=width // 2, caption_channels=64, num_experts=setting.experts,
@@ -82,17 +83,17 @@ def network_of(setting: Setting, width: int) -> DiTConfig:
 
 
 def flops_of(setting: Setting, width: int) -> float:
-    """Counted by hand, of loss and gradients."""
+    """Returns the analytical FLOPs of loss and gradients."""
     return setting.images * training_flops(network_of(setting, width), 1 - setting.kept, CAPTION_TOKENS)
 
 
 def position_table_of(tokens: int, width: int) -> Timed:
-    """The table that the host makes once for a network; without the cache that sees to the once."""
+    """Returns the computation of the position table on the host, without its cache."""
     return Timed(lambda: position_table.__wrapped__(width, math.isqrt(tokens), 1.0), 0.0, 4.0 * tokens * width)
 
 
 def step_of(setting: Setting, width: int, dtype: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Loss and gradients of the network, its masking included; and abstract arguments."""
+    """Returns the loss and gradients of the network, including masking, and abstract arguments."""
     network, images = network_of(setting, width), setting.images
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -108,10 +109,10 @@ def step_of(setting: Setting, width: int, dtype: str) -> tuple[Callable[..., Any
 
 
 def parts_of(width: int, dtype: str) -> dict[str, Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]]:
-    """Forward and backward of what in the network sees all tokens, by number of tokens; and abstract arguments."""
+    """Returns, by name, functions from a number of tokens to a part's forward and backward pass with its arguments."""
     layer: dict[str, Any] = dict(out_std=0.02, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     experts = ExpertChoiceFFN(width, 4 * width, experts=8, capacity=2.0, **layer)
-    routing = ExpertChoiceFFN(width, 1, experts=8, capacity=2.0, **layer)  # so narrow that their products cost nothing
+    routing = ExpertChoiceFFN(width, 1, experts=8, capacity=2.0, **layer)  # width 1, so that the products have no cost
     dense = SwiGLU(width, 4 * width, use_bias=False, **layer)
 
     def drop_and_restore(x: jax.Array) -> jax.Array:
@@ -120,7 +121,7 @@ def parts_of(width: int, dtype: str) -> dict[str, Callable[[int], tuple[Callable
         return restore_tokens(drop_tokens(x, mask) * 2, mask)
 
     def part(function: Callable[..., jax.Array], *lengths: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The gradient with respect to inputs (2, length, width)."""
+        """Returns the gradient with respect to inputs (2, length, width), and abstract inputs."""
 
         def loss(*inputs: jax.Array) -> jax.Array:
             return jnp.sum(function(*inputs).astype(jnp.float32) ** 2)
@@ -140,7 +141,7 @@ def parts_of(width: int, dtype: str) -> dict[str, Callable[[int], tuple[Callable
 
 
 def cost(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[float, float]:
-    """FLOPs of a function's matrix products, and bytes of the largest array that it makes, before any compiler."""
+    """Returns FLOPs of the matrix products, and bytes of the largest array, in a function before compilation."""
     traced = jax.make_jaxpr(function)(*arguments)
     made = (variable.aval for operation, _ in operations(traced) for variable in operation.outvars)
     sizes = (math.prod(array.shape) * array.dtype.itemsize for array in made)
@@ -148,7 +149,7 @@ def cost(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[float,
 
 
 def prepare(function: Callable[..., Any], arguments: Sequence[Any], flops: float = 0.0) -> Timed:
-    """Compiles a function and fills its arguments with noise; if its FLOPs are not given, its cost is counted."""
+    """Compiles a function with random arguments; counts its cost if `flops` is not given."""
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(arguments))))
     filled = jax.tree.map(lambda leaf: 0.05 * jax.random.normal(next(keys), leaf.shape, leaf.dtype), arguments)
     register_lowerings()
@@ -158,12 +159,12 @@ def prepare(function: Callable[..., Any], arguments: Sequence[Any], flops: float
 
 
 def medians(timed: Sequence[Timed], turns: int, clock: Callable[[], float]) -> list[float]:
-    """Seconds of each, after a run that does not count."""
+    """Returns the median seconds of each program, after a warm-up run."""
     seconds: list[list[float]] = [[] for _ in timed]
     for turn in range(turns + 1):
         for program, taken in zip(timed, seconds, strict=True):
             runs, started = 0, clock()
-            while not runs or (turn and clock() - started < 0.05):  # what is short is run several times
+            while not runs or (turn and clock() - started < 0.05):  # short programs run several times
                 jax.block_until_ready(program.run())
                 runs += 1
             if turn:
@@ -172,13 +173,13 @@ def medians(timed: Sequence[Timed], turns: int, clock: Callable[[], float]) -> l
 
 
 def exponents(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
-    """Slopes between neighbors in a plot with two logarithmic axes; zeros have none."""
+    """Returns the slopes between neighboring points in a log-log plot; NaN where a value is zero."""
     pairs = zip(xs, xs[1:], ys, ys[1:], strict=False)
     return [math.log(y2 / y1) / math.log(x2 / x1) if y1 and y2 else math.nan for x1, x2, y1, y2 in pairs]
 
 
 def curve(factor: str, values: Sequence[float], timed: Sequence[Timed], seconds: Sequence[float]) -> dict[str, Any]:
-    """One thing timed at several values of a factor, with the slopes between them."""
+    """Returns measurements at several values of a factor, with the slopes between them."""
     found: dict[str, Any] = {"factor": factor, "values": list(values), "seconds": list(seconds)}
     for name in ("flops", "largest"):
         found[name] = [getattr(program, name) for program in timed]
@@ -187,7 +188,7 @@ def curve(factor: str, values: Sequence[float], timed: Sequence[Timed], seconds:
 
 
 def table(curves: Sequence[Mapping[str, Any]]) -> str:
-    """Figures by factor, and behind each the slope on the way to it."""
+    """Formats the measurements by factor, each followed by the slope from the previous value."""
     columns = (("seconds", 1e3, 10), ("flops", 1e-9, 10), ("largest", 1e-6, 12))
     lines = [f"{'':32}{'':>7}{'ms':>10}{'slope':>7}{'GFLOP':>10}{'slope':>7}{'largest MB':>12}{'slope':>7}"]
     for found in curves:
@@ -202,7 +203,7 @@ def table(curves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plot(steps: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str, Any]], path: Path, seconds: str) -> None:
-    """The step by factor, with dashes where FLOPs alone would put it, then its parts by tokens; a .png file."""
+    """Plots the step by factor, with the time predicted from FLOPs dashed, and its parts by tokens, to a .png file."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -227,27 +228,27 @@ def plot(steps: Sequence[Mapping[str, Any]], alone: Sequence[Mapping[str, Any]],
             panel.set_ylim(bottom / 3, top * (100 if panel is by_part else 3))  # room for the legend
             panel.legend(fontsize=7, loc="upper left")
         tokens.set_ylabel(f"{seconds} of loss and gradients")
-        tokens.set_xlabel("tokens; dashed: the FLOPs, scaled to the last point")
-        factors.set_xlabel("tokens left, images or experts")
-        by_part.set_xlabel("tokens; forward and backward of a part alone")
+        tokens.set_xlabel("tokens; dashed: FLOPs, scaled to the last point")
+        factors.set_xlabel("kept tokens, images or experts")
+        by_part.set_xlabel("tokens; forward and backward of a single part")
         figure.savefig(path, facecolor=PAPER)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Times loss and gradients against tokens, masking, batch, experts.")
-    parser.add_argument("--gpu", action="store_true", help="a wide network in bfloat16 on the first GPU")
-    parser.add_argument("--turns", type=int, default=5, help="timings of each; the median is kept")
-    parser.add_argument("--largest", type=int, default=4096, help="most tokens")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--plot", type=Path, help="a .png file")
+    parser.add_argument("--gpu", action="store_true", help="time a wide network in bfloat16 on the first GPU")
+    parser.add_argument("--turns", type=int, default=5, help="timings of each setting; the median is used")
+    parser.add_argument("--largest", type=int, default=4096, help="maximum number of tokens")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--plot", type=Path, help="file for the plot (.png)")
     arguments = parser.parse_args()
 
     if arguments.gpu and jax.default_backend() != "gpu":
-        print(f"skipped: JAX finds no GPU here, only {jax.devices()[0].device_kind}; see requirements.txt.")
+        print(f"Skipped: JAX found no GPU, only {jax.devices()[0].device_kind}. See requirements.txt.")
         return 0
     if not arguments.gpu:
         jax.config.update("jax_platforms", "cpu")
-        if hasattr(os, "sched_setaffinity"):  # before JAX makes its threads
+        if hasattr(os, "sched_setaffinity"):  # before JAX starts its threads
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     width, dtype = (1024, "bfloat16") if arguments.gpu else (128, "float32")
     clock, seconds = (time.monotonic, "seconds") if arguments.gpu else (time.process_time, "CPU seconds")
@@ -266,7 +267,7 @@ def main() -> int:
         at = [setting_of(factor, value) for value in values]
         steps.append(curve(factor, values, [by_setting[setting] for setting in at], [taken[setting] for setting in at]))
     print(table(steps), flush=True)
-    by_setting.clear()  # what they hold of memory
+    by_setting.clear()  # frees the programs' memory
 
     tokens = varied["tokens"]
     by_part = {name: [prepare(*part(N)) for N in tokens] for name, part in parts_of(width, dtype).items()}

@@ -1,4 +1,4 @@
-"""micro_dit as a contender: training steps, sampling, and parts of the network alone. See benchmarks/contenders.py."""
+"""micro_dit as a contender: training steps, sampling and single layers. See benchmarks/contenders.py."""
 
 import abc
 import functools
@@ -29,27 +29,27 @@ from micro_dit.training.step import make_train_step
 
 
 class Device:
-    """Where the programs run, and the shapes of what they are given."""
+    """The device of the programs, and the shapes of their inputs."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.network = setting, setting.network()
         try:
             self.device = jax.devices()[0]
-        except RuntimeError as error:  # a driver that is there in part
-            raise UserError(f"JAX can't use the GPU: {error}") from None
+        except RuntimeError as error:  # for example an incomplete driver
+            raise UserError(f"JAX cannot use the GPU: {error}") from None
         if setting.gpu and self.device.platform != "gpu":
-            raise UserError(f"JAX finds no GPU here, only {self.device.device_kind}; see requirements.txt")
+            raise UserError(f"JAX found no GPU, only {self.device.device_kind}. See requirements.txt.")
         B, side, L = setting.batch_size, self.network.input_size, setting.caption_tokens
         self.latents = (B, side, side, self.network.in_channels)
         self.captions = (B, L, self.network.caption_channels)
 
     def hello(self) -> dict[str, Any]:
-        """The name of the device."""
+        """Returns the name of the device."""
         return {"device": self.device.device_kind}
 
 
 class Job(Device, abc.ABC):
-    """A program that is compiled, and then run as often as asked for."""
+    """A program that is compiled once and then run repeatedly."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -57,7 +57,7 @@ class Job(Device, abc.ABC):
         self.arguments: Any = None
 
     def prepare(self) -> dict[str, Any]:
-        """Compiles, on a GPU a second time from the persistent cache; nothing else is on the device until it is run."""
+        """Compiles the program, and on a GPU a second time from the persistent cache; allocates no arguments yet."""
         answer = self.hello() | self.compile()
         memory = self.program.memory_analysis()
         answer["needed_gb"] = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9
@@ -72,7 +72,7 @@ class Job(Device, abc.ABC):
         return {"compile_s": time.monotonic() - started, "compile_cpu_s": cpu_seconds() - cpu}
 
     def run(self, times: int) -> dict[str, Any]:
-        """Seconds of one of `times` runs, and the peak of memory so far; the first call warms up."""
+        """Returns seconds per run, averaged over `times` runs, and peak memory so far; the first call also warms up."""
         if self.arguments is None:
             self.arguments = self.make_arguments()
             jax.block_until_ready(self.once())
@@ -85,21 +85,21 @@ class Job(Device, abc.ABC):
 
     @abc.abstractmethod
     def lower(self) -> Any:
-        """The program, traced."""
+        """Returns the lowered program."""
 
     @abc.abstractmethod
     def make_arguments(self) -> Any:
-        """Its arguments, on the device."""
+        """Returns the program's arguments, on the device."""
 
     def once(self) -> Any:
         return self.program(*self.arguments)
 
 
 class Training(Job):
-    """The training step of micro_dit/training/step.py, without EMA, with the largest microbatch that fits."""
+    """The training step of micro_dit/training/step.py without EMA, with the largest microbatch that fits."""
 
     def __init__(self, setting: Setting) -> None:
-        keep_memory()  # as training does
+        keep_memory()  # as in training
         register_lowerings()
         super().__init__(setting)
         self.microbatch = setting.microbatch or setting.batch_size
@@ -116,7 +116,9 @@ class Training(Job):
         limit = (self.device.memory_stats() or {}).get("bytes_limit", float("inf")) / 1e9
         while answer["needed_gb"] > limit:
             if self.microbatch == 1:
-                raise UserError(f"a step needs {answer['needed_gb']:.0f} GB even image by image; there are {limit:.0f}")
+                raise UserError(
+                    f"With a microbatch of 1, a step needs {answer['needed_gb']:.0f} GB; the device has {limit:.0f} GB."
+                )
             self.microbatch //= 2
             answer = super().prepare()
         return answer | {"microbatch": self.microbatch}
@@ -138,12 +140,12 @@ class Training(Job):
         return [state, {name: jax.device_put(a.astype(np.float16)) for name, a in batch.items()}, jax.random.key(0)]
 
     def once(self) -> Any:
-        self.arguments[0], metrics = self.program(*self.arguments)  # the state was donated
+        self.arguments[0], metrics = self.program(*self.arguments)  # the old state was donated
         return self.arguments[0], metrics
 
 
 class Sampling(Job):
-    """Heun's sampler under guidance: latents of a batch. The program is a call of the denoiser."""
+    """Heun's sampler with guidance, without decoding; the compiled program is one call of the denoiser."""
 
     def lower(self) -> Any:
         def denoise(params: Any, x: jax.Array, sigma: jax.Array, y: jax.Array) -> jax.Array:
@@ -164,14 +166,14 @@ class Sampling(Job):
 
 
 class Layers(Device):
-    """Parts of the network alone, forward and backward, on all tokens."""
+    """Single layers of the network, forward and backward, on all tokens."""
 
     def prepare(self) -> dict[str, Any]:
         self.programs = {name: (jax.jit(function), arguments) for name, (function, arguments) in self.make().items()}
         return self.hello()
 
     def run(self, times: int) -> dict[str, Any]:
-        """Milliseconds of each."""
+        """Returns the milliseconds of each layer."""
         answer = {}
         for name, (function, arguments) in self.programs.items():
             jax.block_until_ready(function(*arguments))
@@ -208,7 +210,7 @@ class Layers(Device):
 
 
 def with_gradients(function: Callable[..., jax.Array], of: tuple[int, ...]) -> Callable[..., Any]:
-    """The gradients, of some arguments, of the mean square of what a function returns."""
+    """Returns the gradient function of the mean square of a function's result, for the arguments in `of`."""
 
     def mean_square(*arguments: Any) -> jax.Array:
         return jnp.mean(jnp.square(function(*arguments).astype(jnp.float32)))
@@ -217,7 +219,7 @@ def with_gradients(function: Callable[..., jax.Array], of: tuple[int, ...]) -> C
 
 
 def random_params(network: Any) -> dict[str, jax.Array]:
-    """Norms of one, all else of about 0.02: to be had at once, while drawing and compiling XL's takes long."""
+    """Returns norm scales of 1 and other parameters of about 0.02; much faster than the initialization of XL."""
     params = {}
     for name, leaf in abstract_params(network).items():
         value = np.ones(leaf.shape, np.float32) if name.endswith("scale") else 0.02 * random_array(leaf.shape)
@@ -231,12 +233,12 @@ def _normals() -> np.ndarray:
 
 
 def random_array(shape: tuple[int, ...]) -> np.ndarray:
-    """Unit normals, float32, that repeat after a while."""
+    """Returns float32 samples of a unit normal distribution that repeat after 2^20 - 3 entries."""
     return np.resize(_normals(), shape)
 
 
 def peak_bytes(device: Any) -> int:
-    """Peak memory so far: of the device where it counts it, else of this process."""
+    """Returns the peak memory of the device, or of this process if the device does not report it."""
     in_use = (device.memory_stats() or {}).get("peak_bytes_in_use")
     if in_use is not None:
         return in_use

@@ -1,16 +1,16 @@
-"""Times the loader of micro_dit/data/pipeline.py against mosaicml-streaming on the same records.
+"""Compares the loader of micro_dit/data/pipeline.py with mosaicml-streaming on the same records.
 
-    pip install --no-deps mosaicml-streaming torchvision; pip install zstandard    and what its import still asks for
-    python -m benchmarks.loader                    a minute, and 700 MB in a temporary folder
-    python -m benchmarks.loader --json=PATH        also writes the figures to a file
+    pip install --no-deps mosaicml-streaming torchvision; pip install zstandard    and other packages that it imports
+    python -m benchmarks.loader                    takes a minute, and 700 MB in a temporary folder
+    python -m benchmarks.loader --json=PATH        also writes the results to a file
 
-(mosaicml-streaming asks for older versions of numpy and transformers, hence `--no-deps`.)
+(mosaicml-streaming requires older versions of numpy and transformers, hence `--no-deps`.)
 
-A record is what the paper trains on in its first phase: 4×32×32 latents and 77×1024 caption channels in float16,
-166 kB. Both formats hold the same records, uncompressed, and in the page cache, as after the first epoch on a machine
-with enough memory: this times the loaders, not the disk. Each loader shuffles and makes batches in host memory; they
-take turns, each turn in a process of its own on the same cores, and the medians are kept. CPU seconds count the workers
-too; on a machine that others use as well, they mean more than the wall seconds.
+A record is that of the paper's first phase: 4×32×32 latents and 77×1024 caption channels in float16, 166 kB. Both
+formats store the same records without compression. They are in the page cache, as after the first epoch on a machine
+with enough memory, so this measures the loaders and not the disk. Each loader shuffles and returns batches in host
+memory. The loaders take turns, each turn in a separate process on the same cores, and the results are medians. CPU
+seconds include the worker processes; on a shared machine they are more reliable than wall seconds.
 """
 
 import argparse
@@ -30,12 +30,12 @@ import numpy as np
 
 RESOLUTION, LATENT, CAPTION = 256, (4, 32, 32), (77, 1024)
 RECORD_BYTES = 2 * (4 * 32 * 32 + 77 * 1024)
-NEEDED = 1_700  # images/s that a GPU at 45% of its peak takes in the paper's first phase
+NEEDED = 1_700  # images/s that a GPU at 45% of its peak consumes in the paper's first phase
 FILES = 4
 
 
 def write_records(folder: Path, records: int) -> None:
-    """The same random records as our shards and as MDS, each in a few files of the same number of records."""
+    """Writes the same random records as micro_dit's shards and as MDS, each split evenly into FILES files."""
     from streaming import MDSWriter
 
     from micro_dit.data.shard_writer import ShardFileWriter, latent_statistics, shard_name, write_manifest
@@ -72,14 +72,14 @@ def write_records(folder: Path, records: int) -> None:
 
 
 def our_batches(folder: Path, batch_size: int) -> Iterator[Mapping[str, Any]]:
-    """An endless iterator over our shards."""
+    """Returns an endless iterator over micro_dit's shards."""
     from micro_dit.data.pipeline import make_train_iterator
 
     return make_train_iterator(folder / "ours", "train", RESOLUTION, batch_size, seed=0)
 
 
 def their_batches(folder: Path, batch_size: int, workers: int, images: int) -> Iterator[Mapping[str, Any]]:
-    """An iterator over the MDS shards as the public release reads them; one epoch is long enough for a whole turn."""
+    """Returns an iterator over one epoch of `images` images of the MDS shards, read as in the public release."""
     import torch
     from streaming import StreamingDataset
 
@@ -98,7 +98,7 @@ def their_batches(folder: Path, batch_size: int, workers: int, images: int) -> I
 
 
 def turn(batches: Iterator[Mapping[str, Any]], batch_size: int, warm_up: int, images: int) -> dict[str, float]:
-    """Figures of one turn; the first `warm_up` images, with the start of workers, are not timed."""
+    """Measures one turn; the first `warm_up` images, which include the start of workers, are not timed."""
     for _ in range(warm_up // batch_size):
         next(batches)
     started, cpu_started = time.perf_counter(), cpu_seconds()
@@ -111,7 +111,7 @@ def turn(batches: Iterator[Mapping[str, Any]], batch_size: int, warm_up: int, im
 
 
 def cpu_seconds() -> float:
-    """Of this process and its living children."""
+    """Returns CPU seconds of this process and its running child processes."""
     ticks = 0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -120,33 +120,37 @@ def cpu_seconds() -> float:
 
 
 def one_turn(who: str, folder: Path, batch_size: int, images: int) -> dict[str, float]:
-    """Figures of 'ours', or of 'theirs-N' with N workers."""
+    """Measures a turn of 'ours', or of 'theirs-N' with N workers."""
     warm_up = 2_048
     if who == "ours":
         return turn(our_batches(folder, batch_size), batch_size, warm_up, images)
     workers = int(who.removeprefix("theirs-"))
-    epoch = warm_up + images + 4 * workers * batch_size  # no epoch ends within the turn
+    epoch = warm_up + images + 4 * workers * batch_size  # longer than the turn
     return turn(their_batches(folder, batch_size, workers, epoch), batch_size, warm_up, images)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Takes the turns and prints medians and ratios."""
+    """Runs the turns, and prints medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=2_000)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--images", type=int, default=20_000, help="images of a turn, besides 2,048 to warm up")
+    parser.add_argument("--images", type=int, default=20_000, help="images per turn, after 2,048 for the warm-up")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--workers", type=int, nargs="+", default=[2, 4], help="processes of the torch DataLoader")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[2, 4], help="numbers of processes of the torch DataLoader"
+    )
     parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument("--turn", nargs=2, metavar=("WHO", "FOLDER"), help=argparse.SUPPRESS)  # the parent's call
+    parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument(
+        "--turn", nargs=2, metavar=("WHO", "FOLDER"), help=argparse.SUPPRESS
+    )  # used for child processes
     options = parser.parse_args(argv)
     if options.turn:
         who, folder = options.turn
         print(json.dumps(one_turn(who, Path(folder), options.batch_size, options.images)))
         return
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # children inherit it
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # inherited by child processes
     figures: dict[str, list[dict[str, float]]] = {"ours": [], **{f"theirs-{n}": [] for n in options.workers}}
     settings = [f"--batch_size={options.batch_size}", f"--images={options.images}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -163,10 +167,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for who, row in medians.items():
         name = "micro_dit" if who == "ours" else f"streaming, {who.removeprefix('theirs-')} workers"
         figures_of = f"{row['images/s']:7,.0f} images/s{row['MB/s']:6,.0f} MB/s{row['CPU-ms/image']:6.2f} CPU-ms/image"
-        print(f"{name:21}{figures_of}; {NEEDED:,} images/s take {NEEDED * row['CPU-ms/image'] / 1000:.1f} cores")
+        print(f"{name:21}{figures_of}; {NEEDED:,} images/s need {NEEDED * row['CPU-ms/image'] / 1000:.1f} cores")
     best = max((row for who, row in medians.items() if who != "ours"), key=lambda row: row["images/s"])
     wall, cpu = medians["ours"]["images/s"] / best["images/s"], best["CPU-ms/image"] / medians["ours"]["CPU-ms/image"]
-    print(f"{wall:.2f} times as fast by the clock as streaming at its best, {cpu:.2f} times by CPU seconds")
+    print(f"{wall:.2f}× as fast as the best streaming setting in wall time, {cpu:.2f}× in CPU time")
     if options.json:
         Path(options.json).write_text(json.dumps({"medians": medians, "turns": figures}, indent=2) + "\n")
 

@@ -1,13 +1,13 @@
-"""Times the stages of micro_dit/data/preparation one by one, so that the slowest shows.
+"""Times each stage of micro_dit/data/preparation separately, to find the slowest.
 
-    python -m benchmarks.precompute                      the embedded encoders at 256 px, decoding on two CPU cores
+    python -m benchmarks.precompute                      the included encoders at 256 px, decoding on two CPU cores
     python -m benchmarks.precompute --resolutions 256 512 --vae=stabilityai/stable-diffusion-xl-base-1.0 \\
         --text_encoder=apple/DFN5B-CLIP-ViT-H-14-378 --dtype=bfloat16 --batch=64 --workers=16
-    python -m benchmarks.precompute --json=PATH          also writes the figures to a file
+    python -m benchmarks.precompute --json=PATH          also writes the results to a file
 
-The images are photograph-like JPEG files of 640×480 pixels with a caption beside them, made for the purpose. In
-production all stages work at the same time: the whole is as fast as the slowest of them where each has cores of its
-own, and the CPU seconds add up where they share.
+The images are generated, photograph-like JPEG files of 640×480 pixels, each with a caption. In production all stages
+run at the same time. If each has separate cores, the slowest stage determines the throughput; on shared cores, the CPU
+seconds add up.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CAPTION = "A photograph of a small red boat on a calm lake in front of snowy mou
 
 
 def make_folder(folder: Path, images: int) -> None:
-    """JPEG files that take about as long to decode as photographs, and their captions."""
+    """Writes JPEG files that take about as long to decode as photographs, and their captions."""
     generator = np.random.default_rng(0)
     for number in range(images):
         coarse = Image.fromarray(generator.integers(0, 256, (HEIGHT // 16, WIDTH // 16, 3), np.uint8))
@@ -50,7 +50,7 @@ def make_folder(folder: Path, images: int) -> None:
 
 
 def timed(stage: str, images: int, work: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
-    """A row of figures, and what the work returned. CPU seconds leave out those of decoding processes."""
+    """Runs a stage; returns its row of the table and its result. CPU seconds exclude decoding processes."""
     started, cpu = time.monotonic(), time.process_time()
     result = work()
     wall, cpu = time.monotonic() - started, time.process_time() - cpu
@@ -59,12 +59,12 @@ def timed(stage: str, images: int, work: Callable[[], Any]) -> tuple[dict[str, A
 
 
 def read_all(source: Source) -> list[Example]:
-    """Every example of the split 'train'."""
+    """Reads all examples of the split 'train'."""
     return [item for part in source.parts("train") for item in part if isinstance(item, Example)]
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times each stage alone, in the order of the pipeline, and then the whole."""
+    """Times each stage separately, in the order of the pipeline, and then all of them together."""
     sides, size, images = tuple(sorted(arguments.resolutions)), arguments.batch, arguments.images
     settings = PreparationSettings(
         f"folder:{folder}", sides, arguments.vae, arguments.text_encoder, clean_captions=arguments.clean_captions,
@@ -80,7 +80,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     prepare = partial(prepare_example, resolutions=sides, minimum_side=min(sides), clean=settings.clean_captions)
     with Decoders(arguments.workers) as decoders:
         items = [(None, (example.image, example.captions)) for example in examples]
-        list(decoders.map(prepare, items[: 2 * arguments.workers], 2 * size))  # the processes start meanwhile
+        list(decoders.map(prepare, items[: 2 * arguments.workers], 2 * size))  # starts the processes
         row, decoded = timed("decode and crop", images, lambda: [r for _, r in decoders.map(prepare, items, 2 * size)])
     rows.append(row)
 
@@ -123,13 +123,13 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as out:
         whole = partial(make_shards, settings, f"{out}/shards", workers=arguments.workers, report=lines.append)
-        row, _ = timed("all, start included", images, whole)
+        row, _ = timed("all, including start", images, whole)
     rows.append(row | {"report": lines})
     return rows
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """The figures as lines of text."""
+    """Formats the results as a table."""
     lines = ["stage                     images/s   s/1000 images  CPU s/1000 images"]
     for row in rows:
         per_thousand = 1000 / row["images"]
@@ -141,7 +141,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def describe_machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where and with what the figures came about."""
+    """Returns the hardware, load, package versions and arguments of the benchmark."""
     return {
         "date": datetime.date.today().isoformat(),
         "devices": [device.device_kind for device in jax.local_devices()],
@@ -158,11 +158,11 @@ def main() -> int:
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256])
     parser.add_argument("--vae", default="openmoji_vae")
     parser.add_argument("--text_encoder", default="minilm")
-    parser.add_argument("--dtype", default="float32", help="of the encoders' matrix products")
+    parser.add_argument("--dtype", default="float32", help="dtype of the encoders' matrix products")
     parser.add_argument("--batch", type=int, default=32, help="images encoded at once")
-    parser.add_argument("--workers", type=int, default=2, help="decoding processes")
+    parser.add_argument("--workers", type=int, default=2, help="number of decoding processes")
     parser.add_argument("--clean_captions", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file for the results")
     arguments = parser.parse_args()
 
     machine = describe_machine(arguments)

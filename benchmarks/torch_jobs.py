@@ -1,4 +1,4 @@
-"""The PyTorch twin as a contender: training steps, sampling, and parts of the network. See benchmarks/contenders.py."""
+"""The PyTorch twin as a contender: training steps, sampling and single layers. See benchmarks/contenders.py."""
 
 import abc
 import resource
@@ -16,15 +16,15 @@ from micro_dit.errors import UserError
 
 
 class Device:
-    """Where the twin runs, and what it is given."""
+    """The device of the twin, and its inputs."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.network = setting, setting.network()
         if setting.gpu and not torch.cuda.is_available():
-            raise UserError(f"torch {torch.__version__} finds no GPU: install its CUDA build, see pytorch.org")
+            raise UserError(f"torch {torch.__version__} found no GPU. Install its CUDA build, see pytorch.org.")
         self.device = torch.device("cuda" if setting.gpu else "cpu")
         if setting.gpu:
-            torch.set_float32_matmul_precision("high")  # as JAX does by default
+            torch.set_float32_matmul_precision("high")  # JAX's default
             torch.cuda.set_per_process_memory_fraction(0.9)
         torch.manual_seed(0)
         B, side, L = setting.batch_size, self.network.input_size, setting.caption_tokens
@@ -32,7 +32,7 @@ class Device:
         self.y = torch.randn(B, L, self.network.caption_channels, device=self.device)
 
     def hello(self) -> dict[str, Any]:
-        """The name of the device."""
+        """Returns the name of the device."""
         return {"device": torch.cuda.get_device_name() if self.setting.gpu else "cpu"}
 
     def wait(self) -> None:
@@ -41,17 +41,17 @@ class Device:
 
 
 class Job(Device, abc.ABC):
-    """Something that is prepared, and then run as often as asked for."""
+    """A function that is prepared once and then run repeatedly."""
 
     def prepare(self) -> dict[str, Any]:
-        """Runs once, which compiles if that was asked for."""
+        """Runs the function once, which also compiles it if `setting.compiled`."""
         started, cpu = time.monotonic(), cpu_seconds()
         self.once()
         self.wait()
         return self.hello() | {"compile_s": time.monotonic() - started, "compile_cpu_s": cpu_seconds() - cpu}
 
     def run(self, times: int) -> dict[str, Any]:
-        """Seconds of one of `times` runs, and the peak of memory, on a GPU of these runs alone."""
+        """Returns seconds per run, averaged over `times` runs, and peak memory; on a GPU, that of these runs."""
         self.wait()
         if self.setting.gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -69,11 +69,11 @@ class Job(Device, abc.ABC):
 
     @abc.abstractmethod
     def once(self) -> Tensor:
-        """Runs it, without waiting for a GPU to be done."""
+        """Runs the function once, without waiting for the GPU."""
 
 
 class Training(Job):
-    """The training step, of the largest microbatch that fits a GPU without being compiled."""
+    """The training step, with the largest microbatch that fits on the GPU without torch.compile."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -95,13 +95,13 @@ class Training(Job):
         return super().prepare() | {"microbatch": self.microbatch}
 
     def fits(self) -> bool:
-        """Tries a step of two microbatches, whose gradients add up, or of the whole batch."""
+        """Returns whether a step of two microbatches (or of the whole batch, if smaller) fits into the GPU's memory."""
         rows = slice(0, 2 * self.microbatch)
         try:
             self.make_training(compiled=False).step(self.x[rows], self.y[rows])
         except torch.OutOfMemoryError:
             if self.microbatch == 1:
-                raise UserError("the twin's step needs more memory than there is, even image by image") from None
+                raise UserError("The twin's step does not fit into GPU memory, even with a microbatch of 1.") from None
             return False
         finally:
             self.twin.zero_grad(set_to_none=True)
@@ -113,7 +113,7 @@ class Training(Job):
 
 
 class Sampling(Job):
-    """Heun's sampler under guidance."""
+    """Heun's sampler with guidance, without decoding."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -125,14 +125,14 @@ class Sampling(Job):
 
 
 class Layers(Device):
-    """Parts of the network alone, forward and backward, on all tokens."""
+    """Single layers of the network, forward and backward, on all tokens."""
 
     def prepare(self) -> dict[str, Any]:
         self.functions = self.make()
         return self.hello()
 
     def run(self, times: int) -> dict[str, Any]:
-        """Milliseconds of each."""
+        """Returns the milliseconds of each layer."""
         answer = {}
         for name, function in self.functions.items():
             function()

@@ -1,12 +1,12 @@
-"""A PyTorch twin of the network, the training step and the sampler: the yardstick of the benchmarks.
+"""A PyTorch twin of the network, the training step and the sampler: the baseline of the benchmarks.
 
-It does what the public release of MicroDiT does, in the same way: F.scaled_dot_product_attention, experts that take and
-return their tokens by products with one-hot matrices, bfloat16 autocast on a GPU, fused AdamW, torch.compile if asked
-for. Its parameters have the release's names and layouts (micro_dit/interop/torch_checkpoint.py). That it computes what
-micro_dit computes is tested in tests/benchmarks/test_torch_twin.py.
+It uses the same techniques as the public release of MicroDiT: F.scaled_dot_product_attention, expert dispatch by
+products with one-hot matrices, bfloat16 autocast on a GPU, fused AdamW and optionally torch.compile. Its parameters
+have the release's names and layouts (micro_dit/interop/torch_checkpoint.py). tests/benchmarks/test_torch_twin.py
+verifies that it computes the same results as micro_dit.
 
-B images · H W latent rows, columns · C latent channels · N tokens · K kept tokens · D backbone width · d block width ·
-w attention width · h head width · L caption tokens · Y caption channels · E experts · T tokens per expert.
+Shapes: B images · H W latent rows, columns · C latent channels · N tokens · K kept tokens · D backbone width · d block
+width · w attention width · h head width · L caption tokens · Y caption channels · E experts · T tokens per expert.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from micro_dit.models.masking import kept_tokens
 
 
 class Mask(NamedTuple):
-    """The tokens that are kept: their positions (B, K), and the rank of each position (B, N); int64."""
+    """The kept tokens: their positions (B, K), and the rank of each position (B, N); int64."""
 
     keep: Tensor
     restore: Tensor
 
 
 class Drawn(NamedTuple):
-    """What a training step is given: x and noise (B, C, H, W), y (B, L, Y), sigma (B,), float32."""
+    """The inputs of a training step, including random ones: x, noise (B, C, H, W), y (B, L, Y), sigma (B,), float32."""
 
     x: Tensor
     y: Tensor
@@ -49,12 +49,12 @@ def norm(width: int, config: DiTConfig) -> nn.LayerNorm:
 
 
 def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
-    """(B, N, d) and (B, K) → (B, K, d)."""
+    """Gathers tokens at the given positions: (B, N, d), (B, K) → (B, K, d)."""
     return torch.gather(x, 1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class Attention(nn.Module):
-    """What self- and cross-attention share: the QK-norm, without affine, over all heads together, and the product."""
+    """The common part of self- and cross-attention: QK-norm over all heads without affine parameters, and attention."""
 
     def __init__(self, dim: int, width: int, config: DiTConfig) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, dim, bias=config.use_bias)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, T, w), k and v (B, L, w) → (B, T, d)."""
+        """Computes attention of q (B, T, w) to k and v (B, L, w) → (B, T, d)."""
         q, k = (F.layer_norm(a, a.shape[-1:], eps=self.eps).to(v.dtype) for a in (q, k))
         q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))  # (B, heads, ·, h)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -99,7 +99,7 @@ class SwiGLU(nn.Module):
 
 
 class ExpertChoice(nn.Module):
-    """Experts that choose their tokens, dispatched by one-hot products: (B, N, d) → (B, N, d)."""
+    """An expert-choice layer with dispatch by one-hot products: (B, N, d) → (B, N, d)."""
 
     def __init__(self, dim: int, hidden: int, config: DiTConfig) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class CaptionBlock(nn.Module):
 
 
 class Modulation(nn.Sequential):
-    """adaLN: (B, D) → `parts` vectors (B, 1, d)."""
+    """The adaLN modulation: (B, D) → `parts` vectors (B, 1, d)."""
 
     def __init__(self, config: DiTConfig, dim: int, parts: int) -> None:
         super().__init__(nn.GELU(approximate="tanh"), nn.Linear(config.dim, parts * dim))
@@ -219,7 +219,10 @@ class CaptionEmbedding(nn.Module):
 
 
 class TorchTwin(nn.Module):
-    """F(x, t, y): x (B, C, H, W), t (B,), y (B, L, Y) → (B, C, H, W) float32; with a mask, only K tokens of N."""
+    """The network F(x, t, y): x (B, C, H, W), t (B,), y (B, L, Y) → (B, C, H, W) float32.
+
+    With a mask, the backbone processes only K of the N tokens.
+    """
 
     pos_embed: Tensor
     mask_token: Tensor
@@ -269,13 +272,13 @@ class TorchTwin(nn.Module):
 
 
 def load_params(twin: TorchTwin, params: Mapping[str, Any]) -> None:
-    """Fills the twin with parameters of `micro_dit.models.dit`, a flat dict of arrays."""
+    """Loads parameters of `micro_dit.models.dit`, a flat dict of arrays, into the twin."""
     arrays = to_state_dict({name: np.asarray(value) for name, value in params.items()}, twin.config)
     twin.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
 
 
 def denoise(network: Any, x: Tensor, sigma: Tensor, y: Tensor, sigma_data: float, mask: Mask | None = None) -> Tensor:
-    """D(x; sigma) of EDM (Karras et al. 2022, arXiv 2206.00364, equation 7); sigma (B,)."""
+    """Computes EDM's D(x; sigma) (Karras et al. 2022, arXiv 2206.00364, equation 7); sigma (B,)."""
     variance = sigma**2 + sigma_data**2
     c_skip, c_out, c_in = sigma_data**2 / variance, sigma * sigma_data / variance.sqrt(), 1 / variance.sqrt()
     c_skip, c_out, c_in = (c[:, None, None, None] for c in (c_skip, c_out, c_in))
@@ -283,7 +286,7 @@ def denoise(network: Any, x: Tensor, sigma: Tensor, y: Tensor, sigma_data: float
 
 
 def edm_loss(twin: TorchTwin, drawn: Drawn, sigma_data: float) -> Tensor:
-    """The batch's weighted squared error; with a mask, of the kept patches alone."""
+    """Computes the mean weighted squared error of a batch; with a mask, over the kept patches only."""
     x, y, sigma, noise, mask = drawn
     D_x = denoise(twin, x + sigma[:, None, None, None] * noise, sigma, y, sigma_data, mask)
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
@@ -295,14 +298,14 @@ def edm_loss(twin: TorchTwin, drawn: Drawn, sigma_data: float) -> Tensor:
 
 
 class Training:
-    """The training step: draws, loss, gradients, clipping, AdamW; no moving average.
+    """The training step: random inputs, loss, gradients, clipping and AdamW, without EMA.
 
     Args:
-        twin: where it will be trained.
-        learning_rate: constant.
-        weight_decay, clip, P_mean, P_std, sigma_data, caption_drop, mask_ratio: of the phase and the recipe.
-        microbatch: images of one forward and backward pass; 0 takes all at once.
-        compiled: whether torch.compile makes the forward and backward pass.
+        twin: The network, on its device.
+        learning_rate: Constant learning rate.
+        weight_decay, clip, P_mean, P_std, sigma_data, caption_drop, mask_ratio: As in the phase and the recipe.
+        microbatch: Images per forward and backward pass; 0 uses the whole batch.
+        compiled: Whether to compile the loss with torch.compile.
     """
 
     def __init__(
@@ -324,7 +327,7 @@ class Training:
         self.loss = torch.compile(loss, dynamic=False) if compiled else loss
 
     def draw(self, x: Tensor, y: Tensor) -> Drawn:
-        """Latents (B, C, H, W) and captions (B, L, Y) with what is random in a step."""
+        """Samples the random inputs of a step for latents (B, C, H, W) and captions (B, L, Y)."""
         x, B, N = x.float(), x.shape[0], self.twin.config.tokens
         y = y * (torch.rand(B, 1, 1, device=self.device) >= self.caption_drop)
         sigma = (self.P_mean + self.P_std * torch.randn(B, device=self.device)).exp()
@@ -335,7 +338,7 @@ class Training:
         return Drawn(x, y.float(), sigma, torch.randn_like(x), mask)
 
     def gradients(self, drawn: Drawn) -> Tensor:
-        """Leaves the gradients in the parameters; returns the loss, not yet waited for."""
+        """Accumulates the gradients in the parameters, and returns the loss without synchronizing."""
         self.optimizer.zero_grad(set_to_none=True)
         B = drawn.x.shape[0]
         size = self.microbatch or B
@@ -350,19 +353,19 @@ class Training:
         return total
 
     def update(self) -> None:
-        """Clips the gradients and takes AdamW's step."""
+        """Clips the gradients and applies AdamW."""
         torch.nn.utils.clip_grad_norm_(self.twin.parameters(), self.clip)
         self.optimizer.step()
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One training step; returns its loss, not yet waited for."""
+        """Runs one training step, and returns its loss without synchronizing."""
         loss = self.gradients(self.draw(x, y))
         self.update()
         return loss
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 products on a GPU; float32 on a CPU."""
+    """Returns a context with bfloat16 autocast on a GPU, and no autocast on a CPU."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -370,17 +373,17 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def heun(
     network: Any, noise: Tensor, y: Tensor, steps: int = 30, guidance: float = 5.0, sigma_data: float = 0.9
 ) -> Tensor:
-    """Heun's sampler without churn, under classifier-free guidance: unit normal (B, C, H, W) to latents.
+    """Samples latents (B, C, H, W) with Heun's method without churn and classifier-free guidance.
 
-    The loop's state is in float64, as in the release.
+    The sampler's state is float64, as in the release.
 
     Args:
-        network: the twin, or torch.compile of it.
-        noise: (B, C, H, W) float32.
-        y: (B, L, Y) captions.
-        steps: of the sampler; it calls the network 2·steps - 1 times, with twice the images.
-        guidance: scale of classifier-free guidance.
-        sigma_data: standard deviation of the latents.
+        network: The twin, or torch.compile of it.
+        noise: (B, C, H, W) float32, unit normal.
+        y: (B, L, Y), caption embeddings.
+        steps: Number of sampler steps; the network is called 2·steps - 1 times, with twice the images.
+        guidance: Guidance scale.
+        sigma_data: Standard deviation of the latents.
     """
     captions = torch.cat([y, torch.zeros_like(y)])
 

@@ -1,17 +1,18 @@
-"""Times the training step of micro_dit beside its PyTorch twin's, on the CPU.
+"""Compares the training step of micro_dit with that of its PyTorch twin on the CPU.
 
     make bench                                     MicroDiT-Tiny/2 at 256 px on two CPU threads
-    make bench ARGS=--without_compile              leaves torch.compile out: its C++ compiler takes minutes, once
-    make bench ARGS=--json=PATH                    also writes the figures to a file
-    make bench ARGS=--update_baseline              makes them what later runs are compared with
+    make bench ARGS=--without_compile              without torch.compile, whose C++ compiler takes minutes at first
+    make bench ARGS=--json=PATH                    also writes the results to a file
+    make bench ARGS=--update_baseline              stores the results as the baseline of later runs
 
-The steps are the real ones, in float32: forward, backward, gradient clipping, AdamW; no moving average. The contenders
-are micro_dit and benchmarks/torch_twin.py, the latter eager and compiled by torch.compile. Each has a process of its
-own, and they take turns, one step at a time, while the others sleep. Medians are kept; on a machine that others use
-too, the CPU seconds mean more than the wall seconds.
+A step is a full float32 training step without EMA: forward, backward, gradient clipping and AdamW. The contenders are
+micro_dit and benchmarks/torch_twin.py, the latter both eager and with torch.compile. Each runs in a separate process.
+They take turns, one step at a time, while the others sleep, and the results are medians. On a shared machine, CPU
+seconds are more reliable than wall seconds.
 
-Figures of two machines can't be compared, but ratios to the eager twin of the same run can: those are compared with
-benchmarks/baseline.json, and one that is worse by more than 10% is a regression, which makes the exit status 1.
+Times of different machines are not comparable, but ratios to the eager twin in the same run are. The ratios are
+compared with benchmarks/baseline.json. A ratio that is more than 10% worse is a regression and sets the exit status
+to 1.
 """
 
 import argparse
@@ -31,17 +32,17 @@ from micro_dit.models.flops import training_flops
 MASK_RATIOS = (0.75, 0.0)
 OURS, EAGER, COMPILED = "micro_dit", "twin, eager", "twin, torch.compile"
 BASELINE = Path(__file__).with_name("baseline.json")
-REGRESSION = 1.1  # times as much as in the baseline
+REGRESSION = 1.1  # factor over the baseline from which a ratio counts as a regression
 
 
 def measure(setting: Setting, names: Sequence[str], repeats: int, threads: int) -> list[dict[str, Any]]:
-    """One row of figures for each contender.
+    """Times the training steps of all contenders, and returns a row of results for each.
 
     Args:
-        setting: of the step.
-        names: the contenders.
-        repeats: how many steps of each are timed.
-        threads: of the CPU.
+        setting: Workload of a step.
+        names: Names of the contenders.
+        repeats: Number of timed steps of each contender.
+        threads: Number of CPU threads.
     """
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
@@ -67,9 +68,10 @@ def measure(setting: Setting, names: Sequence[str], repeats: int, threads: int) 
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What is comparable between machines, and better if smaller: ours relative to the twin in the same run.
+    """Returns the ratios of micro_dit to the twin in the same run, which are comparable between machines.
 
-    A masked step relative to an unmasked one is not among them: it grows when the unmasked gets faster.
+    Smaller is better for all of them. The ratio of a masked to an unmasked step is not included, because it gets worse
+    when unmasked steps get faster.
     """
     found = {}
     for mask in dict.fromkeys(row["mask"] for row in rows):
@@ -90,29 +92,32 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def compare(found: Mapping[str, float], of: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> tuple[str, int]:
-    """The ratios beside the baseline's, and how many are regressions.
+    """Compares ratios with a baseline.
 
     Args:
-        found: of this run.
-        of: what it measured; a baseline of something else is not compared with.
-        baseline: as `--update_baseline` writes it, if there is one.
+        found: Ratios of this run.
+        of: Settings of this run; it is not compared with a baseline of other settings.
+        baseline: Baseline as written by `--update_baseline`, or None.
+
+    Returns:
+        A table of the ratios, and the number of regressions.
     """
     comparable = baseline is not None and baseline["of"] == of
     before = baseline["ratios"] if baseline is not None and comparable else {}
-    lines, regressions = [f"{'ratio (less is better)':72}  now  baseline"], []
+    lines, regressions = [f"{'ratio (lower is better)':72}  now  baseline"], []
     for name, ratio in found.items():
         lines.append(f"{name:72}{ratio:5.2f}" + (f"{before[name]:10.2f}" if name in before else "         –"))
         if name in before and ratio > REGRESSION * before[name]:
             regressions.append(f"regression: {name} is {ratio:.2f}, {ratio / before[name] - 1:.0%} over the baseline")
     if baseline is None:
-        lines.append(f"no {BASELINE.name} to compare with; --update_baseline writes it")
+        lines.append(f"There is no {BASELINE.name} to compare with. Run with --update_baseline to write it.")
     elif not comparable:
-        lines.append(f"not compared with {BASELINE.name}, which is of {baseline['of']}")
+        lines.append(f"Not compared with {BASELINE.name}, which has other settings: {baseline['of']}.")
     return "\n".join(lines + regressions), len(regressions)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The figures as lines of text."""
+    """Formats the results as a table."""
     lines = ["mask  contender              CPU-s/step  s/step  images/s  GFLOP/CPU-s  peak GB  compile CPU-s (s)"]
     for row in rows:
         lines.append(
@@ -126,7 +131,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for name, seconds in by_name.items():
         if len(seconds) == len(MASK_RATIOS):
             masked, unmasked = seconds
-            lines.append(f"{name}: a masked step takes 1/{unmasked / masked:.2f} of an unmasked one's CPU time")
+            lines.append(f"{name}: an unmasked step takes {unmasked / masked:.2f}× the CPU time of a masked step")
     return "\n".join(lines)
 
 
@@ -134,16 +139,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="MicroDiT_Tiny_2")
     parser.add_argument("--batch", type=int, default=16, help="images per step")
-    parser.add_argument("--remat", choices=REMAT, default="dots", help="what our backward pass computes again")
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each that are timed; the median is kept")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--without_compile", action="store_true", help="leaves torch.compile out")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--baseline", type=Path, default=BASELINE, help="what to compare with")
-    parser.add_argument("--update_baseline", action="store_true", help="writes it instead")
+    parser.add_argument("--remat", choices=REMAT, default="dots", help="micro_dit's rematerialization policy")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per contender; the median is used")
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
+    parser.add_argument("--without_compile", action="store_true", help="skip the twin with torch.compile")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--baseline", type=Path, default=BASELINE, help="file of the baseline")
+    parser.add_argument(
+        "--update_baseline", action="store_true", help="write the baseline instead of comparing with it"
+    )
     options = parser.parse_args(argv)
 
-    if hasattr(os, "sched_setaffinity"):  # the contenders inherit it
+    if hasattr(os, "sched_setaffinity"):  # inherited by the contenders
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     names = [OURS]
     if twin_is_there():
@@ -163,11 +170,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     baseline = json.loads(options.baseline.read_text()) if options.baseline.exists() else None
     regressions = 0
     if not found:
-        print("nothing to compare with the baseline: its ratios are relative to the twin")
+        print("Not compared with the baseline, because its ratios require the PyTorch twin.")
     elif options.update_baseline:
         report = {"of": of, "ratios": {name: round(ratio, 4) for name, ratio in found.items()}, "machine": machine}
         options.baseline.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"{options.baseline} is written")
+        print(f"wrote {options.baseline}")
     else:
         text, regressions = compare(found, of, baseline)
         print(text)

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Fills in launch/jobset_tpu.yaml or jobset_gpu.yaml from the environment: launch/gke.sh [--dry_run] tpu|gpu apply|logs|delete
+# Applies jobset_tpu.yaml or jobset_gpu.yaml with names from the environment, shows its logs, or deletes it:
 #
-# Needs kubectl, connected to your cluster. What the rest is, needs, and costs is at the top of those files.
+#   launch/gke.sh [--dry_run] tpu|gpu apply|logs|delete
+#
+# Needs kubectl with access to your cluster. The tops of the YAML files list requirements, variables and costs.
 set -euo pipefail
 
 fail() {
@@ -14,12 +16,14 @@ if [[ "${1:-}" == --dry_run ]]; then
   run=(echo)
   shift
 fi
-[[ "${1:-}" == tpu || "${1:-}" == gpu ]] || fail "say which: launch/gke.sh [--dry_run] tpu|gpu apply|logs|delete."
+[[ "${1:-}" == tpu || "${1:-}" == gpu ]] \
+  || fail "The first argument must be tpu or gpu: launch/gke.sh [--dry_run] tpu|gpu apply|logs|delete."
 file=$(dirname "${BASH_SOURCE[0]}")/jobset_$1.yaml
 for name in IMAGE BUCKET RUN_NAME CONFIG; do
   [[ -n "${!name:-}" ]] || fail "$name is not set; see the top of $file."
 done
-[[ "$RUN_NAME" =~ ^[a-z]([-a-z0-9]{0,30}[a-z0-9])?$ ]] || fail "RUN_NAME=$RUN_NAME should be lower case letters, digits and -."
+[[ "$RUN_NAME" =~ ^[a-z]([-a-z0-9]{0,30}[a-z0-9])?$ ]] \
+  || fail "RUN_NAME=$RUN_NAME must start with a letter and have at most 32 lower-case letters, digits and inner hyphens."
 
 manifest() {
   local text name
@@ -34,5 +38,5 @@ case "${2:-}" in
   apply) if [[ ${#run[@]} -gt 0 ]]; then manifest; else manifest | kubectl apply -f -; fi ;;
   logs) "${run[@]}" kubectl logs -f -c train -l "jobset.sigs.k8s.io/jobset-name=$RUN_NAME,batch.kubernetes.io/job-completion-index=0" ;;
   delete) "${run[@]}" kubectl delete jobset "$RUN_NAME" ;;
-  *) fail "no such step: '${2:-}'; use apply, logs or delete." ;;
+  *) fail "Unknown step '${2:-}'. Use apply, logs or delete." ;;
 esac

@@ -1,28 +1,29 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice, of one host or many: create, install, run on all workers, follow, begin anew after a
-# pre-emption until the run is done, delete.
+# Trains on a Cloud TPU slice with one or more hosts: creates the slice, installs the package, trains on all workers,
+# recreates the slice after a preemption, and deletes it when the run is done.
 #
 #   export PROJECT=… ZONE=us-west4-a TPU_NAME=… ACCELERATOR_TYPE=v5litepod-64 BUCKET=…
 #   export CONFIG=configs/mask75.py:xl RUN_NAME=xl
-#   launch/tpu_vm.sh --dry_run up                                    # prints the commands, runs none
+#   launch/tpu_vm.sh --dry_run up                                    # only prints the commands
 #   launch/tpu_vm.sh --provisioning=spot up --config.mesh.fsdp=8
 #
-# Steps, alone: create, wait, install, train, follow, status, logs, delete. `up` is all of them. What follows the step
-# goes to micro_dit.main.
+# `up` runs all steps. Single steps: create, wait, install, train, follow, status, logs, delete. Arguments after the
+# step are passed to micro_dit.main.
 #
-# Needs:  gcloud, signed in; quota for the TPU; a bucket in its region, with hierarchical namespace, so that a checkpoint
-#         gets its name in one step (https://cloud.google.com/storage/docs/hns-overview). Shards lie in the bucket, or
-#         the flags name another folder. On the workers, ~/bucket is the bucket and ~/bucket/$RUN_NAME the work directory.
-# Costs:  chips × hours × the price of a chip-hour (https://cloud.google.com/tpu/pricing), from `create` to `delete`,
-#         whether or not anything runs; hours: python -m micro_dit.budget. `up` deletes the slice when the run is done.
-# Watch:  launch/tpu_vm.sh logs; TensorBoard on the bucket. The run does not depend on this shell: after Ctrl-C, or with
-#         the laptop closed, it goes on, and `up` with the same settings takes it up again.
-# Stop:   launch/tpu_vm.sh delete. What was trained since the last checkpoint (10 minutes at most) is lost.
+# Needs:  gcloud, logged in; quota for the TPU; a bucket in its region with a hierarchical namespace, for atomic renaming
+#         of checkpoints (https://cloud.google.com/storage/docs/hns-overview). The workers mount the bucket at
+#         ~/bucket, and the work directory is ~/bucket/$RUN_NAME. Put the shards in the bucket, or set their folder by a
+#         flag.
+# Costs:  chips × hours × price per chip-hour (https://cloud.google.com/tpu/pricing), from `create` to `delete`, even if
+#         idle. `python -m micro_dit.budget` estimates the hours. `up` deletes the slice when the run is done.
+# Watch:  launch/tpu_vm.sh logs; TensorBoard on the bucket. The run does not depend on this shell: it continues after
+#         Ctrl-C or a lost connection, and `up` with the same settings follows it again.
+# Stop:   launch/tpu_vm.sh delete. This loses the progress since the last checkpoint (at most 10 minutes).
 #
-# --provisioning: on_demand, spot, queued (waits in line for the hardware) or queued_spot.
+# --provisioning: on_demand, spot, queued (waits until hardware is available) or queued_spot.
 set -euo pipefail
 
-readonly FAILURES=3 # of the run on hardware that is there, in a row
+readonly FAILURES=3 # consecutive failures after which `up` gives up
 dry_run=false
 provisioning=on_demand
 
@@ -58,7 +59,7 @@ runtime_version() {
   esac
 }
 
-# One of: nothing (there is no such TPU), CREATING, READY, PREEMPTED …, or UNKNOWN if that can't be asked now.
+# Prints the state of the TPU (CREATING, READY, PREEMPTED …), nothing if it does not exist, or UNKNOWN if gcloud fails.
 # https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.nodes#State
 state() {
   local found
@@ -66,7 +67,7 @@ state() {
     found=$(gcloud compute tpus queued-resources list "${where[@]}" --filter="name~/$TPU_NAME\$" \
       --format='value(state.state)') || found=UNKNOWN
     case "$found" in
-      ACTIVE) ;; # its node tells more
+      ACTIVE) ;; # the state of its node, below, is more precise
       FAILED | SUSPENDED) found=PREEMPTED ;;
       "" | UNKNOWN) ;;
       *) found=CREATING ;;
@@ -91,13 +92,14 @@ create() {
 
 delete() {
   if [[ "$provisioning" == queued* ]]; then
-    run gcloud compute tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force --quiet # and its node
+    # --force also deletes the node.
+    run gcloud compute tpus queued-resources delete "$TPU_NAME" "${where[@]}" --force --quiet
   else
     run gcloud compute tpus tpu-vm delete "$TPU_NAME" "${where[@]}" --quiet
   fi
 }
 
-# Until the hardware is there; status 1 if it is not going to be.
+# Waits until the TPU is ready; returns 1 if it cannot become ready.
 wait_until_ready() {
   $dry_run && return
   local now
@@ -113,11 +115,11 @@ wait_until_ready() {
   done
 }
 
-on_workers() { # which, command
+on_workers() { # arguments: worker index or "all", command
   run gcloud compute tpus tpu-vm ssh "$TPU_NAME" "${where[@]}" --worker="$1" --command="$2"
 }
 
-# This working tree goes to every worker, which then runs `worker_install` of this very file.
+# Copies this working tree to every worker, and runs `worker_install` of this file there.
 install() {
   local archive
   archive=$(mktemp --suffix=.tar.gz)
@@ -130,7 +132,7 @@ install() {
   on_workers all "mkdir -p ~/micro_dit && tar -C ~/micro_dit -xzf micro_dit.tar.gz && $(remote worker_install)"
 }
 
-# The command by which a worker runs a step of this file, with what it has to know.
+# Prints the command for a worker to run a step of this file, with the variables that it needs.
 remote() {
   printf 'BUCKET=%q CONFIG=%q RUN_NAME=%q bash ~/micro_dit/launch/tpu_vm.sh' "$BUCKET" "$CONFIG" "$RUN_NAME"
   printf ' %q' "$@"
@@ -144,12 +146,12 @@ logs() {
   on_workers 0 'tail -n 100 -F ~/micro_dit/train.log'
 }
 
-# The exit status of until_done.py on worker 0, "running", "none" after a reboot, or nothing if it can't be reached.
+# Prints the exit status of until_done.py on worker 0, "running", "none" after a reboot, or nothing if unreachable.
 status() {
   on_workers 0 "$(remote worker_status)" | tail -n 1
 }
 
-# Until the run ends; the status of until_done.py, or 75 if the hardware is gone.
+# Waits until the run ends; returns the status of until_done.py, or 75 if the hardware is gone.
 follow() {
   $dry_run && return
   local now found
@@ -159,7 +161,7 @@ follow() {
     [[ "$found" != none ]] || return 75
     now=$(state)
     case "$now" in
-      READY | UNKNOWN) echo "$TPU_NAME: ${found:-can not be reached now}" ;;
+      READY | UNKNOWN) echo "$TPU_NAME: ${found:-unreachable}" ;;
       *) echo "$TPU_NAME: ${now:-gone}" && return 75 ;;
     esac
     sleep "$POLL_SECONDS"
@@ -172,12 +174,12 @@ up() {
     now=""
     $dry_run || now=$(state)
     case "$now" in
-      "") create || echo "$TPU_NAME: could not be created" >&2 ;;
-      PREEMPTED | STOPPED | TERMINATED) { delete && create; } || echo "$TPU_NAME: could not be created" >&2 ;;
+      "") create || echo "$TPU_NAME: creation failed" >&2 ;;
+      PREEMPTED | STOPPED | TERMINATED) { delete && create; } || echo "$TPU_NAME: creation failed" >&2 ;;
     esac
     if ! wait_until_ready; then
       [[ -n "$(state)" ]] || failures=$((failures + 1))
-      [[ $failures -lt $FAILURES ]] || fail "$TPU_NAME could not be created; --provisioning=queued waits in line for it."
+      [[ $failures -lt $FAILURES ]] || fail "$TPU_NAME could not be created. Use --provisioning=queued to wait for it."
       sleep "$POLL_SECONDS"
       continue
     fi
@@ -189,13 +191,13 @@ up() {
     fi
     now=$(state)
     if [[ $result == 75 || "$now" != READY ]]; then
-      echo "$TPU_NAME: stopped ($now); going on from the last checkpoint"
+      echo "$TPU_NAME: stopped ($now); resuming from the last checkpoint"
       failures=0
     else
       failures=$((failures + 1))
       echo "$TPU_NAME: failed with status $result" >&2
       if [[ $failures -ge $FAILURES ]]; then
-        fail "the run fails (launch/tpu_vm.sh logs); $TPU_NAME is still there and costs money (launch/tpu_vm.sh delete)."
+        fail "The run failed $FAILURES times; see launch/tpu_vm.sh logs. To stop paying, run launch/tpu_vm.sh delete."
       fi
     fi
     sleep "$POLL_SECONDS"
@@ -214,12 +216,12 @@ worker_install() {
   mkdir -p ~/bucket
   mountpoint -q ~/bucket || gcsfuse --implicit-dirs "$BUCKET" ~/bucket
   cd ~/micro_dit
-  python3 -m pip install -q --user uv # the image's Python is too old
+  python3 -m pip install -q --user uv # provides Python 3.12, because the image's Python is older
   python3 -m uv venv -q --allow-existing --python=3.12 .venv
   python3 -m uv pip install -q --python=.venv/bin/python --torch-backend=cpu -r requirements.txt 'jax[tpu]'
 }
 
-# In the background, so that it does not end with the connection. A run that is under way is left alone.
+# Starts the run in the background, so that it outlives the connection; does nothing if it is already running.
 worker_train() {
   cd ~/micro_dit
   if [[ "$(worker_status)" == running ]]; then
@@ -227,10 +229,10 @@ worker_train() {
   fi
   rm -f exit_status
   mkdir -p "$HOME/bucket/$RUN_NAME"
-  # Every host takes part: --cluster asks the TPU for the others.
+  # With --cluster, each host finds the others through the TPU's metadata.
   local command=(.venv/bin/python launch/until_done.py .venv/bin/python -m micro_dit.main --cluster
     --config="$CONFIG" --workdir="$HOME/bucket/$RUN_NAME" "$@")
-  # shellcheck disable=SC2016 # to be expanded there
+  # shellcheck disable=SC2016 # expanded by the inner shell
   setsid nohup bash -c '"$@"; echo $? >exit_status' train "${command[@]}" >>train.log 2>&1 </dev/null &
   echo $! >pid
 }
@@ -255,7 +257,7 @@ main() {
       --provisioning=on_demand | --provisioning=spot | --provisioning=queued | --provisioning=queued_spot)
         provisioning=${1#*=}
         ;;
-      *) fail "unknown option $1; options come before the step: --dry_run, --provisioning=on_demand|spot|queued|queued_spot." ;;
+      *) fail "Unknown option $1. Use --dry_run or --provisioning=on_demand|spot|queued|queued_spot." ;;
     esac
     shift
   done
@@ -270,7 +272,7 @@ main() {
       [[ "$step" != wait ]] || step=wait_until_ready
       "$step" "$@"
       ;;
-    *) fail "no such step: '$step'; use up, create, wait, install, train, follow, status, logs or delete." ;;
+    *) fail "Unknown step '$step'. Use up, create, wait, install, train, follow, status, logs or delete." ;;
   esac
 }
 

@@ -1,20 +1,21 @@
-"""Launches an experiment, one work unit for each set of overrides, with XManager.
+"""Launches an experiment with XManager, with one work unit for each set of overrides.
 
-    pip install xmanager                 # best in an environment of its own: it brings some hundred packages
+    pip install xmanager                 # best in a separate environment, since it has about 100 dependencies
     python launch/xm_launch.py --config=configs/mask75.py:small --sweep=mask_ratio --xm_dry_run
     python launch/xm_launch.py --config=configs/mask75.py:small --sweep=mask_ratio --workdir=runs/mask_ratio
 
-What it needs, by `--executor`:
-    local    nothing else; --python=.venv/bin/python if XManager is in another environment than requirements.txt. Work
-             units run on this machine, one after another.
-    vertex   a Google Cloud project and credentials as XManager's README says, IMAGE: an image made with
-             launch/docker/Dockerfile, and BUCKET, which Vertex AI mounts at /gcs/BUCKET
+Requirements of each `--executor`:
+    local    None. If XManager is in a separate environment, set --python=.venv/bin/python. Work units run on this
+             machine, one after another.
+    vertex   A Google Cloud project and credentials, as described in XManager's README; IMAGE, an image built with
+             launch/docker/Dockerfile; and BUCKET, which Vertex AI mounts at /gcs/BUCKET
              (https://cloud.google.com/vertex-ai/docs/training/cloud-storage-file-system).
-    tpu      what launch/tpu_vm.sh needs: each work unit is a slice of its own, named TPU_NAME-1, TPU_NAME-2 …
-What it costs: of each work unit what `python -m micro_dit.budget` with its config says. The dry run costs nothing.
-How to watch: here; `xmanager list` shows experiments, metrics.jsonl and TensorBoard are in the work directories.
-How to stop: Ctrl-C. XManager ends local work units by SIGTERM, upon which they save, and the same command goes on with
-    them; vertex: in its console; tpu: `TPU_NAME=… launch/tpu_vm.sh delete`, for each.
+    tpu      The requirements of launch/tpu_vm.sh. Each work unit is a separate slice, named TPU_NAME-1, TPU_NAME-2 …
+Costs: `python -m micro_dit.budget` with the config of a work unit estimates its cost. The dry run is free.
+Watch: the output of this command; `xmanager list` lists experiments; metrics.jsonl and TensorBoard logs are in the work
+    directories.
+Stop: Ctrl-C. XManager sends SIGTERM to local work units, which save; the same command resumes them. For vertex, use its
+    console; for tpu, run `TPU_NAME=… launch/tpu_vm.sh delete` for each slice.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from absl import app, flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Each is a list of overrides, a work unit for each. Add your own.
+# Each sweep is a list of overrides, one for each work unit. Add your own here.
 SWEEPS: dict[str, list[dict[str, Any]]] = {
     "none": [{}],
     "mask_ratio": [{"masking.ratio": ratio} for ratio in (0.0, 0.25, 0.5, 0.75, 0.875)],
@@ -43,23 +44,23 @@ FLAGS = flags.FLAGS
 def work_units(
     config: str, workdir: str, overrides: Sequence[Mapping[str, Any]], common: Sequence[str] = ()
 ) -> list[list[str]]:
-    """The flags of micro_dit.main for each work unit."""
+    """Returns the flags of micro_dit.main for each work unit."""
     units = []
     for override in overrides:
         name = ",".join(f"{field}={value}" for field, value in override.items()) or "run"
-        name = name.replace("[", ".").replace("]", "")  # brackets in a path are a pattern to Orbax
+        name = name.replace("[", ".").replace("]", "")  # Orbax interprets brackets in paths as patterns
         fields = [*common, *(f"{field}={value}" for field, value in override.items())]
         units.append([f"--config={config}", f"--workdir={workdir}/{name}", *(f"--config.{field}" for field in fields)])
     return units
 
 
 def training_command(python: str, arguments: Sequence[str]) -> list[str]:
-    """Returns the command that trains, restarted until it is done."""
+    """Returns the training command, which restarts until the run is done."""
     return [python, "launch/until_done.py", python, "-m", "micro_dit.main", *arguments]
 
 
 def commands(executor: str, units: Sequence[Sequence[str]]) -> list[tuple[list[str], dict[str, str], str]]:
-    """Command, environment and resources of each work unit."""
+    """Returns command, environment variables and resources of each work unit."""
     if executor == "local":
         return [(training_command(FLAGS.python, unit), {}, "this machine") for unit in units]
     if executor == "vertex":
@@ -74,9 +75,9 @@ def commands(executor: str, units: Sequence[Sequence[str]]) -> list[tuple[list[s
 
 
 def environment(name: str) -> str:
-    """A variable that has to be set."""
+    """Returns an environment variable; exits if it is not set."""
     if not os.environ.get(name):
-        sys.exit(f"error: {name} is not set; --executor={FLAGS.executor} needs it, see the top of launch/xm_launch.py.")
+        sys.exit(f"error: --executor={FLAGS.executor} requires {name}. Set it; see the top of launch/xm_launch.py.")
     return os.environ[name]
 
 
@@ -84,14 +85,14 @@ def requirements() -> dict[str, int]:
     """Returns the accelerators of a work unit by their resource name."""
     resource, _, count = FLAGS.accelerator.partition("=")
     if not count.isdigit():
-        sys.exit(f"error: --accelerator={FLAGS.accelerator} should be RESOURCE=COUNT, such as a100=8.")
+        sys.exit(f"error: --accelerator={FLAGS.accelerator} must have the form RESOURCE=COUNT, such as a100=8.")
     return {resource: int(count)}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Launches, or with --xm_dry_run prints, the work units of the flags."""
+    """Launches the work units, or prints them with --xm_dry_run."""
     if len(argv) > 1:
-        sys.exit(f"error: unknown argument {argv[1]!r}; config fields are set by --override=FIELD=VALUE.")
+        sys.exit(f"error: Unknown argument {argv[1]!r}. Set config fields with --override=FIELD=VALUE.")
     workdir = f"/gcs/{environment('BUCKET')}/{FLAGS.workdir}" if FLAGS.executor == "vertex" else FLAGS.workdir
     units = work_units(FLAGS.config, workdir, SWEEPS[FLAGS.sweep], FLAGS.override)
     jobs = commands(FLAGS.executor, units)
@@ -104,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         from xmanager import xm, xm_local
     except ImportError as error:
-        sys.exit(f"error: XManager can't be imported ({error}); pip install xmanager, or look with --xm_dry_run.")
+        sys.exit(f"error: Cannot import XManager ({error}). Run `pip install xmanager`, or use --xm_dry_run.")
 
     if FLAGS.executor == "vertex":
         executor = xm_local.Vertex(requirements=xm.JobRequirements(**requirements()))
@@ -117,29 +118,29 @@ def main(argv: Sequence[str]) -> None:
         async with xm_local.create_experiment(experiment_title=f"{FLAGS.config} {FLAGS.sweep}") as experiment:
             [executable] = experiment.package([xm.Packageable(specification, executor.Spec())])
             for command, variables, _ in jobs:
-                # The image's entry point is the command up to the flags.
+                # The image's entry point already has the part of the command before the flags.
                 arguments = command[command.index("micro_dit.main") + 1 :] if FLAGS.executor == "vertex" else command
                 job = xm.Job(executable, executor, args=arguments, env_vars=variables)
                 unit = await experiment.add(job)
-                if FLAGS.executor == "local":  # they share the machine
+                if FLAGS.executor == "local":  # work units share one machine, so they run one after another
                     await unit.wait_until_complete()
 
     try:
         asyncio.run(launch())
     except xm.ExperimentUnitError as error:
-        sys.exit(f"error: a work unit ended before it was done ({error}); the same command goes on with it.")
+        sys.exit(f"error: A work unit ended before it was done ({error}). Run the same command to resume it.")
 
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("config", None, "The recipe, as of micro_dit.main.", required=True)
-    flags.DEFINE_string("workdir", "runs/xm", "Folder of the work directories, one for each work unit.")
-    flags.DEFINE_enum("sweep", "none", sorted(SWEEPS), "Which list of overrides.")
-    flags.DEFINE_multi_string("override", [], "FIELD=VALUE for all work units, as --config.FIELD=VALUE.")
-    flags.DEFINE_enum("executor", "local", ["local", "vertex", "tpu"], "Where.")
-    flags.DEFINE_string("python", sys.executable, "With --executor=local: the interpreter that trains.")
-    flags.DEFINE_string("accelerator", "a100=8", "With --executor=vertex: XManager's resource=count.")
-    flags.DEFINE_bool("xm_dry_run", False, "Print every job, its arguments and resources; launch nothing.")
+    flags.DEFINE_string("config", None, "Config file, as in micro_dit.main.", required=True)
+    flags.DEFINE_string("workdir", "runs/xm", "Folder that contains the work directory of each work unit.")
+    flags.DEFINE_enum("sweep", "none", sorted(SWEEPS), "Name of the list of overrides, one for each work unit.")
+    flags.DEFINE_multi_string("override", [], "FIELD=VALUE for all work units, passed as --config.FIELD=VALUE.")
+    flags.DEFINE_enum("executor", "local", ["local", "vertex", "tpu"], "Platform that runs the work units.")
+    flags.DEFINE_string("python", sys.executable, "With --executor=local: Python interpreter for training.")
+    flags.DEFINE_string("accelerator", "a100=8", "With --executor=vertex: XManager's RESOURCE=COUNT.")
+    flags.DEFINE_bool("xm_dry_run", False, "Print each work unit's command and resources without launching it.")
 
 
 if __name__ == "__main__":

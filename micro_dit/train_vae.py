@@ -1,9 +1,9 @@
-"""Trains the small image autoencoder of the demo on OpenMoji.
+"""Trains the demo's small image autoencoder on OpenMoji.
 
     python -m micro_dit.train_vae --out=/tmp/openmoji_vae --minutes=45
 
-It learns the 'train' split at 128 pixels; `metrics.json` in the folder holds the quality on the other splits. See
-micro_dit/encoders/vae_training.py for the loss and the schedule.
+It trains on the 'train' split at 128 pixels, and writes the quality on the other splits to `metrics.json` in the
+folder. See micro_dit/encoders/vae_training.py for the loss and the schedule.
 """
 
 import json
@@ -21,7 +21,7 @@ from micro_dit.files import write_atomically
 
 
 def train(out: str, settings: AutoencoderTraining) -> dict[str, Any]:
-    """Trains on OpenMoji, writes the autoencoder to `out`, and returns the contents of `metrics.json` there."""
+    """Trains on OpenMoji, writes the autoencoder and `metrics.json` to the folder `out`, and returns the metrics."""
     source = OpenMoji(px=PIXELS)
     held_out = np.concatenate([source.pixels("validation"), source.pixels("compositions")])
     command = " ".join(["python -m micro_dit.train_vae", *sys.argv[1:]])
@@ -34,7 +34,7 @@ def train(out: str, settings: AutoencoderTraining) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs `train` with the flags."""
+    """Runs `train` with the values of the flags."""
     values = flags.FLAGS
     settings = AutoencoderTraining(
         values.minutes, values.steps, values.seed, values.batch_size, values.learning_rate, values.init
@@ -43,14 +43,14 @@ def main() -> None:
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not at import, where they could collide with those of another command."""
-    flags.DEFINE_string("out", None, "Folder to write.", required=True)
-    flags.DEFINE_float("minutes", None, "Wall time to train for.")
-    flags.DEFINE_integer("steps", None, "Number of steps, instead of --minutes.")
-    flags.DEFINE_integer("seed", 0, "Seed of initialization, crops and latent noise.")
-    flags.DEFINE_integer("batch_size", 8, "Crops in a step.")
+    """Defines the flags; not at import, where they could collide with flags of another command."""
+    flags.DEFINE_string("out", None, "Folder to write the autoencoder to.", required=True)
+    flags.DEFINE_float("minutes", None, "Wall time of the training, in minutes.")
+    flags.DEFINE_integer("steps", None, "Number of training steps, instead of --minutes.")
+    flags.DEFINE_integer("seed", 0, "Seed for initialization, crops and latent noise.")
+    flags.DEFINE_integer("batch_size", 8, "Crops per step.")
     flags.DEFINE_float("learning_rate", 6e-3, "Peak learning rate.")
-    flags.DEFINE_string("init", None, "Folder of an autoencoder to continue from.")
+    flags.DEFINE_string("init", None, "Folder of an autoencoder to initialize from.")
 
 
 if __name__ == "__main__":

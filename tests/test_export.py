@@ -1,4 +1,4 @@
-"""A run made a folder: what it draws, what it tells, and the programs in it that run without this package."""
+"""The export command: the model folder, its model card, and its programs, which run without this package."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An autoencoder with random weights."""
+    """Returns the folder of an autoencoder with random weights."""
     config = AutoencoderConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
     folder = tmp_path_factory.mktemp("encoders") / "small_vae"
     parameters = nnx.to_pure_dict(nnx.state(AutoencoderKL(config, rngs=nnx.Rngs(0)), nnx.Param))
@@ -52,7 +52,7 @@ def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(finished_run: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished run, as if it had been trained with that autoencoder, and its samples drawn."""
+    """Returns a copy of the finished run, edited as if trained with that autoencoder, with a file of samples."""
     run = tmp_path_factory.mktemp("export") / "mask75"
     shutil.copytree(finished_run, run)
     fields = json.loads((run / "config.json").read_text())
@@ -69,7 +69,7 @@ def run(finished_run: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run exported with programs, and moved."""
+    """Exports the run with programs, and moves the folder."""
     made, moved = tmp_path_factory.mktemp("made") / "emoji", tmp_path_factory.mktemp("elsewhere") / "emoji"
     export(run, made, ExportSettings(stablehlo=True), report=lambda line: None)
     shutil.move(made, moved)
@@ -88,7 +88,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
 # ---- The folder ------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_draws_what_the_run_draws(model: Model, folder: Path) -> None:
+def test_folder_samples_match_the_run(model: Model, folder: Path) -> None:
     again = load(folder)
     latents = again.latents(["one", "two"])
     np.testing.assert_array_equal(latents, model.latents(["one", "two"]))
@@ -106,23 +106,23 @@ def test_the_folder_draws_what_the_run_draws(model: Model, folder: Path) -> None
     }  # fmt: skip
 
 
-def test_the_card_tells_recipe_data_and_license(folder: Path) -> None:
+def test_model_card_has_recipe_data_and_license(folder: Path) -> None:
     _, front, card = (folder / "README.md").read_text().split("---\n", 2)
     fields = yaml.safe_load(front)
     assert fields["license"] == "cc-by-sa-4.0"
     assert (fields["library_name"], fields["pipeline_tag"]) == ("micro_dit", "text-to-image")
     assert "diffusion" in fields["tags"]
     parameters = sum(array.size for array in load_file(folder / "model.safetensors").values())
-    for told in (
+    for expected in (
         "# emoji", f"{parameters:,} parameters", "64×64 pixels", "(samples.png)", f"{ATTRIBUTION}. Keep this",
         "`openmoji:smileys`", "3 steps", "scale 2.5", "`small_vae` (in the folder `vae`)", "4 tokens",
         "| masked | 64×64 | 75% | 48 of 48 | 4 | 0.003 |", "| unmasked | 64×64 | 0% | 36 of 36 | 4 | 0.001 |",
-        "step 84, after 336 images", "moving average", "held-out images at step 80: 0.4375",
+        "step 84, after 336 training images", "the EMA weights", "Held-out loss at step 80: 0.4375",
     ):  # fmt: skip
-        assert told in card, told
+        assert expected in card, expected
 
 
-def test_raw_parameters_of_an_earlier_step(run: Path, tmp_path: Path) -> None:
+def test_exports_raw_parameters_of_an_earlier_step(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "m", step=80, params="raw", report=lambda line: None)
     raw, expected = load(tmp_path / "m"), load(run, 80, params="raw")
     assert np.abs(
@@ -133,12 +133,12 @@ def test_raw_parameters_of_an_earlier_step(run: Path, tmp_path: Path) -> None:
     assert (raw.about.step, raw.about.params) == (80, "raw")
     card = (tmp_path / "m" / "README.md").read_text()
     assert "32 of 36" in card
-    assert "not averaged" in card
+    assert "raw parameters" in card
     assert "at step 80: 0.5000" in card
     assert "samples.png" not in card
 
 
-def test_weights_may_be_narrow(folder: Path, tmp_path: Path) -> None:
+def test_exports_bfloat16_weights(folder: Path, tmp_path: Path) -> None:
     export(folder, tmp_path / "m", ExportSettings(dtype="bfloat16"), report=lambda line: None)
     size, narrow = ((f / "model.safetensors").stat().st_size for f in (folder, tmp_path / "m"))
     assert narrow < 0.6 * size
@@ -150,21 +150,21 @@ def test_weights_may_be_narrow(folder: Path, tmp_path: Path) -> None:
     assert "rounded to bfloat16" in (tmp_path / "m" / "README.md").read_text()
 
 
-def test_an_encoder_on_the_hub_is_named_and_not_copied(run: Path, tmp_path: Path) -> None:
+def test_hub_encoders_are_named_and_not_copied(run: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     names = {"vae": "somebody/vae", "text_encoder": "somebody/clip", "license": "mit"}
     export(run, tmp_path / "m", ExportSettings(**names), report=lines.append)
     assert not (tmp_path / "m" / "vae").exists()
     about = load(tmp_path / "m").about
     assert (about.vae, about.vae_folder, about.text_encoder) == ("somebody/vae", "", "somebody/clip")
-    assert "somebody/vae, found by that name on the hub" in lines[1]
+    assert "somebody/vae, on the Hub, not copied" in lines[1]
     assert lines[-1].endswith("README.md: mit")
     card = (tmp_path / "m" / "README.md").read_text()
     assert "64×64 pixels" in card
     assert "`somebody/vae` (not included)" in card
 
 
-def test_what_makes_no_sense_is_refused_and_leaves_nothing(run: Path, folder: Path, tmp_path: Path, vae: Path) -> None:
+def test_rejects_invalid_settings_and_writes_nothing(run: Path, folder: Path, tmp_path: Path, vae: Path) -> None:
     other = tmp_path / "other_vae"
     shutil.copytree(vae, other)
     fields = json.loads((other / "config.json").read_text())
@@ -174,15 +174,15 @@ def test_what_makes_no_sense_is_refused_and_leaves_nothing(run: Path, folder: Pa
     (tmp_path / "untrained").mkdir()
     shutil.copy(run / "config.json", tmp_path / "untrained")
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"out": tmp_path / "full"}, "is there and not empty: give a new folder"),
-        ({"out": tmp_path / "full" / "config.json"}, "is there and not empty"),
-        ({"out": tmp_path / "full" / "config.json" / "m"}, "can't be made"),
+        ({"out": tmp_path / "full"}, "already exists and is not an empty folder. Set --out to a new folder"),
+        ({"out": tmp_path / "full" / "config.json"}, "already exists and is not an empty folder"),
+        ({"out": tmp_path / "full" / "config.json" / "m"}, "Cannot create"),
         ({"workdir": tmp_path / "untrained"}, "has no checkpoints yet"),
         ({"workdir": tmp_path / "nowhere"}, "is neither the work directory of a run nor a model folder"),
         ({"workdir": run, "step": 7}, r"no checkpoint of step 7\. Set --step to one of 48, 80, 84"),
         ({"workdir": run, "params": "ema", "step": 48}, r"has no EMA weights\. Set --params=raw"),
-        ({"dtype": "int8"}, "choose float32, bfloat16, float16"),
-        ({"vae": "nowhere"}, "nor a repository's name on the hub: give it as --vae"),
+        ({"dtype": "int8"}, "Set --dtype to one of float32, bfloat16, float16"),
+        ({"vae": "nowhere"}, "nor a repository name on the Hugging Face Hub. Set --vae"),
         ({"vae": str(other)}, "was trained with another version of other_vae"),
         ({"stablehlo": True, "steps": 0}, "number of sampling steps is 0"),
         ({"stablehlo": True, "sampler": "dpmpp_2m", "steps": 1}, "dpmpp_2m needs at least 2 steps"),
@@ -195,18 +195,18 @@ def test_what_makes_no_sense_is_refused_and_leaves_nothing(run: Path, folder: Pa
         assert sorted(tmp_path.rglob("*")) == there, settings
 
 
-def test_without_flatbuffers_there_is_one_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_flatbuffers_is_reported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(UserError, match="pip install flatbuffers"):
         export(folder, tmp_path / "m", ExportSettings(stablehlo=True))
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_says_what_is_wrong_in_one_line(folder: Path, tmp_path: Path) -> None:
+def test_command_reports_errors_in_one_line(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "micro_dit.export", f"--workdir={folder}", f"--out={tmp_path / 'm'}", "--steps=5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: --sampler and --steps are those of the program")
+    assert done.stderr.splitlines()[-1].startswith("error: --sampler and --steps only affect StableHLO programs")
     assert "Traceback" not in done.stderr
 
 
@@ -214,7 +214,7 @@ def test_the_command_says_what_is_wrong_in_one_line(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_the_programs_draw_the_same_without_this_package(folder: Path, tmp_path: Path, sampler: str) -> None:
+def test_program_samples_match_without_this_package(folder: Path, tmp_path: Path, sampler: str) -> None:
     model, prompts = load(folder), ["one", "two", ""]
     if sampler != "heun":
         folder = Path(shutil.copytree(folder, tmp_path / sampler))
@@ -227,37 +227,37 @@ def test_the_programs_draw_the_same_without_this_package(folder: Path, tmp_path:
     subprocess.run(
         [sys.executable, "draw.py", str(folder), "captions.npy"], cwd=tmp_path, check=True, env=dict(os.environ)
     )
-    drawn = np.load(tmp_path / "latents.npy")
-    # The script counts the seeds up.
+    latents = np.load(tmp_path / "latents.npy")
+    # The script uses seeds 0, 1 and 2.
     same_seed = [model.latents(prompts, seed=seed, sampler=sampler)[seed] for seed in range(3)]
-    assert_close(drawn, np.stack(same_seed))
-    assert np.abs(drawn[0] - drawn[1]).max() > 0.1
-    for number, picture in enumerate(model.decode(drawn)):
+    assert_close(latents, np.stack(same_seed))
+    assert np.abs(latents[0] - latents[1]).max() > 0.1
+    for number, image in enumerate(model.decode(latents)):
         with Image.open(tmp_path / f"{number}.png") as saved:
-            assert np.abs(np.asarray(saved).astype(int) - np.asarray(picture)).max() <= 1
+            assert np.abs(np.asarray(saved).astype(int) - np.asarray(image)).max() <= 1
 
 
-def test_the_programs_are_portable_and_tell_their_inputs(folder: Path) -> None:
+def test_programs_are_portable_and_match_their_signature(folder: Path) -> None:
     signature = json.loads((folder / "stablehlo" / "signature.json").read_text())
     for name, weights in (
         ("denoiser", "model.safetensors"),
         ("decoder", "vae/diffusion_pytorch_model.safetensors"),
     ):
-        told = signature[name]
-        exported = jax_export.deserialize(bytearray((folder / "stablehlo" / told["file"]).read_bytes()))
+        entry = signature[name]
+        exported = jax_export.deserialize(bytearray((folder / "stablehlo" / entry["file"]).read_bytes()))
         assert exported.platforms == ("cpu", "cuda", "tpu")
-        # MLIR bytecode whose producer is StableHLO's portable serialization, at a version of its dialect.
+        # MLIR bytecode written by StableHLO's portable serialization, with a dialect version.
         assert re.match(rb"ML\xefR.StableHLO_v\d+\.\d+\.\d+\0", exported.mlir_module_serialized, re.DOTALL)
         module = exported.mlir_module()
         assert set(re.findall(r"custom_call @(\w+)", module)) <= {"shape_assertion"}
         assert [(str(a.dtype), [str(n) for n in a.shape]) for a in exported.in_avals] == [
-            (i["dtype"], [str(n) for n in i["shape"]]) for i in told["inputs"]
+            (i["dtype"], [str(n) for n in i["shape"]]) for i in entry["inputs"]
         ]
-        assert list(exported.module_kept_var_idx) == list(range(len(told["inputs"])))
+        assert list(exported.module_kept_var_idx) == list(range(len(entry["inputs"])))
         main = module.split("func.func public @main(")[1].split(") -> ")[0]
-        assert main.count("%arg") == len(told["inputs"]) + 1  # before them, the platform
-        assert (folder / "stablehlo" / told["params"]).resolve() == (folder / weights).resolve()
-        names = [re.fullmatch(r"params\['(.*)'\]", i["name"]) for i in told["inputs"]]
+        assert main.count("%arg") == len(entry["inputs"]) + 1  # the first input is the platform
+        assert (folder / "stablehlo" / entry["params"]).resolve() == (folder / weights).resolve()
+        names = [re.fullmatch(r"params\['(.*)'\]", i["name"]) for i in entry["inputs"]]
         assert [match[1] for match in names if match] == sorted(load_file(folder / weights))
     others = [i["name"] for i in signature["denoiser"]["inputs"] if not i["name"].startswith("params")]
     assert others == ["captions", "negative", "guidance", "x", "sigma"]
@@ -265,7 +265,7 @@ def test_the_programs_are_portable_and_tell_their_inputs(folder: Path) -> None:
     np.testing.assert_array_equal(signature["noise_levels"], noise_levels(3))
 
 
-def test_a_program_takes_narrow_weights_and_another_sampler(model: Model, tmp_path: Path) -> None:
+def test_program_with_bfloat16_weights_and_another_sampler(model: Model, tmp_path: Path) -> None:
     write_programs(
         tmp_path / "programs", model.config, "bfloat16", caption_tokens=4, sigma_data=0.9,
         sampling=Sampling(3, 2.5, "dpmpp_2m"), weights="../model.safetensors",

@@ -142,7 +142,7 @@ def test_a_run_with_kills_and_a_signal_is_bitwise_identical(
         loop.process.send_signal(signal.SIGTERM)
         status, out = loop.finish()
     assert status == 75, out
-    assert re.findall(r"the run ended with status (.*): starting it again", out) == [str(-signal.SIGKILL)] * kills
+    assert re.findall(r"the run exited with status (.*): restarting it", out) == [str(-signal.SIGKILL)] * kills
     assert "Stopping after this step and saving a checkpoint" in out
     (stopped,) = re.findall(rf"Stopped at step (\d+) of {STEPS} and saved a checkpoint in .*\. Run the same", out)
     assert Checkpoints(workdir).steps[0] == int(stopped) < STEPS

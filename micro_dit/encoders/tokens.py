@@ -1,4 +1,4 @@
-"""Rows of token ids: cut to a length, filled up to it."""
+"""Truncation and padding of token ids, and the location of tokenizer files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +7,12 @@ import numpy as np
 
 
 def cut_tokens(ids: Sequence[int], length: int) -> list[int]:
-    """Shortens token ids to at most `length`, keeping the last one, which ends the caption."""
+    """Truncates token ids to at most `length`, keeping the last one, which is the end token."""
     return list(ids) if len(ids) <= length else [*ids[: length - 1], ids[-1]]
 
 
 def pad_tokens(rows: Sequence[Sequence[int]], length: int, padding: int) -> np.ndarray:
-    """Stacks rows of at most `length` token ids as (B, length) int32, filled up with `padding`."""
+    """Stacks rows of at most `length` token ids as (B, length) int32, padded on the right with `padding`."""
     ids = np.full((len(rows), length), padding, np.int32)
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = tokens
@@ -20,9 +20,10 @@ def pad_tokens(rows: Sequence[Sequence[int]], length: int, padding: int) -> np.n
 
 
 def find_tokenizer(folder: Path, files: Sequence[str]) -> Path | None:
-    """The folder that holds any of a tokenizer's files: the encoder's own, `tokenizer` in it, or the one beside it.
+    """Returns the folder that contains any of a tokenizer's files, or None.
 
-    Pipelines have `tokenizer` beside `text_encoder`, and `tokenizer_2` beside `text_encoder_2`.
+    This is the encoder's folder, `tokenizer` inside it, or, as in diffusers' pipelines, `tokenizer` next to
+    `text_encoder` and `tokenizer_2` next to `text_encoder_2`.
     """
     beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
     for place in (folder, folder / "tokenizer", beside):

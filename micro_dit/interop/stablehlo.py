@@ -1,8 +1,8 @@
-"""The guided denoiser and the image decoder as StableHLO programs that run without this package (jax.export).
+"""Exports the guided denoiser and the image decoder as StableHLO programs, which run without this package (jax.export).
 
-Parameters are inputs, with the names and dtypes of their safetensors files, so that a program serves every model of its
-architecture. SIGNATURE lists inputs and outputs. The caller samples with the denoiser (docs/export.md).
-L caption tokens · Y caption channels.
+Parameters are inputs, with the names and dtypes of their safetensors files, so one program works for all models of the
+same architecture. SIGNATURE lists inputs and outputs. The sampling loop is left to the caller (docs/export.md).
+Shapes: B images · L caption tokens · Y caption channels.
 """
 
 import json
@@ -40,22 +40,29 @@ def write_programs(
     decoder: tuple[Mapping[str, Any], AutoencoderConfig] | None = None,
     decoder_weights: str = "",
 ) -> None:
-    """Writes DENOISER, SIGNATURE and, if its tensors are given, DECODER to a new folder.
+    """Writes DENOISER, SIGNATURE and optionally DECODER to a new folder.
 
-    `dtype` is that of the parameters' file, which the signature names by its path `weights` relative to the folder.
-    `decoder` has the tensors of the image encoder's file `decoder_weights` (shapes and dtypes are enough) and its
-    configuration. The sampler settings are the defaults in the signature.
+    Args:
+        folder: The folder to create.
+        config: Configuration of the network.
+        dtype: Dtype of the parameters in the weights file.
+        caption_tokens: Number of caption tokens L.
+        sigma_data: Standard deviation of the training latents.
+        sampling: Default sampler settings in the signature.
+        weights: Path of the weights file, relative to the folder.
+        decoder: Tensors of the image encoder's weights file (only shapes and dtypes are used), and its configuration.
+        decoder_weights: Path of that file, relative to the folder.
 
     Raises:
-        UserError: The package flatbuffers, which jax.export writes with, is not installed.
+        UserError: The package flatbuffers, which jax.export requires, is not installed.
     """
     try:
         import flatbuffers  # noqa: F401
     except ImportError as error:
-        raise UserError("StableHLO programs are written with flatbuffers: pip install flatbuffers.") from error
+        raise UserError("--stablehlo requires the package flatbuffers. Run `pip install flatbuffers`.") from error
     folder.mkdir(parents=True)
     arguments = denoiser_arguments(config, dtype, caption_tokens)
-    told = {
+    signature = {
         "format": FORMAT, "version": VERSION, "jax": jax.__version__, "platforms": list(PLATFORMS),
         "latents": [config.input_size, config.input_size, config.in_channels],
         "captions": [caption_tokens, config.caption_channels],
@@ -67,12 +74,15 @@ def write_programs(
         tensors, vae = decoder
         shapes = {name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         arguments = {"params": shapes, "latents": arguments["x"]}
-        told["decoder"] = _write(folder / DECODER, decoder_weights, image_decoder(vae), arguments)
-    (folder / SIGNATURE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        signature["decoder"] = _write(folder / DECODER, decoder_weights, image_decoder(vae), arguments)
+    (folder / SIGNATURE).write_text(json.dumps(signature, indent=1) + "\n", encoding="utf-8")
 
 
 def guided_denoiser(config: DiTConfig, sigma_data: float) -> Callable[..., jax.Array]:
-    """Returns the function of `denoiser_arguments` → D(x; sigma), with both branches of guidance at every scale."""
+    """Returns the guided denoiser, a function of `denoiser_arguments` that returns D(x; sigma).
+
+    It evaluates both guidance branches for every guidance scale.
+    """
     generator = Generator(config, sigma_data=sigma_data)
 
     def denoise(params: Any, captions: Any, negative: Any, guidance: Any, x: Any, sigma: Any) -> jax.Array:
@@ -83,13 +93,13 @@ def guided_denoiser(config: DiTConfig, sigma_data: float) -> Callable[..., jax.A
 
 
 def image_decoder(config: AutoencoderConfig) -> Callable[..., Any]:
-    """Returns the function (tensors of diffusers' file, latents (B, H, W, C)) → images (B, f·H, f·W, 3) uint8."""
+    """Returns the decoder: (tensors in diffusers' layout, latents (B, H, W, C)) → images (B, f·H, f·W, 3) uint8."""
     graph, state = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0))))
     shapes, (shift, scale) = nnx.to_pure_dict(state), latent_scaling(config)
 
     def decode(params: Any, latents: Any) -> Any:
         tensors = {present_name(name): value.astype(jnp.float32) for name, value in params.items()}
-        with jax.default_matmul_precision("highest"):  # as encoders/devices.py does
+        with jax.default_matmul_precision("highest"):  # as in encoders/devices.py
             images = nnx.merge(graph, to_parameters(tensors, shapes, "the file")).decode(latents / scale + shift)
         return jnp.clip(jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
@@ -97,7 +107,7 @@ def image_decoder(config: AutoencoderConfig) -> Callable[..., Any]:
 
 
 def denoiser_arguments(config: DiTConfig, dtype: str, caption_tokens: int) -> dict[str, Any]:
-    """Returns shapes and dtypes of the denoiser's arguments by name, in order; the number of images is left open."""
+    """Returns shapes and dtypes of the denoiser's arguments, by name and in order; the batch size is symbolic."""
     (B,) = export.symbolic_shape("B")
     side, L, Y = config.input_size, caption_tokens, config.caption_channels
     params = abstract_params(config).items()
@@ -110,7 +120,7 @@ def denoiser_arguments(config: DiTConfig, dtype: str, caption_tokens: int) -> di
 
 def _write(path: Path, weights: str, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """Writes a program and returns its entry in the signature."""
-    # Unused arguments stay inputs, so that the order in the file is that of the signature.
+    # Unused arguments are kept, so that the program's inputs match the signature.
     exported = export.export(jax.jit(function, keep_unused=True), platforms=PLATFORMS)(*arguments.values())
     path.write_bytes(exported.serialize())
     inputs = [

@@ -1,6 +1,6 @@
-"""Files of named tensors, as PyTorch (`.pt`) and safetensors keep them; nothing in a file is ever run.
+"""Reads and writes files of named tensors, PyTorch's (`.pt`) and safetensors; no code in a file is executed.
 
-What is read is mapped into memory, so that a file of many gigabytes costs only the tensors in use.
+Files are memory-mapped, so a large file only needs memory for the tensors in use.
 """
 
 import pickle
@@ -16,31 +16,36 @@ import numpy as np
 from micro_dit.errors import UserError
 from micro_dit.files import replacing
 
-WRAPPERS = ("state_dict", "model")  # under which trainers put the network's state dict
+WRAPPERS = ("state_dict", "model")  # keys under which trainers store the network's state dict
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Maps the tensors of a `.safetensors` file or of a state dict that `torch.save` wrote into memory, read-only.
+    """Memory-maps the tensors of a `.safetensors` file or of a state dict written by `torch.save`.
 
-    They are float32, float16 or (`ml_dtypes`) bfloat16. A state dict inside a dictionary, under 'state_dict' or
-    'model', is found if only plain values are beside it.
+    A state dict nested in a dictionary, under 'state_dict' or 'model', is found if all other entries are plain values.
+
+    Returns:
+        Read-only float32, float16 or bfloat16 (`ml_dtypes`) arrays, by name.
 
     Raises:
-        UserError: The file can't be read, or holds anything but float tensors by name.
+        UserError: The file cannot be read, or contains anything other than named float tensors.
     """
     import torch
 
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no file {path}; give one of weights, .pt or .safetensors.")
+        raise UserError(f"{path} does not exist. Pass a .pt or .safetensors file of weights.")
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _state_dict(_read_pickle(path), path)
     arrays = {}
     for name, tensor in loaded.items():
         if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{path} holds {name!r} ({type(tensor).__name__}), where only tensors by name may be.")
+            raise UserError(
+                f"{path} contains {name!r} ({type(tensor).__name__}), which is not a tensor. Save only the network's "
+                "state dict."
+            )
         arrays[name] = _as_array(tensor, f"{name} in {path}")
     if not arrays:
-        raise UserError(f"{path} holds no tensors; give a file of weights.")
+        raise UserError(f"{path} contains no tensors. Pass a file of weights.")
     return arrays
 
 
@@ -51,72 +56,81 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); download it again.") from error
+        raise UserError(f"{path} is not a complete safetensors file ({error}). Download it again.") from error
 
 
 def _read_pickle(path: Path) -> Any:
-    """What `torch.save` wrote; only tensors and plain containers of them are made from it."""
+    """Loads a file written by `torch.save`, restricted to tensors and plain containers."""
     import torch
 
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not a file of torch.save (of PyTorch 1.6 or later), or is cut short.")
+        raise UserError(
+            f"{path} was not written by `torch.save` of PyTorch 1.6 or later, or is truncated. Download it again."
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        # PyTorch's own message advises to switch the check off.
+        # PyTorch's own message suggests disabling the check.
         raise UserError(
-            f"{path} holds other things than tensors ({_code_in(path)}): nothing of it was run, and it can't be "
-            "converted; get a file of plain tensors, best as safetensors."
+            f"{path} contains objects other than tensors ({_code_in(path)}), which were not loaded or executed. Use a "
+            "file of plain tensors, preferably safetensors."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is not a state dict that torch.save wrote ({reason}).") from error
+        raise UserError(
+            f"{path} is not a state dict written by `torch.save` ({reason}). Pass a file of weights."
+        ) from error
 
 
 def _code_in(path: Path) -> str:
-    """Names the functions and classes that a pickle asks for, without running any."""
+    """Lists the functions and classes that a pickle refers to, without executing any."""
     import torch
 
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError):
         names = []
-    return ", ".join(sorted(names)) or "it is no plain pickle"
+    return ", ".join(sorted(names)) or "not a plain pickle"
 
 
 def _state_dict(loaded: Any, path: Path) -> Mapping[str, Any]:
-    """The one state dict in what was loaded."""
+    """Returns the only state dict in a loaded object."""
     while isinstance(loaded, Mapping):
         inside = [key for key in WRAPPERS if isinstance(loaded.get(key), Mapping)]
         if not inside:
             if odd := [key for key in loaded if not isinstance(key, str)]:
-                raise UserError(f"{path} is no state dict: its tensors must have names, and one is {odd[0]!r}.")
+                raise UserError(f"{path} is not a state dict: its keys must be names, but one is {odd[0]!r}.")
             return loaded
         beside = [str(k) for k, v in loaded.items() if k != inside[0] and not isinstance(v, int | float | str | None)]
         if beside:
             raise UserError(
-                f"{path} holds {', '.join(beside[:5])} beside {inside[0]!r}, so that it isn't clear which are the "
-                "network's weights: save their state dict alone."
+                f"{path} contains {', '.join(beside[:5])} in addition to {inside[0]!r}, so the network's weights are "
+                "ambiguous. Save only the network's state dict."
             )
         loaded = loaded[inside[0]]
-    raise UserError(f"{path} holds a {type(loaded).__name__}, where tensors by name should be.")
+    raise UserError(
+        f"{path} contains a {type(loaded).__name__} instead of named tensors. Save the network's state dict."
+    )
 
 
 def _as_array(tensor: Any, where: str) -> np.ndarray:
-    """A view of a tensor's memory."""
+    """Returns a NumPy view of a tensor."""
     import torch
 
     kinds = (torch.float32, torch.float16, torch.bfloat16)
     if tensor.dtype not in kinds or tensor.layout != torch.strided or tensor.device.type != "cpu":
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise UserError(f"{where} is of {kind}, on {tensor.device}: only plain float32, float16 and bfloat16 are read.")
-    if tensor.dtype == torch.bfloat16:  # NumPy knows it only through ml_dtypes
+        raise UserError(
+            f"{where} is {kind} on {tensor.device}. Only dense float32, float16 and bfloat16 tensors on the CPU are "
+            "supported."
+        )
+    if tensor.dtype == torch.bfloat16:  # NumPy supports it only through ml_dtypes
         return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.detach().numpy()
 
 
 def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
-    """Writes float arrays as `dtype` to a safetensors file, whole; raises UserError if a value is too large for it."""
+    """Writes float arrays as `dtype` to a safetensors file, atomically; raises UserError if a value overflows."""
     from safetensors.numpy import save_file
 
     written = _as_float32(arrays)
@@ -125,26 +139,26 @@ def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], dtype:
             written = {name: array.astype(dtype) for name, array in written.items()}  # ml_dtypes adds bfloat16
         for name, array in written.items():
             if not np.isfinite(array).all() and np.isfinite(arrays[name]).all():
-                raise UserError(f"{name} has values too large for {dtype}: write it as bfloat16 or float32.")
+                raise UserError(f"{name} has values too large for {dtype}. Set --dtype=bfloat16 or --dtype=float32.")
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(written, temporary, {"format": "pt"})
-        temporary.chmod(mode)  # safetensors lets only the owner read its files
+        temporary.chmod(mode)  # safetensors makes its files readable only by the owner
 
 
 def write_torch(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes float arrays as a float32 state dict with `torch.save`, replacing the file only when all is written."""
+    """Writes float arrays as a float32 state dict with `torch.save`, atomically."""
     import torch
 
     with warnings.catch_warnings(), replacing(path) as temporary:
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor will it be written
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # torch.save only reads it
         torch.save({name: torch.from_numpy(array) for name, array in _as_float32(arrays).items()}, temporary)
 
 
 def _as_float32(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Contiguous; arrays that are so already are not copied. Exact, as nothing wider comes in."""
+    """Returns contiguous float32 arrays, without rounding; contiguous float32 arrays are not copied."""
     if wide := [f"{name} is {array.dtype}" for name, array in arrays.items() if array.dtype.itemsize > 4]:
-        raise ValueError(f"{wide[0]}: float32 would round it")
-    # Not ascontiguousarray, which makes a vector of a scalar.
+        raise ValueError(f"{wide[0]}, which float32 would round.")
+    # Not ascontiguousarray, which turns a scalar into a vector.
     return {name: np.require(array, np.float32, "C") for name, array in arrays.items()}

@@ -1,7 +1,7 @@
-"""The public PyTorch release's state dict ↔ our parameters, by name and layout, bit for bit.
+"""Lossless conversion between the public PyTorch release's state dict and this package's parameters.
 
-The release keeps Linear weights as (out, in) and images as NCHW; we keep (in, out) and NHWC. It also stores two
-buffers, the position table and a mask token of zeros, which our network computes.
+The release stores Linear weights as (out, in) and images as NCHW; this package uses (in, out) and NHWC. The release
+also stores two buffers, the position table and a mask token of zeros, which this package computes.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from micro_dit.models.config import SIZES, DiTConfig, make_config
 from micro_dit.models.dit import abstract_params
 from micro_dit.models.embeddings import position_table
 
-# Applied in order to one of our names; the order matters only where a pattern is a prefix of another.
+# Applied in order to this package's names; the order matters only where one pattern is a prefix of another.
 RENAMES: tuple[tuple[str, str], ...] = (
     (r"^patch_embedding\.", "x_embedder."),
     (r"^noise_embedding\.fc1\.", "t_embedder.mlp.0."),
@@ -36,9 +36,9 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"^final_layer\.norm\.", "final_layer.norm_final."),
     (r"\.(kernel|scale)$", ".weight"),
 )
-# Parts of names that PyTorch's wrappers and trainers add.
+# Components that PyTorch's wrappers and trainers add to names.
 WRAPPERS = ("dit", "module", "_orig_mod")
-POSITION_SCALES = (1.0, 2.0, 4.0)  # at 256, 512, 1024 px
+POSITION_SCALES = (1.0, 2.0, 4.0)  # pos_interp_scale at 256, 512 and 1024 px
 
 
 def release_name(name: str) -> str:
@@ -49,7 +49,7 @@ def release_name(name: str) -> str:
 
 
 def to_release_layout(name: str, value: np.ndarray, config: DiTConfig) -> np.ndarray:
-    """Returns our array in the release's layout; `name` is ours."""
+    """Converts an array to the release's layout; `name` is this package's name."""
     if name == "patch_embedding.proj.kernel":  # (p·p·C, D) → (D, C, p, p)
         p = config.patch_size
         return value.reshape(p, p, config.in_channels, -1).transpose(3, 2, 0, 1)
@@ -57,14 +57,14 @@ def to_release_layout(name: str, value: np.ndarray, config: DiTConfig) -> np.nda
 
 
 def from_release_layout(name: str, value: np.ndarray) -> np.ndarray:
-    """Returns the release's array in our layout; `name` is ours."""
+    """Converts the release's array to this package's layout; `name` is this package's name."""
     if name == "patch_embedding.proj.kernel":  # (D, C, p, p) → (p·p·C, D)
         return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
     return value.T if name.endswith(".kernel") else value
 
 
 def release_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of the release's state dict for this network, buffers included."""
+    """Returns names and shapes of the release's state dict for this network, including buffers."""
     p, C = config.patch_size, config.in_channels
     shapes: dict[str, tuple[int, ...]] = {"pos_embed": (1, config.tokens, config.dim), "mask_token": (1, 1, p * p * C)}
     for name, leaf in abstract_params(config).items():
@@ -82,29 +82,38 @@ def without_wrappers(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     for name in state_dict:
         short = ".".join(part for part in name.split(".") if part not in WRAPPERS)
         if short in plain:
-            raise UserError(f"the state dict has both {plain[short]} and {name}; keep the one you mean.")
+            raise UserError(f"The state dict has both {plain[short]} and {name}. Remove one of them.")
         plain[short] = name
     return {short: state_dict[name] for short, name in plain.items()}
 
 
 def recognize(state_dict: Mapping[str, np.ndarray]) -> tuple[str, DiTConfig]:
-    """Returns the size, one of SIZES, and the configuration of the network that a state dict belongs to.
+    """Infers the network's configuration from a state dict.
 
-    The width determines the size, shapes determine channels, patches and captions, and the position table determines
-    the grid and the position scale, one of POSITION_SCALES.
+    The width determines the size; shapes determine the patch size and the latent and caption channels; and the position
+    table determines the grid and the position scale, one of POSITION_SCALES.
+
+    Returns:
+        The size, one of SIZES, and the configuration.
 
     Raises:
-        UserError: The state dict belongs to another kind of network, or to another size or scale.
+        UserError: The state dict is not from a MicroDiT, or has an unknown width or position scale.
     """
     for name, axes in (("x_embedder.proj.weight", 4), ("y_embedder.y_proj.fc1.weight", 2), ("pos_embed", 3)):
         if name not in state_dict or state_dict[name].ndim != axes:
             begin = ", ".join(list(state_dict)[:3])
-            raise UserError(f"these are no weights of a MicroDiT: there is no {name} of {axes} axes among {begin}, ….")
+            raise UserError(
+                f"The weights are not those of a MicroDiT: no {name} with {axes} dimensions among {begin}, …. Pass "
+                "weights of the public release."
+            )
     dim, channels, patch_size, _ = state_dict["x_embedder.proj.weight"].shape
     size = next((size for size, row in SIZES.items() if row["dim"] == dim), None)
     if size is None:
         known = ", ".join(f"{row['dim']} ({size})" for size, row in SIZES.items())
-        raise UserError(f"the network is {dim} wide, and the known ones are {known}: say what it is with --model.")
+        raise UserError(
+            f"The network has width {dim}, but the known widths are {known}. Set --model to a config.json with its "
+            "configuration."
+        )
     config = make_config(
         size,
         input_size=math.isqrt(state_dict["pos_embed"].shape[1]) * patch_size,
@@ -117,22 +126,25 @@ def recognize(state_dict: Mapping[str, np.ndarray]) -> tuple[str, DiTConfig]:
             scaled.check()
             return size, scaled
     tried = ", ".join(map(str, POSITION_SCALES))
-    raise UserError(f"pos_embed is the position table of none of the scales {tried}: say what it is with --model.")
+    raise UserError(
+        f"pos_embed does not match the position table for any of the scales {tried}. Set --model to a config.json with "
+        "the network's configuration."
+    )
 
 
 def is_position_table(stored: np.ndarray, config: DiTConfig) -> bool:
-    """Returns whether a stored table equals the configuration's, within the rounding of its dtype."""
+    """Returns whether a stored table equals the configuration's position table, up to the rounding of its dtype."""
     table = position_table(config.dim, config.grid, config.pos_interp_scale)[None]
     tolerance = max(1e-5, float(jnp.finfo(stored.dtype).eps))
     return stored.shape == table.shape and bool(np.abs(stored.astype(np.float32) - table).max(initial=0.0) <= tolerance)
 
 
 def from_state_dict(state_dict: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
-    """Converts the release's state dict to our parameters, as views of it.
+    """Converts the release's state dict to this package's parameters, as views.
 
     Raises:
-        UserError: Tensors are missing, superfluous or misshapen (all are listed), or the position table is not this
-            configuration's.
+        UserError: Tensors are missing, not expected or have another shape (the message lists all of them), or the
+            buffers do not match the configuration.
     """
     expected = release_shapes(config)
     problems = [f"missing {name}" for name in expected if name not in state_dict]
@@ -143,19 +155,22 @@ def from_state_dict(state_dict: Mapping[str, np.ndarray], config: DiTConfig) -> 
         if name in state_dict and tuple(state_dict[name].shape) != tuple(shape)
     ]
     if problems:
-        raise UserError("the state dict does not fit this network: " + "; ".join(problems))
+        raise UserError(f"The state dict does not match the network: {'; '.join(problems)}.")
     if not is_position_table(state_dict["pos_embed"], config):
         raise UserError(
-            f"the state dict's pos_embed is not the table of pos_interp_scale {config.pos_interp_scale}; set the scale "
-            "that it was trained with (2.0 for the released 512 px checkpoints)."
+            f"The state dict's pos_embed is not the position table for pos_interp_scale {config.pos_interp_scale}. Set "
+            "'pos_interp_scale' to the value used in training (2.0 for the released 512 px checkpoints)."
         )
     if np.any(state_dict["mask_token"]):
-        raise UserError("the state dict's mask_token is not zero; this network fills dropped patches with zeros.")
+        raise UserError(
+            "The state dict's mask_token is not zero. Such weights are not supported, because this network replaces "
+            "dropped patches with zeros."
+        )
     return {name: from_release_layout(name, state_dict[release_name(name)]) for name in abstract_params(config)}
 
 
 def to_state_dict(params: Mapping[str, np.ndarray], config: DiTConfig) -> dict[str, np.ndarray]:
-    """Converts our parameters to the release's state dict with its buffers: views, not all contiguous."""
+    """Converts parameters to the release's state dict, including buffers; returns views, some not contiguous."""
     table = position_table(config.dim, config.grid, config.pos_interp_scale)
     mask_token = np.zeros((1, 1, config.patch_size**2 * config.in_channels), np.float32)
     arrays = {release_name(k): to_release_layout(k, np.asarray(v), config) for k, v in params.items()}

@@ -1,4 +1,4 @@
-"""Contenders that compute nothing, for tests of what is around them; see benchmarks/contenders.py."""
+"""Fake contenders that compute nothing, for tests of benchmarks/contenders.py."""
 
 import os
 import time
@@ -9,13 +9,13 @@ from micro_dit.errors import UserError
 
 
 class Device:
-    """Answers, sleeps, refuses or ends, as it is told."""
+    """A contender that answers, sleeps, fails or exits on request."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
     def hello(self) -> dict[str, Any]:
-        print("what libraries print is no answer")
+        print("not an answer, like the output of libraries")
         return {"device": "stand-in"}
 
     def threads(self) -> dict[str, Any]:
@@ -25,15 +25,15 @@ class Device:
         time.sleep(seconds)
         return {}
 
-    def refuse(self) -> dict[str, Any]:
-        raise UserError("there is no room")
+    def fail(self) -> dict[str, Any]:
+        raise UserError("Out of memory.")
 
     def end(self) -> dict[str, Any]:
         os._exit(3)
 
 
 class Training(Device):
-    """A step of 0.1 seconds, that takes a second to compile."""
+    """A fake training step that reports 0.1 seconds, and 1 second of compilation."""
 
     def prepare(self) -> dict[str, Any]:
         return {"device": "NVIDIA H200", "compile_s": 1.0, "microbatch": self.setting.microbatch}
@@ -43,7 +43,7 @@ class Training(Device):
 
 
 class Sampling(Training):
-    """Can't."""
+    """A fake sampler that fails."""
 
     def prepare(self) -> dict[str, Any]:
-        return self.refuse()
+        return self.fail()

@@ -1,4 +1,4 @@
-"""Nothing but attention grows faster than the tokens: read from traced programs; nothing is compiled or timed."""
+"""Only attention grows faster than linearly with the tokens; checked on traced programs, which are not run."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ from micro_dit.models import layers
 from micro_dit.models.moe import ExpertChoiceFFN
 
 WIDTH, TOKENS = 32, (256, 1024, 4096)
-LINEAR = 1.001  # an exponent; what does not depend on the tokens makes it smaller
+LINEAR = 1.001  # maximum exponent of linear growth; constant terms decrease the exponent
 PARTS = growth.parts_of(WIDTH, "float32")
 
 
 class OneHotExperts(ExpertChoiceFFN):
-    """Dispatch as in the public release: tokens go to experts and back by products with one-hot matrices."""
+    """Experts with the public release's dispatch, by products with one-hot matrices."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         chosen, probabilities = self.route(x)
@@ -38,7 +38,7 @@ def make_experts(kind: type[ExpertChoiceFFN]) -> ExpertChoiceFFN:
 def exponents(
     part: Callable[[int], tuple[Any, Sequence[Any]]], sizes: Sequence[int] = TOKENS
 ) -> tuple[list[float], list[float]]:
-    """Between neighboring numbers of tokens: of the products' FLOPs, and of the largest array."""
+    """Returns growth exponents between neighboring sizes, of the products' FLOPs and of the largest array."""
     flops, largest = zip(*(growth.cost(*part(tokens)) for tokens in sizes), strict=True)
     return growth.exponents(sizes, flops), growth.exponents(sizes, largest)
 
@@ -50,13 +50,13 @@ def test_attention_grows_with_the_square_of_the_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "attention"])
-def test_every_other_part_grows_with_the_tokens(name: str) -> None:
+def test_other_parts_grow_linearly_with_the_tokens(name: str) -> None:
     flops, largest = exponents(PARTS[name])
     assert all(slope <= LINEAR or math.isnan(slope) for slope in flops)  # masking has no products
     assert 0.9 < max(largest) <= LINEAR
 
 
-def test_one_hot_dispatch_would_be_noticed() -> None:
+def test_detects_the_quadratic_growth_of_one_hot_dispatch() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 16, WIDTH))
     ours, one_hot = make_experts(ExpertChoiceFFN), make_experts(OneHotExperts)
     assert jnp.allclose(ours(x), one_hot(x), atol=1e-6), "the same layer"
@@ -73,7 +73,9 @@ def test_one_hot_dispatch_would_be_noticed() -> None:
 
 
 @pytest.mark.parametrize("kept", [0.25, 1.0], ids=["masked", "unmasked"])
-def test_without_attention_the_whole_step_grows_with_the_tokens(monkeypatch: pytest.MonkeyPatch, kept: float) -> None:
+def test_training_step_without_attention_grows_linearly_with_the_tokens(
+    monkeypatch: pytest.MonkeyPatch, kept: float
+) -> None:
     def step(tokens: int) -> tuple[Any, Sequence[Any]]:
         return growth.step_of(growth.Setting(tokens, kept), WIDTH, "float32")
 

@@ -1,11 +1,11 @@
-"""The benchmarks run where only jax, flax, optax, numpy and torch are installed."""
+"""The benchmarks require only jax, flax, optax, numpy and torch."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Requirements of data preparation, checkpoints, configs and logs. Flax depends on Orbax but does not import it.
+# Required only for data preparation, checkpoints, configs and logs. Flax depends on Orbax but does not import it.
 ABSENT = (
     "array_record", "clu", "grain", "matplotlib", "ml_collections", "orbax", "PIL", "safetensors", "tensorboardX",
     "tokenizers", "tqdm", "transformers",
@@ -18,6 +18,6 @@ import benchmarks.train_step
 """
 
 
-def test_the_benchmarks_import_nothing_of_the_data_stack() -> None:
+def test_benchmarks_do_not_import_the_data_stack() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What the benchmarks time, on a tiny network; what JAX's training step and sampler compute is only traced here."""
+"""The benchmarked programs on a tiny network; JAX's training step and sampler are only traced."""
 
 import pytest
 
@@ -10,7 +10,7 @@ LAYERS = {"expert_layer_ms", "expert_dispatch_ms", "token_drop_ms"}
 SETTING = Setting("Nano", TINY | {"input_size": 8}, 0.75, batch_size=4, microbatch=2, caption_tokens=4, steps=2)
 
 
-def test_micro_dit() -> None:
+def test_jax_jobs() -> None:
     training = jax_jobs.Training(SETTING)
     state, batch, _ = training.lower().in_avals[0]
     arguments = training.make_arguments()
@@ -25,8 +25,8 @@ def test_micro_dit() -> None:
     assert set(layers.run(times=1)) == LAYERS
 
 
-def test_twin() -> None:
-    pytest.importorskip("torch", reason="the twin is written in PyTorch: pip install torch")
+def test_torch_jobs() -> None:
+    pytest.importorskip("torch", reason="requires torch; run `pip install torch`")
     from benchmarks import torch_jobs
 
     for kind in (torch_jobs.Training, torch_jobs.Sampling):

@@ -1,4 +1,4 @@
-"""The yardstick measures the same thing: the PyTorch twin computes what micro_dit, and the public release, compute."""
+"""The PyTorch twin computes the same results as micro_dit and as the public release."""
 
 import importlib
 import json
@@ -18,11 +18,11 @@ from micro_dit.models.masking import TokenMask, mask_from_noise
 from micro_dit.training.optimizer import make_optimizer
 from tests.helpers import tiny
 
-torch = pytest.importorskip("torch", reason="the twin is written in PyTorch: pip install torch")
+torch = pytest.importorskip("torch", reason="requires torch; run `pip install torch`")
 torch_twin = importlib.import_module("benchmarks.torch_twin")
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TOLERANCE = 1e-5  # of the largest value; seen: loss 3e-7, forward 2e-6, gradients 4e-6, a step of AdamW 1e-7
+TOLERANCE = 1e-5  # relative to the maximum; measured: loss 3e-7, forward 2e-6, gradients 4e-6, AdamW step 1e-7
 IMAGES, CLIP, LEARNING_RATE = 3, 0.25, 1e-3
 P_MEAN, P_STD = -0.6, 1.2
 
@@ -59,7 +59,7 @@ def make_training(config: DiTConfig, params: Any, **options: Any) -> Any:
 
 
 class Both:
-    """The tiny network in both, and what a step draws. Its mixer has a dense block and one of experts."""
+    """The tiny network and a step's random inputs for both frameworks; its mixer has a dense and an expert block."""
 
     def __init__(self, mask_ratio: float) -> None:
         self.config = tiny.network(use_bias=True, depth=1)
@@ -76,7 +76,7 @@ class Both:
         )  # fmt: skip
 
     def loss(self, params: Any) -> tuple[jax.Array, jax.Array]:
-        """The mean loss, and what the network returned."""
+        """Returns the mean loss, and the network's output."""
         returned = []
 
         def F(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ class Both:
         return edm.loss(F, self.x, self.y, self.sigma, self.noise, mask=self.mask).mean(), returned[0]
 
     def compare_loss(self, training: Any, loss: jax.Array, F_x: jax.Array) -> None:
-        """Leaves the gradients in the twin."""
+        """Compares loss and output; the gradients remain in the twin's parameters."""
         returned = []
         hook = training.twin.register_forward_hook(lambda module, inputs, output: returned.append(output))
         assert_close(training.gradients(self.drawn), loss, "loss")
@@ -118,24 +118,24 @@ def test_masked_training_step() -> None:
     for name, parameter in named.items():
         assert_close(parameter.grad, expected[name], f"gradient of {name}")
 
-    # Microbatches of one image and of all are the same.
+    # Microbatches of one image give the same result as the whole batch.
     one_by_one = make_training(both.config, both.params, microbatch=1)
     assert_close(one_by_one.gradients(both.drawn), loss, "loss, image by image")
     for (name, parameter), other in zip(named.items(), one_by_one.twin.parameters(), strict=True):
         assert_close(other.grad, parameter.grad.numpy(), f"gradient of {name}, image by image")
 
-    # One step of AdamW, with gradients that are clipped: the same ones, since its first step is as large for one that
-    # is nothing but rounding.
+    # One step of AdamW with clipping. Both use the same gradients, because AdamW's first step is equally large for
+    # gradients that are only rounding errors.
     assert gradient_norm > 2 * CLIP
     after = in_release_layout(after, both.config)
     for name, parameter in named.items():
-        parameter.grad = torch.from_numpy(np.array(expected[name], order="C"))  # the fused step asks for this order
+        parameter.grad = torch.from_numpy(np.array(expected[name], order="C"))  # required by the fused step
     training.update()
     for name, parameter in named.items():
         assert_close(parameter.detach().numpy(), after[name], f"{name} after a step")
 
 
-def test_what_a_step_draws() -> None:
+def test_distributions_of_a_steps_random_inputs() -> None:
     both = Both(0.75)
     training = make_training(both.config, both.params, caption_drop=0.5)
     torch.manual_seed(0)
@@ -151,11 +151,11 @@ def test_what_a_step_draws() -> None:
     N, K = both.config.tokens, both.config.tokens // 4
     assert drawn.mask.keep.shape == (len(x), K)
     assert torch.equal(drawn.mask.restore.gather(1, drawn.mask.keep), torch.arange(K).expand(len(x), K))
-    assert torch.bincount(drawn.mask.keep.flatten(), minlength=N).min() > 0  # every position is kept now and then
+    assert torch.bincount(drawn.mask.keep.flatten(), minlength=N).min() > 0  # every position is kept in some image
     assert torch.isfinite(training.step(x[:2], y[:2]))
 
 
-def test_the_twin_is_the_release() -> None:
+def test_twin_matches_the_release() -> None:
     about = json.loads((GOLDEN / "dit_a.json").read_text())
     with np.load(GOLDEN / "dit_a.npz") as arrays:
         golden = {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind in "fi"}

@@ -1,4 +1,4 @@
-"""Run by test_sharded_encoders.py in a process of its own with 8 fake devices; prints what it found as JSON."""
+"""Runs in a subprocess of test_sharded_encoders.py with 8 fake devices, and prints its measurements as JSON."""
 
 import json
 import sys

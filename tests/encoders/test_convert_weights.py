@@ -16,14 +16,14 @@ from micro_dit.errors import UserError
 from tests.helpers.published import open_clip_tensors, write_clip, write_open_clip, write_t5
 
 
-def test_a_converted_tower_is_the_same(tmp_path: Path) -> None:
+def test_converted_weights_give_equal_embeddings(tmp_path: Path) -> None:
     model = write_clip(tmp_path / "reference")
     write_open_clip(tmp_path / "safe", model)
     pickled = tmp_path / "pickled"
     write_open_clip(pickled, model)
     (pickled / "open_clip_model.safetensors").unlink()
     torch.save(open_clip_tensors(model), pickled / "open_clip_pytorch_model.bin")
-    (pickled / "notes.md").write_text("left behind")
+    (pickled / "notes.md").write_text("not copied")
     command = [sys.executable, "-m", "micro_dit.encoders.convert_weights"]
     arguments = [str(pickled / "open_clip_pytorch_model.bin"), str(tmp_path / "out")]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -36,11 +36,11 @@ def test_a_converted_tower_is_the_same(tmp_path: Path) -> None:
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_several_files_and_their_index_are_converted(tmp_path: Path) -> None:
+def test_converts_several_files_and_their_index(tmp_path: Path) -> None:
     write_t5(tmp_path / "t5")
     tensors = load_file(tmp_path / "t5" / "model.safetensors")
     (tmp_path / "t5" / "model.safetensors").unlink()
-    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]  # the same memory twice
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]  # shared memory
     names = sorted(tensors)
     parts = {f"pytorch_model-0000{part}-of-00002.bin": names[part - 1 :: 2] for part in (1, 2)}
     for file, chosen in parts.items():
@@ -67,7 +67,7 @@ def test_shared_and_strided_tensors_of_any_dtype_keep_their_values(tmp_path: Pat
         assert torch.equal(found[name], tensor)
 
 
-def test_names_are_those_of_the_hub() -> None:
+def test_safetensors_names_follow_the_hub() -> None:
     assert safetensors_name("pytorch_model.bin") == "model.safetensors"
     assert safetensors_name("open_clip_pytorch_model.bin") == "open_clip_model.safetensors"
     assert safetensors_name("diffusion_pytorch_model.bin") == "diffusion_pytorch_model.safetensors"
@@ -75,20 +75,20 @@ def test_names_are_those_of_the_hub() -> None:
 
 
 class Runs:
-    """A pickle that runs a program."""
+    """An object whose pickle runs a program when loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("echo bad",)
 
 
-def test_code_is_not_run_and_other_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_rejects_pickles_with_code_and_files_without_tensors(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     torch.save({"a": torch.zeros(2), "b": Runs()}, tmp_path / "bad.bin")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("text")
     for name in ("bad.bin", "text.pt"):
-        with pytest.raises(UserError, match=f"{name} is no file of PyTorch weights, or holds other things"):
+        with pytest.raises(UserError, match=f"{name} is not a file of PyTorch weights, or contains objects"):
             convert_weights(tmp_path / name, tmp_path / "out")
-    with pytest.raises(UserError, match=r"list\.pt holds no tensors by name"):
+    with pytest.raises(UserError, match=r"list\.pt contains no named tensors"):
         convert_weights(tmp_path / "list.pt", tmp_path / "out")
     with pytest.raises(UserError, match="no weights to convert"):
         convert_weights(tmp_path / "missing.bin", tmp_path / "out")

@@ -19,14 +19,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, without a network."""
+    """Returns the folder of an empty Hub cache; the Hub's library is in offline mode."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path
 
 
 def cached(cache: Path, repository: str) -> Path:
-    """Where the hub's cache has the files of a repository."""
+    """Creates a repository in the Hub's cache and returns the folder for its files."""
     root = cache / f"models--{repository.replace('/', '--')}"
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text(COMMIT)
@@ -36,7 +36,7 @@ def cached(cache: Path, repository: str) -> Path:
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
-    """Every repository and its patterns that would be downloaded, to a folder that stays empty."""
+    """Replaces downloads; returns a list to which each requested repository and its patterns are appended."""
     calls: list[tuple[str, list[str]]] = []
 
     def download(repository: str, allow_patterns: list[str]) -> str:
@@ -47,14 +47,14 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, li
     return calls
 
 
-def test_folders_and_what_comes_with_the_package_need_no_hub(asked: list, tmp_path: Path) -> None:
+def test_local_and_included_folders_are_not_downloaded(asked: list, tmp_path: Path) -> None:
     assert resolve_folder(str(tmp_path), ["config.json"]) == tmp_path
     assert resolve_folder("openmoji_vae", ["config.json"]) == ASSETS / "openmoji_vae"
     assert load_image_encoder("openmoji_vae").name == "openmoji_vae"
     assert not asked
 
 
-def test_names_of_the_hub_lead_to_repositories_and_folders_in_them(asked: list, tmp_path: Path) -> None:
+def test_resolves_repositories_and_folders_in_them(asked: list, tmp_path: Path) -> None:
     assert resolve_folder("owner/some.repo-1", ["config.json", "vae/config.json"]) == tmp_path
     assert resolve_folder("owner/repo/text_encoder_2", ["model.safetensors", "../tokenizer*/vocab.json"]) == (
         tmp_path / "text_encoder_2"
@@ -68,23 +68,23 @@ def test_names_of_the_hub_lead_to_repositories_and_folders_in_them(asked: list, 
 
 
 @pytest.mark.parametrize("pattern", ["*", "*.bin", "pytorch_model.pt", "weights.pickle", "vae/*"])
-def test_pickles_are_never_asked_for(asked: list, pattern: str) -> None:
+def test_never_downloads_pickles(asked: list, pattern: str) -> None:
     with pytest.raises(ValueError, match="may match files other than"):
         resolve_folder("owner/repo", [pattern])
     assert not asked
 
 
 @pytest.mark.parametrize("name", ["nothing", "/no/such/folder", "./missing/vae", "~/missing", "owner/re po", " "])
-def test_what_is_neither_folder_nor_repository_is_refused(asked: list, name: str) -> None:
-    with pytest.raises(UserError, match="is no folder: give a folder, or owner/repository"):
+def test_rejects_names_of_neither_folders_nor_repositories(asked: list, name: str) -> None:
+    with pytest.raises(UserError, match=r"is not a folder\. Pass an existing folder, or owner/repository"):
         resolve_folder(name, ["config.json"])
-    with pytest.raises(UserError, match=r"leave out the '\.\.'"):
+    with pytest.raises(UserError, match=r"Remove the '\.\.'"):
         resolve_folder("owner/repo/../other", ["config.json"])
     assert not asked
 
 
-def refused(error: type[Exception], monkeypatch: pytest.MonkeyPatch, status: int = 404) -> str:
-    """What the user reads if the hub raises an error."""
+def download_message(error: type[Exception], monkeypatch: pytest.MonkeyPatch, status: int = 404) -> str:
+    """Returns the message of the UserError if the Hub's library raises `error`."""
 
     response = SimpleNamespace(status_code=status, headers={}, request=None)
 
@@ -99,21 +99,22 @@ def refused(error: type[Exception], monkeypatch: pytest.MonkeyPatch, status: int
     return str(caught.value)
 
 
-def test_each_trouble_with_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "is gated: accept its terms" in refused(errors.GatedRepoError, monkeypatch, 403)
-    assert "nor such a repository" in refused(errors.RepositoryNotFoundError, monkeypatch)
-    assert "can't be reached, and its local cache lacks" in refused(errors.LocalEntryNotFoundError, monkeypatch)
-    assert "broke off (no); run it again" in refused(errors.HfHubHTTPError, monkeypatch, 500)
-    assert "broke off (no); run it again" in refused(ConnectionError, monkeypatch)
-    assert "broke off (no); run it again" in refused(errors.HTTPError, monkeypatch)
-    assert "nor can a repository have that name" in refused(errors.HFValidationError, monkeypatch)
+def test_hub_errors_are_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    unreachable = "cannot be reached, and its local cache lacks"
+    assert "is gated. Accept its terms" in download_message(errors.GatedRepoError, monkeypatch, 403)
+    assert "nor a repository on the" in download_message(errors.RepositoryNotFoundError, monkeypatch)
+    assert unreachable in download_message(errors.LocalEntryNotFoundError, monkeypatch)
+    assert "failed (no). Run the command again" in download_message(errors.HfHubHTTPError, monkeypatch, 500)
+    assert "failed (no). Run the command again" in download_message(ConnectionError, monkeypatch)
+    assert "failed (no). Run the command again" in download_message(errors.HTTPError, monkeypatch)
+    assert "nor a valid repository name" in download_message(errors.HFValidationError, monkeypatch)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match="pip install huggingface_hub"):
         resolve_folder("owner/repo", ["config.json"])
 
 
-def test_without_a_network_the_cache_is_used(cache: Path) -> None:
-    with pytest.raises(UserError, match="can't be reached, and its local cache lacks"):
+def test_uses_the_cache_without_a_network(cache: Path) -> None:
+    with pytest.raises(UserError, match="cannot be reached, and its local cache lacks"):
         load_image_encoder("owner/pipeline")
     vae = cached(cache, "owner/pipeline") / "vae"
     vae.mkdir()
@@ -125,7 +126,7 @@ def test_without_a_network_the_cache_is_used(cache: Path) -> None:
         assert (encoder.name, encoder.fingerprint) == (name, shipped.fingerprint)
 
 
-def test_text_towers_are_found_in_the_cache(cache: Path) -> None:
+def test_finds_text_encoders_in_the_cache(cache: Path) -> None:
     pytest.importorskip("torch")
     from tests.helpers.published import write_clip, write_open_clip
 
@@ -135,11 +136,11 @@ def test_text_towers_are_found_in_the_cache(cache: Path) -> None:
     encoder = load_text_encoder("owner/pipeline/text_encoder_2", 20)
     opened = load_text_encoder("owner/open", 20)
     assert (encoder.name, opened.name) == ("owner/pipeline/text_encoder_2", "owner/open")
-    # Up to the end of the caption; the padding is another one.
+    # Compares only the caption's tokens, since the padding differs.
     np.testing.assert_allclose(encoder.encode(["a photo"])[0, :4], opened.encode(["a photo"])[0, :4], atol=1e-5)
 
 
-def test_only_the_weights_that_are_used_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_downloads_only_the_weights_that_it_uses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
     def download(repository: str, allow_patterns: list[str]) -> str:
@@ -153,22 +154,21 @@ def test_only_the_weights_that_are_used_are_asked_for(monkeypatch: pytest.Monkey
     files = resolve_weights("owner/repo", ["a.safetensors", "b-*.safetensors", "c.safetensors"])
     assert [file.name for file in files] == ["b-1.safetensors", "b-2.safetensors"]
     assert asked == ["a.safetensors", "b-*.safetensors"]
-    with pytest.raises(UserError, match=r"none of c\.safetensors.*convert_weights FILE FOLDER"):
+    with pytest.raises(UserError, match=r"no file named c\.safetensors.*convert_weights FILE FOLDER"):
         resolve_weights("owner/repo", ["c.safetensors"])
 
 
-def test_a_repository_without_safetensors_says_how_to_convert(cache: Path) -> None:
+def test_message_for_a_repository_without_safetensors_names_the_conversion(cache: Path) -> None:
     pickled = cached(cache, "owner/pickled")
     (pickled / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
-    with pytest.raises(UserError, match=r"'owner/pickled' has none of open_clip_model\.safetensors.*convert_weights"):
+    with pytest.raises(UserError, match=r"'owner/pickled' has no file named open_clip_model.*convert_weights"):
         load_text_encoder("owner/pickled")
     (pickled / "config.json").write_bytes((ASSETS / "openmoji_vae" / "config.json").read_bytes())
     with pytest.raises(UserError, match="convert_weights"):
         load_image_encoder("owner/pickled")
 
 
-def test_importing_asks_for_nothing() -> None:
-    """The hub's library is imported when a name is looked up, not before."""
+def test_imports_the_hub_library_lazily() -> None:
     code = "import sys, micro_dit.encoders.image, micro_dit.encoders.text; print('huggingface_hub' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

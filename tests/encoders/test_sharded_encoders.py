@@ -9,7 +9,7 @@ from tests.helpers.published import write_clip
 FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
 
 
-def test_eight_devices_encode_as_one_does(tmp_path: Path) -> None:
+def test_eight_devices_match_one_device(tmp_path: Path) -> None:
     write_clip(tmp_path)
     script, root = Path(__file__).with_name("sharded_encoders.py"), str(Path(__file__).parents[2])
     environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
@@ -18,7 +18,7 @@ def test_eight_devices_encode_as_one_does(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["devices"] == 8
-    assert found["rows"] == [2] * 8  # each device its share
+    assert found["rows"] == [2] * 8  # the batch is split evenly
     assert found["size"] > 0.05
     for name in ("encode", "decode", "text"):
         assert found[name] < 1e-5, name

@@ -27,7 +27,7 @@ def encoder(folder: Path) -> TextEncoder:
     return load_text_encoder(str(folder), TOKENS)
 
 
-def test_same_numbers_as_transformers_and_zeros_for_padding(folder: Path, encoder: TextEncoder) -> None:
+def test_matches_transformers_and_padding_is_zero(folder: Path, encoder: TextEncoder) -> None:
     assert (encoder.tokens, encoder.channels) == (TOKENS, 32)
     tokenizer = T5TokenizerFast.from_pretrained(folder)
     inputs = tokenizer(CAPTIONS, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
@@ -43,7 +43,7 @@ def test_same_numbers_as_transformers_and_zeros_for_padding(folder: Path, encode
         assert not ours[row, valid:].any()
 
 
-def test_tokens_are_counted_and_captions_do_not_depend_on_each_other(folder: Path, encoder: TextEncoder) -> None:
+def test_counts_tokens_and_embeddings_do_not_depend_on_the_batch(folder: Path, encoder: TextEncoder) -> None:
     assert encoder.count_tokens(["a photo of the cat", ""]) == [6, 1]
     np.testing.assert_allclose(encoder.encode(CAPTIONS)[1], encoder.encode(["a cat"])[0], atol=1e-5)
     assert encoder.encode([]).shape == (0, TOKENS, 32)
@@ -52,7 +52,7 @@ def test_tokens_are_counted_and_captions_do_not_depend_on_each_other(folder: Pat
     assert load_text_encoder(str(folder)).tokens == 120
 
 
-def test_whole_models_in_parts_are_read(folder: Path, encoder: TextEncoder, tmp_path: Path) -> None:
+def test_reads_sharded_full_models(folder: Path, encoder: TextEncoder, tmp_path: Path) -> None:
     for file in folder.glob("*.json"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(folder / "model.safetensors") | {"decoder.x": torch.zeros(2), "lm_head.weight": torch.zeros(2)}
@@ -68,24 +68,24 @@ def test_whole_models_in_parts_are_read(folder: Path, encoder: TextEncoder, tmp_
     assert rounded.fingerprint == parts.fingerprint
 
 
-def test_what_does_not_fit_is_named(folder: Path, tmp_path: Path) -> None:
+def test_rejects_unsupported_and_inconsistent_files(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
 
-    def refusal(tokens: int = TOKENS, dtype: str = "float32") -> str:
+    def error_message(tokens: int = TOKENS, dtype: str = "float32") -> str:
         with pytest.raises(UserError) as error:
             load_text_encoder(str(tmp_path), tokens, dtype)
         return str(error.value)
 
-    assert "takes 2 to 512 caption tokens, not 513" in refusal(513)
-    assert "choose float32 or bfloat16" in refusal(dtype="float16")
+    assert "supports 2 to 512 caption tokens, not 513" in error_message(513)
+    assert "Choose float32 or bfloat16" in error_message(dtype="float16")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"d_ff": 128}))
-    assert "do not fit its config.json" in refusal()
+    assert "do not match its config.json" in error_message()
     (tmp_path / "config.json").write_text(json.dumps(config))
     rewrite(tmp_path / "model.safetensors", lambda name: name.replace("block.1", "block.7"))
-    assert "is missing or not expected" in refusal()
+    assert "is missing or not expected" in error_message()
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    assert "is not a valid safetensors file" in refusal()
+    assert "is not a valid safetensors file" in error_message()
     (tmp_path / "tokenizer.json").unlink()
-    assert "has no tokenizer" in refusal()
+    assert "has no tokenizer" in error_message()

@@ -27,13 +27,13 @@ TINY = dataclasses.replace(vae_training.CONFIG, block_out_channels=(8,), norm_nu
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains a network of one level, on nine images instead of thousands."""
+    """Reduces the network to one level and the data to nine images."""
     monkeypatch.setattr(vae_training, "CONFIG", TINY)
     monkeypatch.setattr(train_vae, "OpenMoji", functools.partial(OpenMoji, ("component",)))
     monkeypatch.setattr(OpenMoji, "pixels", functools.partialmethod(OpenMoji.pixels, workers=1))
 
 
-def test_a_short_training_writes_a_loadable_autoencoder_with_normalized_latents(
+def test_training_writes_an_autoencoder_with_normalized_latents(
     tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = vae_training.AutoencoderTraining(steps=3, batch_size=2, learning_rate=1e-3)
@@ -49,7 +49,7 @@ def test_a_short_training_writes_a_loadable_autoencoder_with_normalized_latents(
     np.testing.assert_allclose(std, 0.9, rtol=1e-3)
 
 
-def test_training_goes_on_from_given_weights(tiny: None, tmp_path: Path) -> None:
+def test_training_starts_from_initial_weights(tiny: None, tmp_path: Path) -> None:
     parameters = nnx.to_pure_dict(nnx.state(AutoencoderKL(TINY, rngs=nnx.Rngs(7))))
     save_autoencoder(tmp_path / "init", TINY, parameters, np.float16)
     settings = vae_training.AutoencoderTraining(steps=1, batch_size=2, learning_rate=0.0, init=str(tmp_path / "init"))
@@ -59,12 +59,12 @@ def test_training_goes_on_from_given_weights(tiny: None, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("minutes", "steps"), [(None, None), (1.0, 1)])
-def test_either_minutes_or_steps(minutes: float | None, steps: int | None) -> None:
+def test_requires_either_minutes_or_steps(minutes: float | None, steps: int | None) -> None:
     with pytest.raises(UserError, match="either --minutes or --steps"):
         vae_training.AutoencoderTraining(minutes, steps)
 
 
-def test_steps_lower_the_loss_and_move_the_averages() -> None:
+def test_steps_lower_the_loss_and_update_the_ema_weights() -> None:
     graph, initial = nnx.split(AutoencoderKL(TINY, rngs=nnx.Rngs(0)))
     parameters = nnx.to_pure_dict(initial)
     optimizer = vae_training.make_optimizer()
@@ -103,7 +103,7 @@ def test_blank_images_can_be_cropped() -> None:
     assert (vae_training.inked_crops(image, vae_training.find_ink(image), np.random.default_rng(0), 3, 64) == 255).all()
 
 
-def test_the_learning_rate_rises_and_then_falls_to_one_percent() -> None:
+def test_learning_rate_warms_up_and_decays_to_one_percent() -> None:
     assert vae_training.learning_rate_at(0.0, 0, 1.0) == pytest.approx(1 / vae_training.WARMUP_STEPS)
     assert vae_training.learning_rate_at(0.0, 10_000, 1.0) == pytest.approx(1.0)
     assert vae_training.learning_rate_at(0.5, 10_000, 1.0) == pytest.approx(0.505)
@@ -116,7 +116,7 @@ def test_psnr_in_decibels() -> None:
     np.testing.assert_allclose(vae_training.psnr(images, others), [0, 20 * np.log10(255)], atol=1e-4)
 
 
-def test_the_shipped_autoencoder_reconstructs_drawings_it_has_never_seen() -> None:
+def test_included_autoencoder_reconstructs_held_out_drawings() -> None:
     encoder = load_image_encoder(str(SHIPPED))
     assert (encoder.downsample, encoder.channels) == (8, 8)
     metrics = json.loads((SHIPPED / "metrics.json").read_text())

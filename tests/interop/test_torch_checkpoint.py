@@ -1,4 +1,4 @@
-"""Names and layouts of the public release; its numbers are compared in tests/parity."""
+"""Names and layouts of the public release's state dict; tests/parity compares the network's outputs."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def state_dict() -> dict[str, np.ndarray]:
     return to_state_dict({name: np.asarray(value) for name, value in tiny.random_params(CONFIG).items()}, CONFIG)
 
 
-def test_there_and_back_is_the_identity_bit_for_bit(state_dict: dict[str, np.ndarray]) -> None:
+def test_round_trip_is_bitwise_equal(state_dict: dict[str, np.ndarray]) -> None:
     params = tiny.random_params(CONFIG)
     back = from_state_dict(state_dict, CONFIG)
     assert list(back) == list(params)
@@ -43,7 +43,7 @@ def test_layouts(state_dict: dict[str, np.ndarray]) -> None:
     np.testing.assert_array_equal(state_dict["blocks.1.attn.qkv.weight"], params["blocks.1.attn.qkv.kernel"].T)
     patch = params["patch_embedding.proj.kernel"].reshape(2, 2, 4, 32)
     np.testing.assert_array_equal(state_dict["x_embedder.proj.weight"][5, 3], patch[:, :, 3, 5])
-    # Experts are kept as they are.
+    # Expert weights have the same layout in both.
     np.testing.assert_array_equal(state_dict["blocks.0.mlp.w1"], params["blocks.0.mlp.w1"])
 
 
@@ -76,21 +76,24 @@ def without(name: str) -> Any:
         (without("blocks.1.attn.qkv.weight"), r"missing blocks\.1\.attn\.qkv\.weight"),
         (lambda tensors: tensors.update(extra=np.zeros(3)), "unexpected extra"),
         (lambda tensors: tensors.update(mask_token=np.ones((1, 1, 16))), "mask_token is not zero"),
-        (lambda tensors: tensors.update(pos_embed=tensors["pos_embed"] + 0.1), "pos_interp_scale 1.0; set the scale"),
+        (
+            lambda tensors: tensors.update(pos_embed=tensors["pos_embed"] + 0.1),
+            r"pos_interp_scale 1\.0\. Set 'pos_interp_scale'",
+        ),
         (
             lambda tensors: tensors.update({"t_embedder.mlp.0.bias": np.zeros(3)}),
             r"t_embedder\.mlp\.0\.bias has shape \(3,\), expected \(32,\)",
         ),
     ],
 )
-def test_what_does_not_fit_is_named(state_dict: dict[str, np.ndarray], change: Any, message: str) -> None:
+def test_names_mismatched_tensors(state_dict: dict[str, np.ndarray], change: Any, message: str) -> None:
     change(state_dict)
     with pytest.raises(UserError, match=message):
         from_state_dict(state_dict, CONFIG)
 
 
 def published(size: str, dtype: Any = np.float32, **fields: Any) -> dict[str, np.ndarray]:
-    """What a state dict of a published size is recognized by."""
+    """Returns the tensors from which `recognize` infers a published size."""
     config = make_config(size, **fields)
     return {
         "x_embedder.proj.weight": np.zeros((config.dim, config.in_channels, 2, 2), dtype),
@@ -110,23 +113,23 @@ def published(size: str, dtype: Any = np.float32, **fields: Any) -> dict[str, np
         ("MicroDiT_Tiny_2", dict(input_size=128, in_channels=4, caption_channels=4096, pos_interp_scale=4.0)),
     ],
 )
-def test_published_sizes_are_recognized(size: str, fields: dict[str, Any], dtype: Any) -> None:
+def test_recognizes_published_sizes(size: str, fields: dict[str, Any], dtype: Any) -> None:
     assert recognize(published(size, dtype, **fields)) == (size, make_config(size, **fields))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("pos_embed"), "no weights of a MicroDiT: there is no pos_embed of 3 axes among x_embedder"),
-        (lambda t: t.update({"x_embedder.proj.weight": np.zeros((1024, 16))}), "no x_embedder.proj.weight of 4 axes"),
-        (lambda t: t.update({"x_embedder.proj.weight": np.zeros((96, 4, 2, 2))}), "is 96 wide, and the known ones are"),
-        (lambda t: t.update(pos_embed=t["pos_embed"][:, :100]), "table of none of the scales 1.0, 2.0, 4.0"),
-        (lambda t: t.update(pos_embed=t["pos_embed"][:, :101]), "table of none of the scales"),
-        (lambda t: t.update(pos_embed=t["pos_embed"] + 1e-4), "table of none of the scales"),
+        (without("pos_embed"), "not those of a MicroDiT: no pos_embed with 3 dimensions among x_embedder"),
+        (lambda t: t.update({"x_embedder.proj.weight": np.zeros((1024, 16))}), r"proj\.weight with 4 dimensions"),
+        (lambda t: t.update({"x_embedder.proj.weight": np.zeros((96, 4, 2, 2))}), "width 96, but the known widths are"),
+        (lambda t: t.update(pos_embed=t["pos_embed"][:, :100]), "for any of the scales 1.0, 2.0, 4.0"),
+        (lambda t: t.update(pos_embed=t["pos_embed"][:, :101]), "for any of the scales"),
+        (lambda t: t.update(pos_embed=t["pos_embed"] + 1e-4), "for any of the scales"),
         (lambda t: t.update(pos_embed=t["pos_embed"][:, :0]), "keeps none of the 0 tokens"),
     ],
 )
-def test_other_networks_are_not_recognized(change: Any, message: str) -> None:
+def test_does_not_recognize_other_networks(change: Any, message: str) -> None:
     tensors = published("MicroDiT_Tiny_2", input_size=32)
     change(tensors)
     with pytest.raises(UserError, match=message):
@@ -134,14 +137,14 @@ def test_other_networks_are_not_recognized(change: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "dit.", "module.", "_orig_mod.", "module.dit._orig_mod.", "dit._orig_mod."])
-def test_prefixes_of_wrappers_are_taken_off(state_dict: dict[str, np.ndarray], prefix: str) -> None:
+def test_strips_wrapper_prefixes(state_dict: dict[str, np.ndarray], prefix: str) -> None:
     plain = without_wrappers({prefix + name: value for name, value in state_dict.items()})
     assert list(plain) == list(state_dict)
     inside = {name.replace("blocks.0.", "blocks.0._orig_mod."): value for name, value in state_dict.items()}
     assert list(without_wrappers(inside)) == list(state_dict)
 
 
-def test_two_networks_in_one_are_refused(state_dict: dict[str, np.ndarray]) -> None:
+def test_rejects_several_networks_in_one_state_dict(state_dict: dict[str, np.ndarray]) -> None:
     both = state_dict | {f"module.{name}": value for name, value in state_dict.items()}
     with pytest.raises(UserError, match=r"has both pos_embed and module\.pos_embed"):
         without_wrappers(both)

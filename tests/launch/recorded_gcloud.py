@@ -1,7 +1,7 @@
-"""A stand-in for gcloud: writes down its arguments, and plays a TPU whose states and runs a test has chosen.
+"""A fake gcloud that records its arguments and prints TPU states and run statuses chosen by a test.
 
-GCLOUD names a folder with `calls` (JSON lines), `states` and `statuses` (JSON lists: what is answered, in turn; the
-last answer stays).
+The environment variable GCLOUD is a folder with `calls` (JSON lines, appended), and `states` and `statuses` (JSON lists
+of answers, printed one after another; the last one repeats).
 """
 
 import json

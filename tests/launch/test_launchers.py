@@ -1,4 +1,4 @@
-"""All launchers start the same command with flags that exist, and name nobody's project, bucket or host."""
+"""Launchers start the same command with existing flags, and contain no private project, bucket or host."""
 
 import os
 import re
@@ -46,7 +46,7 @@ def entry_of_the_image() -> list[str]:
 
 
 def commands_in(path: Path) -> list[list[str]]:
-    """The commands in a shell script that call micro_dit.main, as words; variables stay as they are."""
+    """Returns the words of each command in a shell script that calls micro_dit.main, without expanding variables."""
     text = path.read_text().replace("\\\n", " ")
     text = re.sub(r"local command=\((.*?)\)\n", lambda match: match[1].replace("\n", " ") + "\n", text, flags=re.DOTALL)
     lines = [line for line in text.splitlines() if "-m micro_dit.main" in line and not line.strip().startswith("#")]
@@ -54,7 +54,7 @@ def commands_in(path: Path) -> list[list[str]]:
 
 
 def training_commands(launcher: str) -> list[list[str]]:
-    """What a launcher starts, from the name of this package's command on."""
+    """Returns the words of each training command that a launcher starts, from launch/until_done.py on."""
     if launcher in ("tpu_vm.sh", "slurm.sbatch"):
         return commands_in(LAUNCH / launcher)
     if launcher == "sky.yaml":
@@ -70,7 +70,7 @@ def training_commands(launcher: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     "launcher", ["tpu_vm.sh", "slurm.sbatch", "sky.yaml", "xm_launch.py", *(path.name for path in JOBSETS.values())]
 )
-def test_the_command_is_the_same_and_its_flags_exist(launcher: str) -> None:
+def test_launchers_start_the_same_command_with_existing_flags(launcher: str) -> None:
     commands = training_commands(launcher)
     assert len(commands) > 1 if launcher == "xm_launch.py" else len(commands) == 1
     for words in commands:
@@ -98,7 +98,7 @@ def test_the_command_is_the_same_and_its_flags_exist(launcher: str) -> None:
             assert tiny.load_config_file(ROOT / file, variant).phases
 
 
-def test_every_config_that_is_named_exists() -> None:
+def test_configs_in_launchers_exist() -> None:
     for path in files():
         for file, variant in re.findall(r"(configs/\w+\.py)(?::(\w+))?", path.read_text()):
             assert tiny.load_config_file(ROOT / file, variant or "demo").phases, path.name
@@ -108,39 +108,39 @@ def files() -> list[Path]:
     return [path for path in sorted(LAUNCH.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
 
 
-def test_no_name_of_anyone_is_in_the_files() -> None:
-    """No project, bucket, host, address, key, or path of somebody's machine; only places that belong to products."""
+def test_launchers_contain_no_private_names() -> None:
+    """Checks for projects, buckets, hosts, addresses, keys and local paths; only public product hosts are allowed."""
     public = (
         "cloud.google.com", "docs.skypilot.co", "jobset.sigs.k8s.io", "packages.cloud.google.com", "huggingface.co",
         "download.pytorch.org",
     )  # fmt: skip
     secrets = r"AKIA[0-9A-Z]{16}|AIza[\w-]{35}|hf_\w{20,}|ghp_\w{20,}|-----BEGIN|xox[bap]-|ya29\."
-    somebodys = r"(?:gs|s3)://\w|\b[\w.]+@[\w-]+\.\w+|gcr\.io/|docker\.pkg\.dev|/home/\w|/root/|/tmp/"
+    private = r"(?:gs|s3)://\w|\b[\w.]+@[\w-]+\.\w+|gcr\.io/|docker\.pkg\.dev|/home/\w|/root/|/tmp/"
     address = r"\b\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}\b"
     for path in files():
         text = path.read_text()
-        if path.suffix == ".ipynb":  # pictures are long strings of letters; outputs are looked at in test_notebooks.py
+        if path.suffix == ".ipynb":  # encoded images could match; test_notebooks.py checks the outputs
             text = "".join(cell["source"] for cell in nbformat.read(path, 4).cells)
         for host in re.findall(r"https?://([\w.-]+)", text):
             assert host in public, (path.name, host)
         assert not re.search(secrets, text), path.name
-        assert not re.search(somebodys, text), path.name
+        assert not re.search(private, text), path.name
         assert not re.search(address, text) or path.name == "constraints.txt", path.name
 
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
-def test_shell_scripts_are_clean(path: Path) -> None:
+def test_shell_scripts_pass_shellcheck(path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", path], check=True)
 
 
-def test_slurm_saves_before_the_limit_and_goes_back_in_line(tmp_path: Path) -> None:
-    """The script itself, with an srun and an scontrol that write down how they were called."""
+def test_slurm_saves_before_the_time_limit_and_requeues(tmp_path: Path) -> None:
+    """Runs the script with fake srun and scontrol commands that record their arguments."""
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in re.findall("#SBATCH .*", text))
-    assert options["ntasks-per-node"] == "1"  # all GPUs of a node to one process
-    assert options["signal"] == "TERM@300"  # to the run, not to the script: no B:
+    assert options["ntasks-per-node"] == "1"  # one process uses all GPUs of a node
+    assert options["signal"] == "TERM@300"  # without "B:", the signal goes to the run and not to the script
     assert "requeue" in options
     for name, status in (("srun", 75), ("scontrol", 0)):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/calls\nexit {status}\n')
@@ -162,7 +162,7 @@ def test_slurm_saves_before_the_limit_and_goes_back_in_line(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
-def test_a_jobset_starts_again_what_was_stopped_and_ends_at_errors(kind: str) -> None:
+def test_jobset_restarts_preempted_pods_and_fails_on_errors(kind: str) -> None:
     found = jobset(kind)
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert found["metadata"]["name"] == "demo"
@@ -172,20 +172,20 @@ def test_a_jobset_starts_again_what_was_stopped_and_ends_at_errors(kind: str) ->
     (job,) = found["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert spec["completionMode"] == "Indexed"
-    assert spec["backoffLimit"] == 0  # one pod that ends is the end of all, and JobSet starts them together
+    assert spec["backoffLimit"] == 0  # if one pod ends, JobSet restarts all of them together
     (rule,) = spec["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"] == {"containerName": "train", "operator": "In", "values": [1]}
     assert spec["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
     (container,) = pod(kind)["containers"]
     assert container["image"] == "image"
-    assert pod(kind)["restartPolicy"] == "Never"  # which a podFailurePolicy needs
+    assert pod(kind)["restartPolicy"] == "Never"  # required by podFailurePolicy
     assert pod(kind)["securityContext"]["runAsNonRoot"]
     mounts = {mount["name"] for mount in container["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod(kind)["volumes"]}
     assert pod(kind)["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
 
 
-def test_the_jobset_of_tpus_fills_its_slice() -> None:
+def test_tpu_jobset_uses_all_chips_of_its_slice() -> None:
     (job,) = jobset("tpu")["spec"]["replicatedJobs"]
     rows, columns = pod("tpu")["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
     chips = pod("tpu")["containers"][0]["resources"]["limits"]["google.com/tpu"]
@@ -193,8 +193,8 @@ def test_the_jobset_of_tpus_fills_its_slice() -> None:
     assert hosts["parallelism"] * chips == hosts["completions"] * chips == int(rows) * int(columns)
 
 
-def test_the_jobset_of_gpus_tells_each_process_of_the_others() -> None:
-    """By the flags with which tests/multidevice runs two processes."""
+def test_gpu_jobset_connects_its_processes() -> None:
+    """Checks that the flags are the ones with which tests/multidevice runs two processes."""
     found = jobset("gpu")
     (job,) = found["spec"]["replicatedJobs"]
     (container,) = pod("gpu")["containers"]
@@ -209,7 +209,7 @@ def test_the_jobset_of_gpus_tells_each_process_of_the_others() -> None:
     assert all(f"--{flag}=" in tested for flag in ("coordinator", "process_index", "process_count"))
 
 
-def test_missing_names_are_said_in_one_line() -> None:
+def test_gke_reports_missing_variables_in_one_line() -> None:
     for kind, missing in (("tpu", "IMAGE"), ("gpu", "BUCKET")):
         environment = {"PATH": os.environ["PATH"]} | NAMES | {missing: ""}
         done = subprocess.run([LAUNCH / "gke.sh", "--dry_run", kind, "apply"], env=environment, capture_output=True)
@@ -218,17 +218,17 @@ def test_missing_names_are_said_in_one_line() -> None:
         assert done.stderr.count(b"\n") == 1
 
 
-def test_sky_recovers_from_spot_and_needs_its_names() -> None:
+def test_sky_recovers_from_preemptions_and_requires_its_variables() -> None:
     found = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     assert found["resources"]["use_spot"] is True
     assert found["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
-    assert found["envs"] == {"CONFIG": None, "RUN_NAME": None, "BUCKET": None}  # null: sky asks for them
+    assert found["envs"] == {"CONFIG": None, "RUN_NAME": None, "BUCKET": None}  # null: required by sky
     assert found["file_mounts"]["/bucket"] == {"source": "${BUCKET}", "mode": "MOUNT_CACHED"}
     for step in ("setup", "run"):
         subprocess.run(["bash", "-n"], input=found[step].encode(), check=True)
 
 
-def test_the_image_is_pinned_and_runs_as_nobody() -> None:
+def test_image_is_pinned_and_runs_as_an_unprivileged_user() -> None:
     text = (LAUNCH / "docker" / "Dockerfile").read_text()
     assert re.search(r"^FROM python:3\.12\.\d+-slim-\w+$", text, re.MULTILINE)
     assert text.index("USER trainer") < text.index("ENTRYPOINT")
@@ -244,14 +244,14 @@ def test_the_image_is_pinned_and_runs_as_nobody() -> None:
 
 
 @pytest.mark.parametrize("path", [*SHELL[:2], *JOBSETS.values(), LAUNCH / "sky.yaml", LAUNCH / "docker" / "Dockerfile"])
-def test_each_header_says_what_it_needs_costs_and_how_to_watch_and_stop(path: Path) -> None:
+def test_headers_document_needs_costs_watch_and_stop(path: Path) -> None:
     header = re.match(r"(?:#.*\n)+", path.read_text())
     assert header
     assert all(f"# {word}:  " in header[0] for word in ("Needs", "Costs", "Watch", "Stop"))
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/running.md"])
-def test_a_page_names_the_work_directory_that_the_loop_asks_for(page: str) -> None:
+def test_until_done_commands_in_docs_have_a_work_directory(page: str) -> None:
     commands = re.findall(r"launch/until_done\.py python [^\n`]*", (ROOT / page).read_text())
     assert commands
     assert all("--workdir=" in command for command in commands)

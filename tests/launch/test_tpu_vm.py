@@ -1,4 +1,4 @@
-"""launch/tpu_vm.sh with a gcloud that is none."""
+"""launch/tpu_vm.sh with a fake gcloud."""
 
 import json
 import os
@@ -23,7 +23,7 @@ WHERE = ["--project=project", "--zone=zone"]
 
 @pytest.fixture
 def tpu_vm(tmp_path: Path) -> Any:
-    """The script, with the states of the TPU and the statuses of the run: (process, calls of gcloud)."""
+    """Returns a function that runs the script with given TPU states and run statuses: (process, gcloud calls)."""
     fake = tmp_path / "bin" / "gcloud"
     fake.parent.mkdir()
     fake.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {Path(__file__).with_name("recorded_gcloud.py")} "$@"\n')
@@ -49,7 +49,7 @@ def tpu_vm(tmp_path: Path) -> Any:
 
 
 def actions(calls: list[list[str]]) -> list[str]:
-    """What was done, without what was only asked."""
+    """Returns the actions among gcloud calls, without the queries."""
     done: list[str] = []
     for call in calls:
         verb: str = next(word for word in ("create", "delete", "list", "scp", "ssh") if word in call)
@@ -61,9 +61,9 @@ def actions(calls: list[list[str]]) -> list[str]:
     return done
 
 
-def test_after_preemptions_the_run_goes_on_until_it_is_done(tpu_vm: Any) -> None:
+def test_resumes_after_preemptions_until_the_run_is_done(tpu_vm: Any) -> None:
     states = ["", "CREATING", "READY", "READY", "PREEMPTED", "PREEMPTED", "PREEMPTED", "READY", "READY", "READY"]
-    # Running, then not to be reached as the slice is gone; then stopped and saved; then done.
+    # The run is unreachable after a preemption, later stops with status 75, and finally ends with status 0.
     statuses = ["running", "", "running", "75", "running", "0"]
     done, calls = tpu_vm("--provisioning=spot", "up", "--config.seed=1", states=states, statuses=statuses, **SETTINGS)
     assert done.returncode == 0, done.stderr
@@ -81,21 +81,21 @@ def test_after_preemptions_the_run_goes_on_until_it_is_done(tpu_vm: Any) -> None
     ]  # fmt: skip
 
 
-def test_a_run_that_fails_again_and_again_is_left_to_be_looked_at(tpu_vm: Any) -> None:
+def test_stops_after_repeated_failures_and_keeps_the_slice(tpu_vm: Any) -> None:
     done, calls = tpu_vm("up", states=["READY"], statuses=["1"], **SETTINGS)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: the run fails (launch/tpu_vm.sh logs); slice is still there")
+    assert done.stderr.splitlines()[-1].startswith("error: The run failed 3 times; see launch/tpu_vm.sh logs.")
     assert actions(calls) == ["scp", "worker_install", "worker_train"] * 3
 
 
-def test_hardware_that_can_not_be_had_ends_it(tpu_vm: Any) -> None:
+def test_stops_if_the_slice_cannot_be_created(tpu_vm: Any) -> None:
     done, calls = tpu_vm("up", states=[""], **SETTINGS)
     assert done.returncode == 1
-    assert "error: slice could not be created; --provisioning=queued waits in line" in done.stderr
+    assert "error: slice could not be created. Use --provisioning=queued to wait" in done.stderr
     assert actions(calls) == ["create"] * 3
 
 
-def test_queued_resources_are_waited_for_and_deleted_with_their_node(tpu_vm: Any) -> None:
+def test_waits_for_queued_resources_and_deletes_them(tpu_vm: Any) -> None:
     states = ["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "READY"]
     done, calls = tpu_vm("--provisioning=queued_spot", "up", states=states, **SETTINGS)
     assert done.returncode == 0, done.stderr
@@ -105,7 +105,7 @@ def test_queued_resources_are_waited_for_and_deleted_with_their_node(tpu_vm: Any
     assert delete == ["compute", "tpus", "queued-resources", "delete", "slice", *WHERE, "--force", "--quiet"]
 
 
-def test_a_dry_run_prints_what_would_be_called_and_calls_nothing(tpu_vm: Any) -> None:
+def test_dry_run_prints_the_commands_without_running_them(tpu_vm: Any) -> None:
     done, calls = tpu_vm("--dry_run", "up", **SETTINGS)
     assert done.returncode == 0, done.stderr
     assert calls == []
@@ -115,14 +115,14 @@ def test_a_dry_run_prints_what_would_be_called_and_calls_nothing(tpu_vm: Any) ->
 
 
 @pytest.mark.parametrize("missing", sorted(set(SETTINGS) - {"POLL_SECONDS"}))
-def test_a_missing_name_is_said_in_one_line(tpu_vm: Any, missing: str) -> None:
+def test_reports_missing_variables_in_one_line(tpu_vm: Any, missing: str) -> None:
     done, calls = tpu_vm("up", **{name: value for name, value in SETTINGS.items() if name != missing})
     assert (done.returncode, calls) == (1, [])
     assert done.stderr == f"error: {missing} is not set; see the top of launch/tpu_vm.sh.\n"
 
 
-def test_a_worker_runs_the_training_command_in_the_background(tpu_vm: Any, tmp_path: Path) -> None:
-    """The steps that gcloud runs on each worker, here; the interpreter writes down how it was called."""
+def test_worker_runs_training_in_the_background(tpu_vm: Any, tmp_path: Path) -> None:
+    """Runs the worker steps locally, with a fake interpreter that prints its arguments."""
     checkout = tmp_path / "micro_dit"
     python = checkout / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The loop that all launchers run their training in; tests/test_resume.py kills and pre-empts a real run in it."""
+"""The restart loop of all launchers; tests/test_resume.py kills and preempts a real run in it."""
 
 import json
 import subprocess
@@ -34,23 +34,23 @@ sys.exit(status)
     ("saves", "status", "expected", "restarts_seen"),
     [
         ([10], 0, 0, 0),  # done
-        ([6], 0, 75, 0),  # stopped, saved
-        (["10.orbax-checkpoint-tmp"], 0, 75, 0),  # half saved is not done
-        ([], 3, 3, 2),  # fails, saves nothing
-        ([2, 4], 3, 3, 3),  # fails, but comes further twice, the second time for one restart more
+        ([6], 0, 75, 0),  # stopped and saved
+        (["10.orbax-checkpoint-tmp"], 0, 75, 0),  # a partial checkpoint does not count
+        ([], 3, 3, 2),  # fails without saving
+        ([2, 4], 3, 3, 3),  # fails, but a new checkpoint resets the count of failures
         ([], -1, 255, 2),
     ],
 )
-def test_the_exit_status_says_what_to_do(
+def test_exit_status_and_number_of_restarts(
     tmp_path: Path, saves: list[Any], status: int, expected: int, restarts_seen: int
 ) -> None:
     loop = start(sys.executable, "-c", FAKE, f"--workdir={tmp_path}", json.dumps(saves), str(status), restarts=2)
     _, err = loop.communicate(timeout=300)
     assert loop.returncode == expected, err
-    assert err.count("starting it again") == restarts_seen
+    assert err.count("restarting it") == restarts_seen
 
 
-def test_without_a_work_directory_nothing_is_started() -> None:
+def test_requires_a_work_directory() -> None:
     loop = start(sys.executable, "-m", "micro_dit.main", "--config=configs/mask75.py")
-    assert loop.communicate(timeout=300)[1].startswith("error: the command has no --workdir=FOLDER")
+    assert loop.communicate(timeout=300)[1].startswith("error: The command has no --workdir. Add --workdir=FOLDER")
     assert loop.returncode == 1

@@ -1,4 +1,4 @@
-"""XManager's launcher. Its local executor runs where XManager is, or in the environment that XMANAGER_PYTHON names."""
+"""The XManager launcher; the local executor is tested if XManager is installed or XMANAGER_PYTHON has it."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ def launch(*arguments: str, python: str = sys.executable, **environment: str) ->
     )  # fmt: skip
 
 
-@pytest.mark.skipif(not XMANAGER_PYTHON, reason="needs XManager, whose hundred packages the other tests do without")
+@pytest.mark.skipif(not XMANAGER_PYTHON, reason="requires XManager, which the development requirements do not include")
 def test_two_work_units_train_on_this_machine(tiny_shards: Path, tmp_path: Path) -> None:
     steps = [f"--override=phases[{phase}].steps=2" for phase in range(2)]
     done = launch(
@@ -42,7 +42,7 @@ def test_two_work_units_train_on_this_machine(tiny_shards: Path, tmp_path: Path)
     assert done.stdout.count("Finished: 4 steps") == 2
 
 
-def test_a_dry_run_needs_no_xmanager_and_prints_each_job() -> None:
+def test_dry_run_prints_each_work_unit_without_xmanager() -> None:
     done = launch("--config=configs/mask75.py:small", "--sweep=mask_ratio", "--xm_dry_run", "--python=python")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -53,13 +53,13 @@ def test_a_dry_run_needs_no_xmanager_and_prints_each_job() -> None:
     )
 
 
-def test_no_work_directory_has_a_name_that_checkpoints_would_be_lost_in() -> None:
+def test_work_directories_have_no_brackets() -> None:
     done = launch("--config=configs/mask75.py:tiny", "--sweep=learning_rate", "--xm_dry_run")
     folders = re.findall(r"--workdir=(\S+)", done.stdout)
     assert folders == ["runs/xm/phases.0.learning_rate=0.001", "runs/xm/phases.0.learning_rate=0.003"]
 
 
-def test_clouds_are_asked_for_what_is_needed_of_them() -> None:
+def test_cloud_executors_require_their_variables() -> None:
     arguments = ("--config=configs/mask75.py:tiny", "--sweep=seed", "--xm_dry_run")
     done = launch(*arguments, "--executor=tpu", TPU_NAME="slice", ACCELERATOR_TYPE="v6e-16")
     assert done.returncode == 0, done.stderr
@@ -73,5 +73,5 @@ def test_clouds_are_asked_for_what_is_needed_of_them() -> None:
     for executor, name in (("vertex", "BUCKET"), ("tpu", "TPU_NAME")):
         done = launch(*arguments, f"--executor={executor}", **{name: ""})
         assert done.returncode == 1
-        assert done.stderr.startswith(f"error: {name} is not set; --executor={executor} needs it")
+        assert done.stderr.startswith(f"error: --executor={executor} requires {name}.")
         assert len(done.stderr.splitlines()) == 1

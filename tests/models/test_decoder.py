@@ -1,4 +1,4 @@
-"""MaskDiT's decoder: which tokens reach what, what its loss asks for, and that nothing changes without it."""
+"""MaskDiT's decoder: influence of dropped tokens, its loss, initialization and FLOPs, and networks without it."""
 
 import dataclasses
 import functools
@@ -46,17 +46,17 @@ def params() -> dict[str, jax.Array]:
     return tiny.random_params(CONFIG)
 
 
-def test_every_token_comes_back_to_its_place(params: dict[str, jax.Array]) -> None:
-    """Keeping all tokens, in random order, is not masking."""
+def test_restores_every_token_to_its_position(params: dict[str, jax.Array]) -> None:
+    """Checks that a mask that keeps all tokens, in random order, does not change the output."""
     everything = mask_from_noise(NOISE, CONFIG.tokens)
     np.testing.assert_allclose(forward(params, X, everything), forward(params, X, None), atol=2e-5)
     assert float(jnp.std(forward(params, X, None))) > 0.1
 
 
-def test_dropped_tokens_are_replaced_by_the_mask_token_alone(params: dict[str, jax.Array]) -> None:
+def test_dropped_tokens_are_replaced_by_the_mask_token(params: dict[str, jax.Array]) -> None:
     filled = restore_tokens(jnp.zeros((3, 4, 5)), MASK, fill=jnp.arange(5.0))
     np.testing.assert_array_equal(filled, MASK.dropped[:, :, None] * jnp.arange(5.0))
-    # All patches come out, and of the dropped ones nothing is known but where they are.
+    # All patches have an output, and the content of dropped patches does not influence it.
     out = forward(params, X, MASK)
     assert np.all(np.abs(np.asarray(out)).reshape(3, -1).min(axis=1) > 0)
     dropped = jnp.repeat(jnp.repeat(MASK.dropped.reshape(3, 4, 4), 2, 1), 2, 2)[..., None]
@@ -66,11 +66,11 @@ def test_dropped_tokens_are_replaced_by_the_mask_token_alone(params: dict[str, j
     np.testing.assert_array_equal(forward(other, X, None), forward(params, X, None))
 
 
-def test_every_parameter_is_trained(params: dict[str, jax.Array]) -> None:
+def test_every_parameter_has_a_gradient(params: dict[str, jax.Array]) -> None:
     assert [name for name, gradient in gradients(params).items() if not np.any(gradient)] == []
 
 
-def test_reconstruction_counts_a_tenth_and_only_with_a_mask() -> None:
+def test_reconstruction_loss_has_weight_one_tenth_and_requires_a_mask() -> None:
     F: edm.Network = lambda x, t, y: jnp.tanh(x) + t[:, None, None, None]  # noqa: E731
     sigma = jnp.exp(T)
     noisy = X + sigma[:, None, None, None] * X[::-1]
@@ -82,7 +82,7 @@ def test_reconstruction_counts_a_tenth_and_only_with_a_mask() -> None:
 
 
 def reconstruction_by_hand(D_x: jax.Array, noisy: jax.Array) -> np.ndarray:
-    """MaskDiT's loss, patch by patch, in float64."""
+    """Computes MaskDiT's reconstruction loss patch by patch in float64."""
     losses = []
     for image in range(3):
         patches = []
@@ -97,7 +97,7 @@ def reconstruction_by_hand(D_x: jax.Array, noisy: jax.Array) -> np.ndarray:
     return np.asarray(losses)
 
 
-def test_a_fresh_network_starts_at_zero_as_maskdits_does() -> None:
+def test_initialized_network_outputs_zero() -> None:
     params = jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(0))
     assert {name: leaf.shape for name, leaf in params.items()} == {
         name: leaf.shape for name, leaf in abstract_params(CONFIG).items()
@@ -109,11 +109,11 @@ def test_a_fresh_network_starts_at_zero_as_maskdits_does() -> None:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_flops_are_those_of_all_products(masked: bool) -> None:
-    assert_flops_are_those_of_all_products(CONFIG, masked)
+def test_flops_equal_the_traced_matrix_products(masked: bool) -> None:
+    assert_flops_equal_the_traced_matrix_products(CONFIG, masked)
 
 
-def assert_flops_are_those_of_all_products(config: DiTConfig, masked: bool) -> None:
+def assert_flops_equal_the_traced_matrix_products(config: DiTConfig, masked: bool) -> None:
     mask = TokenMask(MASK.keep[:1], MASK.restore[:1]) if masked else None
     x, t, y = tiny.inputs(config, images=1)
     jaxpr = jax.make_jaxpr(lambda params: bind(config, params)(x, t, y, mask))
@@ -122,7 +122,7 @@ def assert_flops_are_those_of_all_products(config: DiTConfig, masked: bool) -> N
 
 
 def product_flops(jaxpr: Any) -> list[int]:
-    """2 × MACs of each matrix product in a program."""
+    """Returns the FLOPs, 2 × MACs, of each matrix product in a program."""
     flops = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -135,18 +135,18 @@ def product_flops(jaxpr: Any) -> list[int]:
     return flops
 
 
-def test_its_parameters_have_a_place_on_a_mesh() -> None:
+def test_all_parameters_have_a_sharding() -> None:
     assert set(param_shardings(make_mesh(None), abstract_params(CONFIG))) == set(abstract_params(CONFIG))
 
 
-def test_networks_saved_before_there_were_decoders_can_be_read() -> None:
+def test_reads_configs_saved_without_decoder_fields() -> None:
     fields = dataclasses.asdict(tiny.network())
     older = {name: value for name, value in fields.items() if not name.startswith("decoder")}
     assert config_from(older, "here") == tiny.network()
     assert not any("decoder" in name for name in abstract_params(tiny.network()))
 
 
-def test_half_a_decoder_is_refused() -> None:
+def test_rejects_incomplete_decoder_settings() -> None:
     for fields in (dict(decoder_depth=2), dict(decoder_dim=16), dict(decoder_depth=-1, decoder_dim=16)):
         with pytest.raises(UserError, match="Set both, or neither"):
             tiny.network(**fields)

@@ -51,13 +51,13 @@ def params() -> dict[str, jax.Array]:
 
 @pytest.fixture(scope="module")
 def exact(params: dict[str, jax.Array]) -> tuple[float, dict[str, np.ndarray]]:
-    """The masked loss in float32, and its gradients."""
+    """Returns the masked loss in float32, and its gradients."""
     loss, gradients = loss_and_gradients(params, jnp.float32)
     return float(loss), {name: np.asarray(value) for name, value in gradients.items()}
 
 
 def test_pinned_numbers(params: dict[str, jax.Array], exact: tuple[float, dict[str, np.ndarray]]) -> None:
-    """Whatever changes these numbers changes what every checkpoint computes."""
+    """Fails if the function computed by existing checkpoints has changed."""
     loss, gradients = exact
     norm = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in gradients.values()))
     unmasked = float(jnp.linalg.norm(forward(params, X, T, Y)))
@@ -67,38 +67,38 @@ def test_pinned_numbers(params: dict[str, jax.Array], exact: tuple[float, dict[s
 PINNED = (2.305121, 17.048602, 34.920422)
 
 
-def test_every_parameter_has_an_influence(exact: tuple[float, dict[str, np.ndarray]]) -> None:
+def test_every_parameter_has_a_gradient(exact: tuple[float, dict[str, np.ndarray]]) -> None:
     assert [name for name, gradient in exact[1].items() if not np.any(gradient)] == []
 
 
-def test_parameters_are_float32_and_bfloat16_products_come_close(
+def test_parameters_are_float32_and_bfloat16_products_approximate_float32(
     params: dict[str, jax.Array], exact: tuple[float, dict[str, np.ndarray]]
 ) -> None:
     assert {leaf.dtype for leaf in abstract_params(CONFIG).values()} == {np.dtype("float32")}
     loss, gradients = loss_and_gradients(params, jnp.bfloat16)
     assert loss.dtype == jnp.float32
     assert {g.dtype for g in gradients.values()} == {np.dtype("float32")}
-    assert 1e-6 < abs(float(loss) / exact[0] - 1) < 0.02  # it was rounded, but only a little
+    assert 1e-6 < abs(float(loss) / exact[0] - 1) < 0.02  # rounded, but close
     a, b = (np.concatenate([np.asarray(g[name]).ravel() for name in params]) for g in (exact[1], gradients))
     assert np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) > 0.98
 
 
-def test_naive_masking_is_the_network_on_the_kept_tokens_alone(
+def test_naive_masking_equals_the_network_on_only_the_kept_tokens(
     params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Processing 16 tokens of which 4 are kept before the mixer = processing an image of those 4."""
+    """Compares an image with 4 of 16 tokens kept before the mixer with an image of only those 4 tokens."""
     masked = forward(params, X, T, Y, MASK, "before_mixer")
     table = position_table(CONFIG.dim, CONFIG.grid, 1.0)
 
     @jax.jit
-    def alone(params: Any, x: Any, t: Any, y: Any, positions: Any) -> jax.Array:
+    def forward_at(params: Any, x: Any, t: Any, y: Any, positions: Any) -> jax.Array:
         monkeypatch.setattr(dit, "position_table", lambda dim, grid, scale: positions)
         return bind(CONFIG, params)(x, t, y)
 
     for image in range(3):
         keep, one = np.asarray(MASK.keep[image]), slice(image, image + 1)
         small = unpatchify(patchify(X[one], 2)[:, keep], 2, 4, 4)
-        expected = patchify(alone(params, small, T[one], Y[one], table[keep]), 2)[0]
+        expected = patchify(forward_at(params, small, T[one], Y[one], table[keep]), 2)[0]
         out = patchify(masked[one], 2)[0]
         np.testing.assert_allclose(out[keep], expected, atol=5e-5)
         np.testing.assert_array_equal(out[DROPPED[image]], 0)
@@ -114,8 +114,8 @@ def test_rotary_positions_travel_with_the_kept_tokens(params: dict[str, jax.Arra
     assert not np.allclose(first, forward(params, X, T, Y, MASK, position), atol=1e-2)
 
 
-def test_dropped_patches_influence_the_rest_through_the_mixer_only(params: dict[str, jax.Array]) -> None:
-    """What dropped patches hold reaches every kept token under deferred masking, and none under naive masking."""
+def test_dropped_patches_influence_kept_patches_only_through_the_mixer(params: dict[str, jax.Array]) -> None:
+    """Checks that dropped patches influence all kept tokens with deferred masking, and none with naive masking."""
     changed = X + 3 * unpatchify(jnp.repeat(MASK.dropped[:, :, None], 16, axis=2), 2, 8, 8)
 
     def difference(position: str) -> np.ndarray:
@@ -128,10 +128,10 @@ def test_dropped_patches_influence_the_rest_through_the_mixer_only(params: dict[
     assert np.all(deferred[~DROPPED] > 1e-3)
 
 
-def test_dropped_tokens_get_exactly_no_gradient_from_the_backbone(
+def test_dropped_tokens_have_zero_gradient_from_the_backbone(
     params: dict[str, jax.Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss's gradient with respect to the mixer's output is zero where tokens are dropped."""
+    """Checks that the gradient with respect to the mixer's output is zero at dropped tokens."""
     drop = dit.drop_tokens
 
     def loss(probe: jax.Array, params: Any) -> jax.Array:
@@ -145,7 +145,7 @@ def test_dropped_tokens_get_exactly_no_gradient_from_the_backbone(
     assert np.all(np.abs(gradient[~DROPPED]).max(axis=-1) > 0)
 
 
-def test_a_mask_that_keeps_everything_changes_nothing(params: dict[str, jax.Array]) -> None:
+def test_mask_that_keeps_all_tokens_has_no_effect(params: dict[str, jax.Array]) -> None:
     kept = forward(params, X, T, Y, fixed_mask(kept=16), "before_mixer")
     np.testing.assert_allclose(kept, forward(params, X, T, Y), atol=5e-5)
 
@@ -159,17 +159,17 @@ def test_without_a_patch_mixer() -> None:
         return [bind(config, params)(X, T, Y, MASK, position) for position in MASK_POSITIONS]
 
     after, before = both(tiny.random_params(config))
-    np.testing.assert_array_equal(after, before)  # there is nothing between the two places
+    np.testing.assert_array_equal(after, before)  # without a mixer, both positions are the same
     assert np.any(after)
 
 
-def test_a_mixer_of_the_backbones_width_has_no_projections() -> None:
+def test_mixer_with_the_backbones_width_has_no_projections() -> None:
     names = set(abstract_params(tiny.network(patch_mixer_dim=32)))
     assert not any(name.startswith(("mixer_in", "mixer_caption_in", "mixer_out")) for name in names)
     assert any(name.startswith("mixer.") for name in names)
 
 
-def test_multiplier_lists_shorter_than_the_depth_cover_consecutive_blocks() -> None:
+def test_shorter_multiplier_lists_apply_to_consecutive_blocks() -> None:
     config = tiny.network(depth=6, experts_every_n=100, qkv_multipliers=(0.5, 1.0, 2.0), ffn_multipliers=(1.0, 3.0))
     config.check()
     assert [block.attention_width for block in config.backbone_blocks()] == [32, 32, 32, 32, 64, 64]
@@ -177,7 +177,7 @@ def test_multiplier_lists_shorter_than_the_depth_cover_consecutive_blocks() -> N
     assert widths == [32] * 3 + [64] * 3  # int(2·32/3) = 21 and int(2·96/3) = 64, in multiples of 16
 
 
-def test_experts_are_where_the_method_puts_them() -> None:
+def test_positions_of_expert_blocks_in_xl() -> None:
     xl = make_config("MicroDiT_XL_2", input_size=32)
     assert [i for i, block in enumerate(xl.mixer_blocks()) if block.moe] == [1, 3, 5]
     assert [i for i, block in enumerate(xl.backbone_blocks()) if block.moe] == list(range(1, 27, 2))
@@ -203,27 +203,27 @@ def test_layer_wise_scaling_follows_an_overridden_depth() -> None:
         ({}, (0.5, "somewhere"), "mask_position 'somewhere' is unknown. Use one of after_mixer, before_mixer"),
         (dict(num_experts=16, expert_capacity=1.0), (0.75,), r"backbone would process int\(1.0·4/16\) = 0 of 4 tokens"),
         (dict(num_experts=32, expert_capacity=1.0), (), "expert of the mixer would process"),
-        (dict(expert_capacity=3.0), (), "= 24 of 16 tokens: change model.expert_capacity"),
+        (dict(expert_capacity=3.0), (), "= 24 of 16 tokens. Change model.expert_capacity"),
         (dict(num_experts=16, expert_capacity=1.0), (0.75, "before_mixer"), r"mixer would process int\(1.0·4/16\) = 0"),
     ],
 )
-def test_impossible_networks_are_refused(overrides: dict[str, Any], mask: tuple, message: str) -> None:
+def test_rejects_invalid_networks(overrides: dict[str, Any], mask: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         tiny.network(**overrides).check(*mask)
     assert "\n" not in str(error.value)
 
 
-def test_unknown_sizes_and_fields_are_refused() -> None:
+def test_rejects_unknown_sizes_and_fields() -> None:
     with pytest.raises(UserError, match="size 'Giant' is unknown; use one of Nano, MicroDiT_Tiny_2, MicroDiT_XL_2"):
         make_config("Giant", input_size=8)
     with pytest.raises(UserError, match=r"model has no field dmi; the fields are .*depth, .*dim"):
         make_config("Nano", input_size=8, dmi=3)
 
 
-def test_parameters_of_another_network_are_not_bound(params: dict[str, jax.Array]) -> None:
+def test_bind_rejects_parameters_of_another_network(params: dict[str, jax.Array]) -> None:
     with pytest.raises(ValueError, match=r"blocks\.1"):
         bind(dataclasses.replace(CONFIG, depth=1, qkv_multipliers=(1.0,), ffn_multipliers=(1.0,)), params)
 
 
-def test_the_config_can_be_written_down_and_read_back() -> None:
+def test_config_round_trips_through_a_dict() -> None:
     assert DiTConfig(**dataclasses.asdict(CONFIG)) == CONFIG

@@ -8,7 +8,7 @@ from micro_dit.models.layers import rotate
 
 
 def release_table(dim: int, grid: int, scale: float) -> np.ndarray:
-    """Computes the table step by step as the public release does, whose base size is the grid itself."""
+    """Computes the position table like the public release, whose base size equals the grid."""
     positions = np.arange(grid, dtype=np.float32) / (grid / grid) / scale
     assert positions.dtype == np.float32
     omega = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4.0))
@@ -21,15 +21,15 @@ def release_table(dim: int, grid: int, scale: float) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", [1.0, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize(("dim", "grid"), [(32, 4), (64, 16), (512, 16), (1024, 32)])
-def test_positions_are_the_releases_to_the_last_bit(dim: int, grid: int, scale: float) -> None:
+def test_position_table_matches_the_release_bitwise(dim: int, grid: int, scale: float) -> None:
     table = position_table(dim, grid, scale)
     assert table.dtype == np.float32
     np.testing.assert_array_equal(table.view(np.int32), release_table(dim, grid, scale).view(np.int32))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0, 4.0])
-def test_at_the_published_scales_positions_in_float64_give_the_same_table(scale: float) -> None:
-    """Tables of earlier versions, which divided positions in float64, stay valid."""
+def test_published_scales_give_the_same_table_in_float64(scale: float) -> None:
+    """Checks that tables of earlier versions, which divided positions in float64, remain valid."""
     angles = np.arange(32)[:, None] / scale * 10000.0 ** (-np.arange(16) / 16)
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
     np.testing.assert_array_equal(position_table(64, 32, scale)[:32, :32], axis)

@@ -1,4 +1,4 @@
-"""FLOPs against the counts of PyTorch's FlopCounterMode on the public release."""
+"""Compares FLOPs with the counts of PyTorch's FlopCounterMode on the public release."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("size", "row"), ROWS)
-def test_parts_equal_the_release(size: str, row: Any) -> None:
+def test_parts_match_the_release(size: str, row: Any) -> None:
     config = make_config(size, input_size=row["latent"])
     parts = forward_flops(config, row["mask_ratio"], row["caption_len"], one_hot_dispatch=True)
 
@@ -38,7 +38,7 @@ def test_parts_equal_the_release(size: str, row: Any) -> None:
     assert parts["mixer_in"] == modules["map_xin"]
     assert parts["mixer_caption_in"] == modules["map_y"]
     assert parts["mixer_out"] == modules["map_xout"]
-    # The golden file counts the projections between the widths with the stack they lead to.
+    # The golden file counts each projection between widths as part of the stack that follows it.
     assert parts["mixer"] + parts["mixer_in"] + parts["mixer_caption_in"] == golden["patch_mixer"]
     assert parts["backbone"] + parts["mixer_out"] == golden["backbone"]
     for stack, module in (("mixer", "patch_mixer"), ("backbone", "backbone")):
@@ -49,7 +49,7 @@ def test_parts_equal_the_release(size: str, row: Any) -> None:
     assert sum(gathered.values()) == row["total_without_onehot"]
 
 
-def test_naive_masking_is_cheaper_than_deferred_by_the_mixer() -> None:
+def test_naive_masking_only_reduces_the_cost_of_the_mixer() -> None:
     config = make_config("MicroDiT_XL_2", input_size=32)
     deferred, naive = (forward_flops(config, 0.75, mask_position=place) for place in ("after_mixer", "before_mixer"))
     changed = {name for name in deferred if deferred[name] != naive[name]}
@@ -58,17 +58,17 @@ def test_naive_masking_is_cheaper_than_deferred_by_the_mixer() -> None:
     assert naive["mixer"] < deferred["mixer"] / 3
 
 
-def test_without_a_mixer_nothing_is_counted_for_it() -> None:
+def test_network_without_a_mixer_has_no_mixer_flops() -> None:
     parts = forward_flops(make_config("MicroDiT_XL_2", input_size=32, use_patch_mixer=False))
     assert {value for name, value in parts.items() if name.startswith("mixer")} == {0}
     assert parts["backbone"] > 0
 
 
-def test_training_is_three_forwards() -> None:
+def test_training_costs_three_forward_passes() -> None:
     config = make_config("Nano", input_size=16)
     assert training_flops(config, 0.5, 32) == 3 * sum(forward_flops(config, 0.5, 32).values())
 
 
-def test_impossible_mask_is_refused() -> None:
+def test_rejects_masks_that_keep_no_token() -> None:
     with pytest.raises(UserError, match="mask_ratio"):
         forward_flops(make_config("Nano", input_size=16), 0.999)

@@ -1,4 +1,4 @@
-"""The dense residual: which tokens reach what, path drop, and the cost of the shallow network."""
+"""The dense residual: influence of dropped tokens, path drop, and FLOPs."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from micro_dit.errors import UserError
 from micro_dit.models.dit import bind
 from micro_dit.models.masking import TokenMask, mask_from_noise
 from tests.helpers import tiny
-from tests.models.test_decoder import assert_flops_are_those_of_all_products
+from tests.models.test_decoder import assert_flops_equal_the_traced_matrix_products
 
 CONFIG = tiny.network(decoder_depth=1, decoder_dim=16, fusion=True, rope=True)
 X, T, Y = tiny.inputs(CONFIG)
@@ -38,15 +38,15 @@ def params() -> dict[str, jax.Array]:
     return tiny.random_params(CONFIG)
 
 
-def test_every_token_comes_back_to_its_place(params: dict[str, jax.Array]) -> None:
-    """Keeping all tokens, in random order, is not masking."""
+def test_restores_every_token_to_its_position(params: dict[str, jax.Array]) -> None:
+    """Checks that a mask that keeps all tokens, in random order, does not change the output."""
     everything = mask_from_noise(NOISE, CONFIG.tokens)
     np.testing.assert_allclose(forward(params, X, everything), forward(params, X), atol=2e-5)
     assert float(jnp.std(forward(params, X))) > 0.1
 
 
 def test_dropped_tokens_are_denoised_from_the_mixers_output(params: dict[str, jax.Array]) -> None:
-    """Unlike with MaskDiT's decoder, a dropped patch reaches its own output; and the mask token stands in for it."""
+    """Checks that dropped patches (unlike with MaskDiT's decoder) and the mask token influence the output."""
     out = forward(params, X, MASK)
     dropped = jnp.repeat(jnp.repeat(MASK.dropped.reshape(3, 4, 4), 2, 1), 2, 2)[..., None]
     changed = jnp.abs(forward(params, X + 3 * dropped, MASK) - out) * dropped
@@ -56,7 +56,7 @@ def test_dropped_tokens_are_denoised_from_the_mixers_output(params: dict[str, ja
     np.testing.assert_array_equal(forward(other, X), forward(params, X))
 
 
-def test_a_dropped_path_is_the_shallow_network(params: dict[str, jax.Array]) -> None:
+def test_path_drop_equals_the_shallow_network(params: dict[str, jax.Array]) -> None:
     which = jnp.asarray([True, False, True])
     out = forward(params, X, MASK, which)
     np.testing.assert_allclose(out[0::2], shallow(params, X, Y)[0::2], atol=1e-5)
@@ -64,12 +64,12 @@ def test_a_dropped_path_is_the_shallow_network(params: dict[str, jax.Array]) -> 
     assert not np.allclose(out[0], forward(params, X, MASK)[0], atol=1e-2)
 
 
-def test_the_shallow_network_needs_no_backbone(params: dict[str, jax.Array]) -> None:
+def test_shallow_network_does_not_use_the_backbone(params: dict[str, jax.Array]) -> None:
     without = {name: jnp.full_like(p, jnp.nan) if name.startswith("blocks.") else p for name, p in params.items()}
     np.testing.assert_array_equal(shallow(without, X, Y), shallow(params, X, Y))
 
 
-def test_path_drop_guidance_leads_away_from_the_shallow_network_without_a_caption(params: dict[str, jax.Array]) -> None:
+def test_path_drop_guidance_extrapolates_from_the_unconditional_shallow_network(params: dict[str, jax.Array]) -> None:
     network: edm.Network = lambda x, t, y: bind(CONFIG, params)(x, t, y)  # noqa: E731
     weak: edm.Network = lambda x, t, y: bind(CONFIG, params)(x, t, y, shallow=True)  # noqa: E731
     guided = jax.jit(lambda scale: drop_path(network, weak, scale)(X, T, Y))
@@ -77,7 +77,7 @@ def test_path_drop_guidance_leads_away_from_the_shallow_network_without_a_captio
     np.testing.assert_allclose(guided(3.0), guess + 3 * (full - guess), atol=1e-4)
 
 
-def test_the_generator_samples_by_path_drop_guidance(params: dict[str, jax.Array]) -> None:
+def test_generator_samples_with_path_drop_guidance(params: dict[str, jax.Array]) -> None:
     sampling, noise = Sampling(2, 3.0, "euler", path_drop=True), np.asarray(X)
     with jax.default_matmul_precision("highest"):
         ours = Generator(CONFIG, sigma_data=0.9).latents(params, np.asarray(Y), noise, sampling)
@@ -95,7 +95,7 @@ def test_the_generator_samples_by_path_drop_guidance(params: dict[str, jax.Array
         sampling.check(tiny.network())
 
 
-def test_every_parameter_is_trained(params: dict[str, jax.Array]) -> None:
+def test_every_parameter_has_a_gradient(params: dict[str, jax.Array]) -> None:
     def loss(params: Any) -> jax.Array:
         F = lambda x, t, y: bind(CONFIG, params)(x, t, y, MASK)  # noqa: E731
         return edm.loss(F, X, Y, jnp.exp(T), X[::-1]).mean()
@@ -105,11 +105,11 @@ def test_every_parameter_is_trained(params: dict[str, jax.Array]) -> None:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_flops_are_those_of_all_products(masked: bool) -> None:
-    assert_flops_are_those_of_all_products(CONFIG, masked)
+def test_flops_equal_the_traced_matrix_products(masked: bool) -> None:
+    assert_flops_equal_the_traced_matrix_products(CONFIG, masked)
 
 
-def test_impossible_fusions_are_refused() -> None:
+def test_rejects_invalid_fusion_settings() -> None:
     for fields in (dict(), dict(decoder_depth=1, decoder_dim=16, use_patch_mixer=False)):
         with pytest.raises(UserError, match="needs a patch mixer and a decoder"):
             tiny.network(fusion=True, **fields)

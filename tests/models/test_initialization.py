@@ -1,4 +1,4 @@
-"""A fresh network has the distributions that the public release starts from."""
+"""Initialized parameters have the same distributions as in the public release."""
 
 import dataclasses
 import functools
@@ -28,14 +28,14 @@ def params(initialize: Callable[[jax.Array], dict[str, jax.Array]]) -> dict[str,
     return {name: np.asarray(value) for name, value in initialize(jax.random.key(0)).items()}
 
 
-def test_the_output_is_exactly_zero(config: DiTConfig, params: dict[str, np.ndarray]) -> None:
+def test_initialized_network_outputs_zero(config: DiTConfig, params: dict[str, np.ndarray]) -> None:
     out = jax.jit(lambda params, *inputs: bind(config, params)(*inputs))(params, *tiny.inputs(config))
     assert out.shape == (3, 8, 8, 4)
     np.testing.assert_array_equal(out, 0)
 
 
 def normal_std(config: DiTConfig, name: str) -> float | None:
-    """Standard deviation of a parameter that starts normal (0 for zeros); None for every other."""
+    """Returns the standard deviation of a normal initialization (0 for zeros), or None for other initializations."""
     part, _, rest = name.partition(".")
     if rest.endswith(("bias", "scale")):
         return None
@@ -59,7 +59,7 @@ def normal_std(config: DiTConfig, name: str) -> float | None:
 EXPERTS = {"mixer.1.mlp.gate.kernel", "blocks.1.mlp.gate.kernel"}
 
 
-def test_normal_weights_have_their_standard_deviations(config: DiTConfig, params: dict[str, np.ndarray]) -> None:
+def test_standard_deviations_of_normal_initializations(config: DiTConfig, params: dict[str, np.ndarray]) -> None:
     assert set(params) >= EXPERTS
     seen = set()
     for name, value in params.items():
@@ -73,7 +73,7 @@ def test_normal_weights_have_their_standard_deviations(config: DiTConfig, params
         assert value.std() == pytest.approx(std, rel=5 / np.sqrt(2 * value.size)), name
         assert abs(value.mean()) < 5 * std / np.sqrt(value.size), name
         assert value.size < 1000 or abs(value).max() > 3 * std, name  # not truncated
-    # Residual writers of four blocks, of the mixer (equal to those of block 3), everything else, and zeros.
+    # The output layers of four blocks (the mixer's equal block 3's), all other layers, and zeros.
     assert len(seen) == 6
 
 
@@ -86,7 +86,7 @@ def test_other_linear_weights_are_xavier_uniform(params: dict[str, np.ndarray]) 
         assert value.std() == pytest.approx(bound / np.sqrt(3), rel=0.06), name
 
 
-def test_norms_are_ones_and_biases_zero_but_the_patch_embeddings(
+def test_norm_scales_are_one_and_biases_zero_except_the_patch_embedding(
     config: DiTConfig, params: dict[str, np.ndarray]
 ) -> None:
     for name, value in params.items():
@@ -99,7 +99,7 @@ def test_norms_are_ones_and_biases_zero_but_the_patch_embeddings(
     assert abs(bias.mean()) < 0.4 * bound
 
 
-def test_without_depth_init_all_blocks_are_alike(config: DiTConfig) -> None:
+def test_without_depth_init_all_blocks_have_equal_scales(config: DiTConfig) -> None:
     flat = dataclasses.replace(config, depth_init=False)
     assert {block.out_std for block in flat.backbone_blocks()} == {float(0.02 / np.sqrt(8))}
     assert len({block.out_std for block in config.backbone_blocks()}) == 4

@@ -17,7 +17,7 @@ def stock_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("remat", [False, True])
-def test_attention_and_its_own_gradient_are_the_librarys(dtype: jnp.dtype, tolerance: float, remat: bool) -> None:
+def test_attention_and_its_gradients_match_jax(dtype: jnp.dtype, tolerance: float, remat: bool) -> None:
     shapes = [(2, 5, WIDTH), (2, 7, WIDTH), (2, 7, WIDTH), (2, 5, WIDTH)]
     normal = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     q, k, v, d_out = (a.astype(dtype).astype(jnp.float32) for a in normal)

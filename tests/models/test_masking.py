@@ -8,7 +8,7 @@ from micro_dit.models.masking import drop_tokens, kept_tokens, random_mask, rest
 B, N, D = 6, 16, 5
 
 
-def test_restoring_what_was_dropped_is_the_identity_on_kept_tokens_and_zero_on_dropped_ones() -> None:
+def test_drop_and_restore_keeps_kept_tokens_and_zeroes_dropped_ones() -> None:
     x = jax.random.normal(jax.random.key(0), (B, N, D)) + 10
     mask = random_mask(jax.random.key(1), B, N, 0.75)
     kept = drop_tokens(x, mask)
@@ -18,11 +18,11 @@ def test_restoring_what_was_dropped_is_the_identity_on_kept_tokens_and_zero_on_d
     np.testing.assert_array_equal(restored[is_kept], np.asarray(x)[is_kept])
     np.testing.assert_array_equal(restored[~is_kept], 0)
     np.testing.assert_array_equal(is_kept.sum(axis=1), 4)
-    # And in the mask's own order.
+    # Dropping again returns the kept tokens in the same order.
     np.testing.assert_array_equal(drop_tokens(restored, mask), kept)
 
 
-def test_each_image_has_its_own_uniform_draw_without_replacement() -> None:
+def test_masks_are_independent_and_uniform_without_replacement() -> None:
     images = 4000
     mask = random_mask(jax.random.key(0), images, N, 0.75)
     keep = np.asarray(mask.keep)
@@ -32,7 +32,7 @@ def test_each_image_has_its_own_uniform_draw_without_replacement() -> None:
     assert len({tuple(sorted(row)) for row in keep}) > 1000
 
 
-def test_the_gradient_reaches_kept_tokens_only() -> None:
+def test_only_kept_tokens_have_gradients() -> None:
     x = jax.random.normal(jax.random.key(0), (B, N, D))
     mask = random_mask(jax.random.key(1), B, N, 0.5)
     gradient = jax.grad(lambda x: jnp.sum(restore_tokens(drop_tokens(x, mask), mask) * 3))(x)
@@ -40,15 +40,15 @@ def test_the_gradient_reaches_kept_tokens_only() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(0.0, 16), (0.5, 8), (0.75, 4), (0.9, 1), (0.7, 4)])
-def test_the_number_of_kept_tokens_is_rounded_down(ratio: float, kept: int) -> None:
+def test_kept_tokens_rounds_down(ratio: float, kept: int) -> None:
     assert kept_tokens(16, ratio) == kept
 
 
 @pytest.mark.parametrize("ratio", [0.95, 1.0, -0.1])
-def test_keeping_nothing_is_refused(ratio: float) -> None:
+def test_rejects_ratios_that_keep_no_token_and_negative_ratios(ratio: float) -> None:
     with pytest.raises(ValueError, match="mask_ratio"):
         kept_tokens(16, ratio)
 
 
-def test_without_anything_to_drop_there_is_no_mask() -> None:
+def test_ratio_zero_gives_no_mask() -> None:
     assert random_mask(jax.random.key(0), B, N, 0.0) is None

@@ -1,4 +1,4 @@
-"""Expert choice against the same thing written with one-hot matrices and loops."""
+"""Compares expert choice with an implementation by one-hot matrices and loops."""
 
 import functools
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def layer(experts: int, capacity: float) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def by_one_hot(module: ExpertChoiceFFN, x: jax.Array) -> jax.Array:
-    """Dispatch and combine as products with one-hot matrices, an expert and an image at a time."""
+    """Computes the layer with one-hot matrices, one image and one expert at a time."""
     T = int(module.capacity * x.shape[1] / module.experts)
     images = []
     for tokens in x:
@@ -41,7 +41,7 @@ def by_one_hot(module: ExpertChoiceFFN, x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize(("experts", "capacity"), [(2, 1.0), (4, 2.0), (4, 0.5), (3, 3.0)])
-def test_values_and_gradients_equal_those_of_one_hot_products(experts: int, capacity: float) -> None:
+def test_values_and_gradients_match_one_hot_products(experts: int, capacity: float) -> None:
     graphdef, state = layer(experts, capacity)
     x, weights = jax.random.normal(jax.random.key(2), (2, B, N, D))
 
@@ -58,8 +58,8 @@ def test_values_and_gradients_equal_those_of_one_hot_products(experts: int, capa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), our_gradients, their_gradients)
 
 
-def test_tokens_that_no_expert_chose_get_exactly_zero_and_no_gradient() -> None:
-    graphdef, state = layer(experts=2, capacity=0.5)  # 3 tokens each of 12
+def test_tokens_that_no_expert_chose_are_zero() -> None:
+    graphdef, state = layer(experts=2, capacity=0.5)  # each expert chooses 3 of 12 tokens
     x = jax.random.normal(jax.random.key(3), (B, N, D))
     module = nnx.merge(graphdef, state)
     chosen, probabilities = module.route(x)
@@ -73,7 +73,7 @@ def test_tokens_that_no_expert_chose_get_exactly_zero_and_no_gradient() -> None:
         assert np.all(np.any(out[image, sorted(taken)] != 0, axis=-1))
 
 
-def test_each_expert_takes_its_favorites_of_each_image() -> None:
+def test_each_expert_chooses_its_most_probable_tokens_of_each_image() -> None:
     graphdef, state = layer(experts=4, capacity=2.0)
     module = nnx.merge(graphdef, state)
     x = jax.random.normal(jax.random.key(4), (B, N, D))
@@ -96,12 +96,12 @@ def test_images_do_not_influence_each_other() -> None:
 @pytest.mark.parametrize(
     ("tokens", "experts", "capacity", "T"), [(256, 8, 2.0, 64), (4, 8, 2.0, 1), (3, 8, 2.0, 0), (10, 3, 1.0, 3)]
 )
-def test_tokens_per_expert_are_rounded_down(tokens: int, experts: int, capacity: float, T: int) -> None:
+def test_tokens_per_expert_rounds_down(tokens: int, experts: int, capacity: float, T: int) -> None:
     assert tokens_per_expert(tokens, experts, capacity) == T
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_the_routers_product_is_of_whole_float32_factors_on_every_device(dtype: jnp.dtype) -> None:
+def test_router_product_has_full_float32_precision(dtype: jnp.dtype) -> None:
     graphdef, state = layer(experts=4, capacity=2.0)
     x = jnp.ones((B, N, D), dtype)
     traced = jax.make_jaxpr(lambda x: nnx.merge(graphdef, state).route(x))(x)

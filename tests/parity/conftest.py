@@ -1,4 +1,4 @@
-"""Finds the golden cases of --golden-dir and makes one test of each."""
+"""Parametrizes the parity tests with the golden cases in --golden-dir."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A golden network through files and commands: a .pt file, our model folder, a .pt file again."""
+"""Converts a golden network from a .pt file to a model folder and back, and compares outputs and weights."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def test_converted_weights_give_the_release_outputs(network_file: Path, tmp_path
     config = config_of(json.loads(str(arrays["config_json"])))
     state_dict = {name: torch.from_numpy(value) for name, value in under(arrays, "params/").items()}
     torch.save(state_dict, tmp_path / "release.pt")
-    # No published size, so the command is told what it is.
+    # Not a published size, so --model is required.
     (tmp_path / "network.json").write_text(json.dumps({"model": dataclasses.asdict(config)}))
     arguments = [
         f"--from_torch={tmp_path / 'release.pt'}", f"--out={tmp_path / 'model'}",
@@ -52,10 +52,10 @@ def test_converted_weights_give_the_release_outputs(network_file: Path, tmp_path
         np.testing.assert_array_equal(back[name].numpy().view(np.int32), value.numpy().view(np.int32), err_msg=name)
 
 
-def test_published_sizes_are_recognized_and_fit(size_file: Path) -> None:
+def test_recognizes_and_converts_published_sizes(size_file: Path) -> None:
     golden = json.loads(size_file.read_text())
     zero = np.zeros((), np.float32)
-    state_dict = {name: np.broadcast_to(zero, shape) for name, shape in golden["state_dict"]}  # takes no memory
+    state_dict = {name: np.broadcast_to(zero, shape) for name, shape in golden["state_dict"]}  # allocates no memory
     expected = make_config(golden["arch"], **golden["ctor"])
     state_dict["pos_embed"] = position_table(expected.dim, expected.grid, expected.pos_interp_scale)[None]
     size, config = recognize(state_dict)

@@ -1,4 +1,4 @@
-"""The published sizes at full size: weights drawn by a recipe, outputs computed by the public release."""
+"""Compares outputs at the published sizes with the public release, for weights from a fixed random recipe."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def test_full_size(full_file: Path) -> None:
     y = draw(seed, f"in/y/{index}", (about["N"], 1, about["caption_len"], config.caption_channels))[:, 0]
 
     forward = jax.jit(lambda params, x, t, y, mask: bind(config, params)(x, t, y, mask))
-    # Where the masked network's gradients are there to compare, they say more than its output.
+    # If there are golden gradients of the masked network, comparing its output adds nothing.
     masked = () if "edm_m75" in about else ("fwd_m75",)
     for case in (c for c in ("fwd_m0", *masked) if c in about):
         recorded = under(arrays, f"{case}/")

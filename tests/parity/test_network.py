@@ -1,4 +1,4 @@
-"""The whole network, its preconditioning, loss, gradients and sampler against the public release's numbers."""
+"""Compares the network, its preconditioning, loss, gradients and sampler with golden tensors of the public release."""
 
 import functools
 import json
@@ -24,14 +24,14 @@ SAMPLER_TOLERANCE = 1e-3
 
 
 class Network:
-    """A golden file's network with our functions over it, each compiled once."""
+    """The network of a golden file, with compiled functions for the checks."""
 
     def __init__(self, path: Path) -> None:
         self.arrays, self.about = read(path)
         self.config: DiTConfig = config_of(json.loads(str(self.arrays["config_json"])))
         self.state_dict = under(self.arrays, "params/")
         self.params = from_state_dict(self.state_dict, self.config)
-        # Parameters are arguments and not closed over: as constants they would be folded, which takes minutes.
+        # Parameters are arguments. If they were closed over, XLA would fold them as constants, which takes minutes.
         self.forward = jax.jit(self._forward)
         self.denoise = jax.jit(self._denoise, static_argnames="scale")
         self.loss_and_gradients = jax.jit(jax.value_and_grad(self._loss))
@@ -41,7 +41,7 @@ class Network:
         return guide(lambda x, t, y: network(x, t, y, mask), scale)
 
     def _forward(self, params: Any, x: Any, t: Any, y: Any, mask: Any = None, scale: Any = None) -> jax.Array:
-        """Guided unless the scale is None; all scales are one program."""
+        """Applies guidance unless `scale` is None; the scale is traced, so one program serves all scales."""
         F = self.F(params, mask, 1.0)
         return (F if scale is None else extrapolate(F, scale))(x, t, y)
 
@@ -60,7 +60,7 @@ def load(path: Path) -> Network:
 
 def check_forward(net: Network, name: str, case: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     x, y = nhwc(net.arrays["in/x"]), caption(net.arrays["in/y"])
-    t = np.broadcast_to(case.get("t", net.arrays["in/t"]), len(x))  # one level for all is tests/models/test_dit.py's
+    t = np.broadcast_to(case.get("t", net.arrays["in/t"]), len(x))  # a scalar level applies to all images
     if "ynull" in name:
         y = np.zeros_like(y)
     mask = mask_of(case)
@@ -68,10 +68,10 @@ def check_forward(net: Network, name: str, case: dict[str, np.ndarray], about: d
         assert_close(net.forward(net.params, x, t, y, None), nhwc(case["sample"]), TOLERANCE, name)
         return
     assert kept_tokens(net.config.tokens, about["mask_ratio"]) == mask.keep.shape[1]
-    drawn = mask_from_noise(case["rand"], mask.keep.shape[1])
-    np.testing.assert_array_equal(drawn.keep, mask.keep)
-    np.testing.assert_array_equal(drawn.restore, mask.restore)
-    np.testing.assert_array_equal(drawn.dropped, case["mask"])
+    ours = mask_from_noise(case["rand"], mask.keep.shape[1])
+    np.testing.assert_array_equal(ours.keep, mask.keep)
+    np.testing.assert_array_equal(ours.restore, mask.restore)
+    np.testing.assert_array_equal(ours.dropped, case["mask"])
     assert_close(net.forward(net.params, x, t, y, mask), nhwc(case["sample"]), TOLERANCE, name)
 
 
@@ -114,7 +114,7 @@ def check_loss(net: Network, name: str, case: dict[str, np.ndarray], about: dict
     for i, parameter in enumerate(names):
         g, l2 = gradients[parameter], sums["l2"][i]
         assert abs(np.linalg.norm(g) - l2) <= TOLERANCE * l2 + 1e-9, f"{name} gradient norm of {parameter}"
-        # A sum of signed entries cancels, so its error is measured against what was summed.
+        # Signed entries cancel in a sum, so the tolerance is relative to the norm of the entries.
         slack = TOLERANCE * l2 * np.sqrt(g.size) + 1e-9
         assert abs(g.sum() - sums["sum"][i]) <= slack, f"{name} gradient sum of {parameter}"
         assert abs(np.abs(g).max() - sums["absmax"][i]) <= TOLERANCE * sums["absmax"][i] + 1e-9, parameter
@@ -151,12 +151,12 @@ def test_case(network_case: tuple[Path, str]) -> None:
     path, name = network_case
     net = load(path)
     kind = next((kind for kind in CHECKS if name.startswith(kind)), None)
-    assert kind, f"{path.name} holds a case of an unknown kind: {name}"
+    assert kind, f"{path.name} contains a case of an unknown kind: {name}"
     about = {"cfg": 1.0} | net.about["cases"][name]
     CHECKS[kind](net, name, under(net.arrays, f"{name}/"), about)
 
 
-def test_mapping_loses_and_invents_nothing(network_file: Path) -> None:
+def test_state_dict_round_trips(network_file: Path) -> None:
     net = load(network_file)
     back = to_state_dict(net.params, net.config)
     assert set(back) == set(net.state_dict)
@@ -168,7 +168,7 @@ def test_activations(network_file: Path) -> None:
     net = load(network_file)
     golden = under(net.arrays, "acts/")
     if not golden:
-        pytest.skip("this golden file holds no activations")
+        pytest.skip("this golden file has no activations")
     x, t, y = nhwc(net.arrays["in/x"]), net.arrays["in/t"], caption(net.arrays["in/y"])
 
     @jax.jit
@@ -192,7 +192,7 @@ def test_every_gradient(network_file: Path, folder: str, case: str) -> None:
     present = [f for f in (folder, f"{folder}_sub5", folder.replace("grads", "grads_sub5")) if any(
         name.startswith(f + "/") for name in stored)]  # fmt: skip
     if not present:
-        pytest.skip(f"no {folder} beside this golden file")
+        pytest.skip(f"no {folder} for this golden file")
     net = load(network_file)
     shared, recorded = under(net.arrays, case.rsplit("_", 1)[0] + "/"), under(net.arrays, f"{case}/")
     _, gradients = net.loss_and_gradients(

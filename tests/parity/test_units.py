@@ -1,4 +1,4 @@
-"""Each layer alone: its output, and with a cotangent its gradients, against the public release's."""
+"""Compares outputs and gradients of single layers with golden tensors of the public release."""
 
 import dataclasses
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def network_config(about: dict[str, Any], dim: int) -> DiTConfig:
 
 
 def build(unit: str, about: dict[str, Any], args: dict[str, Any]) -> tuple[nnx.Module, str]:
-    """Our module for a unit, and the place in the network where the mapping of names knows it."""
+    """Returns the module for a golden unit, and the prefix of its parameters' names in the network."""
     a = about
     if unit.startswith("moe"):
         hidden = expert_width(a["hidden_dim_arg"], 1.0, a["multiple_of"])
@@ -77,7 +77,7 @@ def build(unit: str, about: dict[str, Any], args: dict[str, Any]) -> tuple[nnx.M
     if unit.startswith("final_layer"):
         config = network_config(a, a["hidden_size"])
         return FinalLayer(config.dim, config.patch_size**2 * config.in_channels, config, **args), "final_layer."
-    raise AssertionError(f"no module of ours is known for the golden unit {unit}")
+    raise AssertionError(f"no module is known for the golden unit {unit}")
 
 
 def check_mask(unit: str, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -89,7 +89,7 @@ def check_mask(unit: str, about: dict[str, Any], arrays: dict[str, np.ndarray]) 
     np.testing.assert_array_equal(mask.dropped, arrays["mask"])
     taken = drop_tokens(arrays["x"], mask)
     np.testing.assert_array_equal(taken, arrays["x_kept"])
-    # Ours fills with zeros; the release adds a token that is zero in every network.
+    # micro_dit fills dropped positions with zeros; the release adds a mask token that is zero in every network.
     filled = restore_tokens(taken, mask) + mask.dropped[:, :, None] * arrays["mask_token"]
     np.testing.assert_allclose(filled, arrays["x_restored"], atol=1e-7)
 
@@ -130,7 +130,7 @@ def test_unit(unit: str, golden_dir: Path) -> None:
         out, pullback = jax.vjp(lambda p, i: merged(p)(*(i[n] for n in about["inputs"])), params, inputs)  # type: ignore[operator]
         return out, *pullback(cotangent)
 
-    # The cotangent has the shape of the output; the release's caption units carry an axis of one more.
+    # The cotangent has the output's shape; `caption` removes the extra axis of the release's caption units.
     cotangent = caption(arrays["ct"])
     out, grad_params, grad_inputs = run(params, inputs, cotangent)
     assert_close(out, caption(arrays["out"]), TOLERANCE, unit)
@@ -151,12 +151,12 @@ def test_unit(unit: str, golden_dir: Path) -> None:
 
 
 def _common_place(place: str) -> str:
-    """The release's prefix of one of our places: 'noise_embedding.' → 't_embedder.'."""
+    """Returns the release's prefix for a prefix of this package: 'noise_embedding.' → 't_embedder.'."""
     special = {"noise_embedding.": "t_embedder.", "caption_projection.": "y_embedder."}
     return special.get(place, release_name(place))
 
 
 def test_units_exist(golden_dir: Path) -> None:
     if not (golden_dir / "units.npz").exists():
-        pytest.skip("this folder of golden tensors holds no units")
+        pytest.skip("this folder of golden tensors has no units")
     assert read(golden_dir / "units.npz")[1]["units"]

@@ -30,6 +30,7 @@ from micro_dit.run import Run, check, load_evaluation, report_plan, restore_or_s
 from micro_dit.training.checkpoint import Checkpoints, Meta
 from micro_dit.training.curves import finish
 from micro_dit.training.metrics import MetricWriter
+from micro_dit.training.profiler import StepProfiler
 from micro_dit.training.progress import Progress
 from micro_dit.training.save_schedule import Interrupt, SaveSchedule
 from micro_dit.training.state import TrainState, enter_phase
@@ -76,7 +77,9 @@ def train(config: Any, workdir: str | Path) -> Path:
                 places = sharding.shardings_of(run.abstract_state(index))
                 optimizer = run.recipe.optimizer(phase)
                 state = enter_phase(state, optimizer, phase.ema_decay > 0, phase.fresh_optimizer, places)
-            state, meta = PhaseLoop(run, index, checkpoints, writer, saves, evaluation, base).train(state, meta)
+            with StepProfiler(run.profile, run.workdir / "profile" / phase.name, run.say) as profiler:
+                loop = PhaseLoop(run, index, checkpoints, writer, saves, evaluation, base, profiler)
+                state, meta = loop.train(state, meta)
             if saves.stop_requested() and meta.step < total:
                 break
     checkpoints.close()
@@ -104,6 +107,7 @@ class PhaseLoop:
         saves: When to save and when to stop.
         evaluation: Makes the phase's evaluators.
         base: The parameters under a LoRA adapter.
+        profiler: Runs the steps, and traces some of them.
     """
 
     run: Run
@@ -113,6 +117,7 @@ class PhaseLoop:
     saves: SaveSchedule
     evaluation: TrainingEvaluation
     base: dict[str, jax.Array] | None
+    profiler: StepProfiler
 
     def train(self, state: TrainState, meta: Meta) -> tuple[TrainState, Meta]:
         """Trains the phase from `state` on; returns early after a signal, with everything saved."""
@@ -140,8 +145,8 @@ class PhaseLoop:
         while True:
             # The order matters: dispatch the step, and only then read the metrics of the one before, so that the device
             # never waits; the iterator's position is saved before the next batch is taken, so that it fits the state.
-            state, metrics = compiled(state, batch, key, self.base)
             step += 1
+            state, metrics = self.profiler.run(step, compiled, state, batch, key, self.base)
             if previous is not None:
                 self._record(step - 1, previous, progress)
             previous = metrics

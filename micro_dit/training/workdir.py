@@ -12,7 +12,7 @@ from micro_dit.files import flatten, write_atomically
 # Fields that may change when a run resumes: they influence the trained parameters only by rounding.
 MAY_CHANGE = (
     "checkpoint_every", "checkpoint_minutes", "keep_every", "evaluate_every", "sampling", "logging", "cost", "mesh",
-    "microbatch", "evaluation",
+    "microbatch", "evaluation", "profile",
 )  # fmt: skip
 # The values of fields that the config of an earlier or a later version lacks.
 ADDED = {

@@ -110,7 +110,12 @@ def cmmd(clip: Clip, embeddings: np.ndarray, reference: np.ndarray, about_refere
 
 
 def mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """1000 times the squared maximum mean discrepancy between (n, F) and (m, F), with k(a, b) = exp(-|a - b|²/2σ²)."""
+    """Computes SCALE times the squared maximum mean discrepancy, with the kernel k(a, b) = exp(-‖a - b‖²/2σ²).
+
+    Args:
+        x: (n, F), first set of embeddings.
+        y: (m, F), second set of embeddings.
+    """
 
     def mean_kernel(a: np.ndarray, b: np.ndarray) -> float:
         a, b = a.astype(np.float64), b.astype(np.float64)

@@ -1,7 +1,7 @@
 """Fréchet inception distance (Heusel et al. 2017, arXiv 1706.08500).
 
-Features of real and of generated images are each taken for a Gaussian; the distance is that between the two:
-|mu_1 - mu_2|² + tr(S_1 + S_2 - 2 (S_1 S_2)^½). Means and covariances are float64, on the host.
+FID is the Fréchet distance between two Gaussians fitted to the features of real and of generated images,
+‖mu_1 - mu_2‖² + tr(S_1 + S_2 - 2 (S_1 S_2)^½). Means and covariances are computed in float64 on the host.
 """
 
 import dataclasses

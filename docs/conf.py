@@ -1,0 +1,53 @@
+"""Configuration of the documentation site: `make docs`, then open docs/_build/index.html."""
+
+import inspect
+from typing import Any
+
+from flax import nnx
+
+import micro_dit
+
+project = "micro_dit"
+author = copyright = "The micro_dit authors"
+release = version = micro_dit.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
+myst_heading_anchors = 4  # the anchors that GitHub derives from headings
+
+default_role = "py:obj"  # `name` in a docstring links to the entry of that name, if there is one
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+maximum_signature_line_length = 100
+python_use_unqualified_type_names = True
+
+html_theme = "furo"
+html_title = f"micro_dit {release}"
+html_copy_source = False
+html_show_sphinx = False
+
+# Pages of the site that include a file from outside docs/. Links to the file lead to the page.
+INCLUDED = {
+    "../README.md": "index.md", "../CONTRIBUTING.md": "contributing.md", "../CHANGELOG.md": "changelog.md",
+    "../benchmarks/RESULTS.md": "benchmarks.md",
+}  # fmt: skip
+
+
+def link_to_pages(app: Any, page: str, source: list[str]) -> None:
+    """Replaces links to included files by links to the pages that include them."""
+    for file, target in INCLUDED.items():
+        source[0] = source[0].replace(f"]({file}", f"]({target}")
+
+
+def signature_of_module(app: Any, what: str, name: str, entry: Any, *_: Any) -> tuple[str, None] | None:
+    """Returns the argument names of a Flax module's constructor, which its metaclass hides."""
+    if what != "class" or not issubclass(entry, nnx.Module):
+        return None
+    return f"({', '.join(inspect.signature(entry.__init__.__get__(entry)).parameters)})", None
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-signature", signature_of_module)
+    app.connect("source-read", link_to_pages)

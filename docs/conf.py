@@ -1,9 +1,9 @@
 """Configuration of the documentation site: `make docs`, then open docs/_build/index.html."""
 
-import inspect
 from typing import Any
 
 from flax import nnx
+from sphinx.util.inspect import signature, stringify_signature
 
 import micro_dit
 
@@ -42,12 +42,18 @@ def link_to_pages(app: Any, page: str, source: list[str]) -> None:
 
 
 def signature_of_module(app: Any, what: str, name: str, entry: Any, *_: Any) -> tuple[str, None] | None:
-    """Returns the argument names of a Flax module's constructor, which its metaclass hides."""
+    """Returns the signature of a Flax module's constructor, which its metaclass hides."""
     if what != "class" or not issubclass(entry, nnx.Module):
         return None
-    return f"({', '.join(inspect.signature(entry.__init__.__get__(entry)).parameters)})", None
+    shown = signature(entry.__init__, bound_method=True)
+    parameters = [  # a function or class as a default has no readable text
+        p.replace(default=...) if p.default is not p.empty and callable(p.default) else p
+        for p in shown.parameters.values()
+    ]
+    return stringify_signature(shown.replace(parameters=parameters), unqualified_typehints=True), None
 
 
 def setup(app: Any) -> None:
+    """Registers the two functions above with Sphinx."""
     app.connect("autodoc-process-signature", signature_of_module)
     app.connect("source-read", link_to_pages)

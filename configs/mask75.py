@@ -80,7 +80,7 @@ def base(**fields: Any) -> ConfigDict:
             evaluation=dict(every=0, metrics=("domain",), num_images=256, reference="", clip="", inception=""),
             sampling=dict(every=1000, prompts=(), guidance=5.0, steps=30, path_drop=False),
             logging=dict(every=10, tensorboard=True, wandb_project=""),
-            # Writes a trace of so many steps of each phase after the first `start` ones, see docs/running.md; 0 is off.
+            # Profiler trace of `steps` steps of each phase, after `start` others; 0 is off. See docs/running.md.
             profile=dict(steps=0, start=5),
             cost=dict(dollars_per_device_hour=0.0, mfu=0.3),  # for the plan and the bill
             microbatch=0,  # images per forward and backward pass, over all devices; 0 is the whole batch at once

@@ -1,9 +1,13 @@
 """Configuration of the documentation site: `make docs`, then open docs/_build/index.html."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
 from sphinx.util.inspect import signature, stringify_signature
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the package need not be installed
 
 import micro_dit
 

@@ -1,5 +1,6 @@
 """The package itself: what it exports, its version, and the list of its commands."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -7,6 +8,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import micro_dit
 from micro_dit.__main__ import COMMANDS, main, summary
@@ -57,3 +61,21 @@ def test_all_commands_are_listed_with_a_line_each(capsys: pytest.CaptureFixture)
 def test_type_checkers_find_the_annotations_of_the_installed_package() -> None:
     assert (ROOT / "micro_dit" / "py.typed").exists()
     assert "py.typed" in PYPROJECT["tool"]["setuptools"]["package-data"]["micro_dit"]
+
+
+def test_versions_agree_across_files() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    ours = {"ruff": "ruff-pre-commit", "nbstripout": "nbstripout"}
+    for line in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines():
+        if re.match(r"ruff|nbstripout", line):
+            requirement = Requirement(line)
+            repository = ours.pop(requirement.name)
+            (revision,) = [hook["rev"] for hook in hooks if hook["repo"].endswith(f"/{repository}")]
+            assert requirement.specifier.contains(revision.removeprefix("v")), line
+    assert not ours
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == PYPROJECT["project"]["version"]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]["test"]
+    supported = SpecifierSet(PYPROJECT["project"]["requires-python"])
+    assert all(supported.contains(python) for python in workflow["strategy"]["matrix"]["python-version"])
+    assert any("make test" in step.get("run", "") for step in workflow["steps"])

@@ -1,4 +1,4 @@
-"""Writes a `jax.profiler` trace of a few steps of each phase, see docs/running.md."""
+"""Traces a few steps of each phase with `jax.profiler`. See docs/running.md."""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,7 +38,13 @@ class StepProfiler:
     """
 
     def __init__(self, settings: ProfileSettings, folder: Path, say: Callable[[str], None]):
-        """Stores where the trace is written, and `say`, which prints a line."""
+        """Traces nothing yet.
+
+        Args:
+            settings: Steps to trace.
+            folder: Folder of the trace.
+            say: Prints a line.
+        """
         self._settings, self._folder, self._say = settings, folder, say
         self._enabled = settings.steps > 0 and jax.process_index() == 0
         self._calls = self._traced = 0
@@ -53,7 +59,7 @@ class StepProfiler:
         elif self._enabled and not self._traced:
             self._say(
                 f"profile: no trace, because only {self._calls} steps ran and tracing starts after "
-                f"{self._settings.start}. Lower --config.profile.start."
+                f"{self._settings.start} steps. Lower --config.profile.start."
             )
 
     def run(self, step: int, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -74,4 +80,6 @@ class StepProfiler:
     def _stop(self) -> None:
         self._tracing = False
         jax.profiler.stop_trace()
-        self._say(f"profile: {self._traced} steps traced in {self._folder}; docs/running.md tells how to open it.")
+        self._say(
+            f"profile: {self._traced} steps traced in {self._folder}. See docs/running.md for how to open the trace."
+        )

@@ -52,7 +52,7 @@ def test_an_exception_ends_the_trace(tmp_path: Path) -> None:
 
 def test_reports_when_the_phase_is_too_short_to_trace(tmp_path: Path) -> None:
     (line,) = run_steps(ProfileSettings(steps=2, start=4), tmp_path / "profile", range(4))
-    assert "no trace, because only 4 steps ran and tracing starts after 4. Lower --config.profile.start." in line
+    assert "no trace, because only 4 steps ran and tracing starts after 4 steps. Lower --config.profile.start." in line
     assert not (tmp_path / "profile").exists()
 
 

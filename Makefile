@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make bench-gpu · make clean
+# make demo · make test · make docs · make bench · make bench-gpu · make clean
 #
 # The first call creates .venv and installs the requirements.
 # Other recipe: make demo CONFIG=configs/frugal.py. Other interpreter: make demo PYTHON=python3.12.
@@ -10,7 +10,7 @@ VENV ?= .venv
 CONFIG ?= configs/mask75.py
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test bench bench-gpu clean
+.PHONY: demo test docs bench bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m micro_dit.main --config=$(CONFIG)
@@ -21,6 +21,10 @@ test: $(VENV)/.installed-dev
 	$(VENV)/bin/lint-imports --no-cache --no-logo
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+docs: $(VENV)/.installed-dev
+	$(RUN) -m sphinx -W --keep-going -q docs docs/_build
+	@echo "The site is in docs/_build/index.html"
+
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks.train_step $(ARGS)
 
@@ -29,7 +33,7 @@ bench-gpu: $(VENV)/.installed
 
 # Keeps runs, shards and the compilation cache, because they are expensive to recompute.
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache micro_dit.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache docs/_build micro_dit.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # venv writes pip last, so an incomplete environment is created again.

@@ -82,6 +82,8 @@ def base(**fields: Any) -> ConfigDict:
             evaluation=dict(every=0, metrics=("domain",), num_images=256, reference="", clip="", inception=""),
             sampling=dict(every=1000, prompts=(), guidance=5.0, steps=30, path_drop=False),
             logging=dict(every=10, tensorboard=True, wandb_project=""),
+            # Profiler trace of `steps` steps of each phase, after `start` others; 0 is off. See docs/running.md.
+            profile=dict(steps=0, start=5),
             cost=dict(dollars_per_device_hour=0.0, mfu=0.3),  # for the predicted and the reported cost
             microbatch=0,  # images per forward and backward pass, over all devices; 0 is the whole batch at once
             # Number of devices along each axis of the mesh, see micro_dit/parallel/mesh.py. -1 is inferred.

@@ -26,6 +26,7 @@ from micro_dit.planning.report import parameter_table
 from micro_dit.training.checkpoint import Checkpoints, Meta
 from micro_dit.training.phases import Phase, make_phases, phase_starts, with_mask_ratio
 from micro_dit.training.pretrained import Start, has_checkpoints, load_start, load_under, place
+from micro_dit.training.profiler import ProfileSettings
 from micro_dit.training.recipe import Recipe, make_recipe
 from micro_dit.training.shards import TrainingData, prepare_shards
 from micro_dit.training.state import TrainState, init_state, state_from
@@ -47,6 +48,7 @@ class Run:
         networks: Network configuration of each phase.
         manifests: Shard manifest of each phase.
         chip: Type of the devices, with its peak FLOP/s.
+        profile: Steps to trace with the profiler.
         say: Prints a line on process 0 and does nothing on other processes.
     """
 
@@ -59,6 +61,7 @@ class Run:
     networks: list[DiTConfig]
     manifests: list[Manifest]
     chip: Chip
+    profile: ProfileSettings
     say: Callable[[str], None]
 
     def abstract_state(self, phase: int) -> TrainState:
@@ -82,6 +85,7 @@ def check(config: Any, workdir: Path) -> tuple[Run, Start | None]:
     config = copy.deepcopy(config)
     config.phases = with_mask_ratio(config.phases, config.masking.ratio)
     phases, recipe, mesh = make_phases(config.phases), make_recipe(config), meshes.make_mesh(config.mesh)
+    profile = ProfileSettings(**config.profile)
     for phase in phases:
         recipe.check_batch(phase, mesh)
     manifests = main_first(lambda: prepare_shards(TrainingData(**config.data), phases, recipe.sigma_data, say))
@@ -104,7 +108,8 @@ def check(config: Any, workdir: Path) -> tuple[Run, Start | None]:
     }  # fmt: skip
     main_first(lambda: claim_workdir(workdir, config.to_dict(), shards) if main_process else None)
     chip = chip_of(jax.devices()[0].device_kind) or measure_chip()
-    return Run(config, workdir, mesh, recipe, phases, phase_starts(phases), networks, manifests, chip, say), start
+    starts = phase_starts(phases)
+    return Run(config, workdir, mesh, recipe, phases, starts, networks, manifests, chip, profile, say), start
 
 
 def report_plan(run: Run) -> None:

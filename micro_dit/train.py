@@ -30,6 +30,7 @@ from micro_dit.run import Run, check, load_evaluation, report_plan, restore_or_s
 from micro_dit.training.checkpoint import Checkpoints, Meta
 from micro_dit.training.curves import finish
 from micro_dit.training.metrics import MetricWriter
+from micro_dit.training.profiler import StepProfiler
 from micro_dit.training.progress import Progress
 from micro_dit.training.save_schedule import Interrupt, SaveSchedule
 from micro_dit.training.state import TrainState, enter_phase
@@ -80,7 +81,9 @@ def train(config: Any, workdir: str | Path) -> Path:
                 places = sharding.shardings_of(run.abstract_state(index))
                 optimizer = run.recipe.optimizer(phase)
                 state = enter_phase(state, optimizer, phase.ema_decay > 0, phase.fresh_optimizer, places)
-            state, meta = PhaseLoop(run, index, checkpoints, writer, saves, evaluation, base).train(state, meta)
+            with StepProfiler(run.profile, run.workdir / "profile" / phase.name, run.say) as profiler:
+                loop = PhaseLoop(run, index, checkpoints, writer, saves, evaluation, base, profiler)
+                state, meta = loop.train(state, meta)
             if saves.stop_requested() and meta.step < total:
                 break
     checkpoints.close()
@@ -108,6 +111,7 @@ class PhaseLoop:
         saves: Decides when to save and when to stop.
         evaluation: Creates the evaluators of the phase.
         base: Frozen base parameters of a LoRA run; None without LoRA.
+        profiler: Runs the steps, and traces some of them.
     """
 
     run: Run
@@ -117,6 +121,7 @@ class PhaseLoop:
     saves: SaveSchedule
     evaluation: TrainingEvaluation
     base: dict[str, jax.Array] | None
+    profiler: StepProfiler
 
     def train(self, state: TrainState, meta: Meta) -> tuple[TrainState, Meta]:
         """Trains the phase starting from `state`; after a signal, saves a checkpoint and returns early."""
@@ -145,8 +150,8 @@ class PhaseLoop:
             # The order matters. The metrics of the previous step are read after this step has been dispatched, so that
             # the device never waits for the host. The iterator's position is saved before the next batch is read, so
             # that it matches the saved state.
-            state, metrics = compiled(state, batch, key, self.base)
             step += 1
+            state, metrics = self.profiler.run(step, compiled, state, batch, key, self.base)
             if previous is not None:
                 self._record(step - 1, previous, progress)
             previous = metrics

@@ -12,7 +12,7 @@ from micro_dit.files import flatten, write_atomically
 # Fields that may change when a run resumes, because they affect the trained parameters only by rounding.
 MAY_CHANGE = (
     "checkpoint_every", "checkpoint_minutes", "keep_every", "evaluate_every", "sampling", "logging", "cost", "mesh",
-    "microbatch", "evaluation",
+    "microbatch", "evaluation", "profile",
 )  # fmt: skip
 # Values of fields that were added or removed between versions, for configs without them.
 ADDED = {

@@ -1,9 +1,9 @@
 # make demo · make test · make docs · make bench · make bench-gpu · make clean
 #
-# The first call creates .venv and installs the requirements. Later calls reuse it.
-# Recipe: make demo CONFIG=configs/frugal.py. Interpreter: make demo PYTHON=python3.12.
-# Location of the environment: make demo VENV=~/micro_dit_env.
-# Benchmark results as JSON: make bench ARGS=--json=figures.json.
+# The first call makes .venv and installs the requirements; later calls find them there.
+# Another recipe: make demo CONFIG=configs/frugal.py. Another interpreter: make demo PYTHON=python3.12.
+# Another place for the environment: make demo VENV=~/micro_dit_env.
+# Figures to a file: make bench ARGS=--json=figures.json.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -31,12 +31,12 @@ bench: $(VENV)/.installed
 bench-gpu: $(VENV)/.installed
 	$(RUN) -m benchmarks.gpu $(ARGS)
 
-# Keeps runs, shards and the compilation cache, because they are expensive to compute.
+# Runs, shards and the compilation cache stay: they are dear.
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache docs/_build micro_dit.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# venv creates the file pip last, so an incomplete environment is created again.
+# The file pip is made last, so that an environment that was left half made is made again.
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("error: Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)

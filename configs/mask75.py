@@ -79,9 +79,9 @@ def base(**fields: Any) -> ConfigDict:
             # Metrics of images that are drawn while training, see docs/evaluation.md; every=0 draws none.
             evaluation=dict(every=0, metrics=("domain",), num_images=256, reference="", clip="", inception=""),
             sampling=dict(every=1000, prompts=(), guidance=5.0, steps=30, path_drop=False),
-            logging=dict(every=10, tensorboard=True, wandb_project=""),
             # Profiler trace of `steps` steps of each phase, after `start` others; 0 is off. See docs/running.md.
             profile=dict(steps=0, start=5),
+            logging=dict(every=10, tensorboard=True, wandb_project=""),
             cost=dict(dollars_per_device_hour=0.0, mfu=0.3),  # for the plan and the bill
             microbatch=0,  # images per forward and backward pass, over all devices; 0 is the whole batch at once
             # Devices that share a batch; that share the parameters too; that share the experts; that share each matrix

@@ -11,7 +11,7 @@ __all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `load` on first use, so that importing a submodule loads nothing else."""
+    """Resolves `load` and `__version__` on first use, so that importing a submodule loads nothing else."""
     if name == "load":
         from micro_dit.api import load
 

@@ -68,7 +68,7 @@ def base(**fields: Any) -> ConfigDict:
                 resolutions=(128,),
                 vae="openmoji_vae",
                 text_encoder="minilm",
-                caption_tokens=16,
+                caption_tokens=placeholder(int),  # taken from the shards; must match them if it is set
                 heldout="validation",
                 heldout_images=64,
             ),

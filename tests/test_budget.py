@@ -4,13 +4,16 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from micro_dit.errors import UserError
 from micro_dit.models.config import make_config
+from micro_dit.planning.networks import phase_networks
 from micro_dit.planning.paper_costs import PAPER, paper_rows
-from micro_dit.training.phases import Phase
+from micro_dit.training.phases import Phase, make_phases
+from tests.helpers import tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -62,6 +65,13 @@ def test_command_prints_user_errors_as_one_line(arguments: list[str], message: s
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize(("fields", "tokens"), [({}, 16), ({"source": ""}, 77), ({"caption_tokens": 32}, 32)])
+def test_caption_tokens_without_shards_have_a_default(fields: dict[str, Any], tokens: int) -> None:
+    config = tiny.load_config_file(tiny.CONFIGS / "mask75.py")
+    config.data.update(shards="", **fields)
+    assert phase_networks(make_phases(config.phases), config.model, config.data)[1] == tokens
 
 
 def test_paper_rows_require_the_papers_four_phases() -> None:

@@ -19,6 +19,7 @@ from micro_dit.planning.chips import CHIPS
 from micro_dit.planning.cost import estimate_cost
 from micro_dit.training.phases import make_phases, with_mask_ratio
 from micro_dit.training.recipe import make_recipe
+from micro_dit.training.shards import SOURCE_CAPTION_TOKENS
 from micro_dit.training.state import abstract_state
 from micro_dit.training.step import make_train_step, network_of
 from tests.helpers import tiny
@@ -37,7 +38,8 @@ def manifest_of(config: ConfigDict) -> Manifest:
     """Returns the manifest that the shards of a config would have."""
     vae = ImageEncoderInfo(config.data.vae, "0123", channels=CHANNELS.get(config.data.vae, 4), downsample=8)
     channels = 384 if config.data.text_encoder == "minilm" else 1024
-    text = TextEncoderInfo(config.data.text_encoder, "4567", config.data.caption_tokens, channels)
+    tokens = config.data.caption_tokens or SOURCE_CAPTION_TOKENS
+    text = TextEncoderInfo(config.data.text_encoder, "4567", tokens, channels)
     resolutions = tuple(sorted({phase["resolution"] for phase in config.phases}))
     return tiny.make_manifest(resolutions, vae, text)
 

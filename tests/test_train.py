@@ -425,6 +425,15 @@ def test_shards_that_do_not_match_the_config_are_rejected(
     assert not (tmp_path / "run").exists()
 
 
+def test_caption_tokens_are_taken_from_the_shards(config: ConfigDict, tmp_path: Path) -> None:
+    text = dataclasses.replace(tiny.TEXT, tokens=7)
+    config.data.shards = str(tiny.write_shards(tmp_path / "shards", text=text))
+    config.data.caption_tokens = None
+    config.phases = (config.phases[0] | dict(steps=1),)
+    workdir = train(config, tmp_path / "run")
+    assert json.loads((workdir / "config.json").read_text())["shards"]["caption_tokens"] == 7
+
+
 def test_a_run_on_a_mix_records_all_shard_folders(config: ConfigDict, tiny_shards: Path, tmp_path: Path) -> None:
     other = tiny.write_shards(tmp_path / "other", attribution="somebody")
     config.data.shards = f"{tiny_shards}=0.7,{other}=0.3"

@@ -8,11 +8,17 @@ from micro_dit.data.shards import MANIFEST, shards_folder
 from micro_dit.encoders.info import ImageEncoderInfo, TextEncoderInfo, known_image_encoder, known_text_encoder
 from micro_dit.models.config import DiTConfig
 from micro_dit.training.phases import Phase
+from micro_dit.training.shards import SOURCE_CAPTION_TOKENS
 from micro_dit.training.step import network_of
+
+CLIP_CAPTION_TOKENS = 77  # assumed for shards that do not exist and are not prepared from data.source
 
 
 def phase_networks(phases: Sequence[Phase], model: Any, data: Any) -> tuple[list[DiTConfig], int]:
     """Returns the network of each phase and the number of caption tokens.
+
+    If the shards do not exist and `data.caption_tokens` is not set, SOURCE_CAPTION_TOKENS are assumed with a
+    `data.source`, and CLIP_CAPTION_TOKENS otherwise.
 
     Args:
         phases: The phases of the run.
@@ -32,4 +38,5 @@ def _encoders(shards: str, data: Any) -> tuple[ImageEncoderInfo, TextEncoderInfo
     if shards and all((shards_folder(folder) / MANIFEST).exists() for folder, _ in parse_mix(shards)):
         manifest = read_mix(shards).manifest()
         return manifest.vae, manifest.text_encoder
-    return known_image_encoder(data.vae), known_text_encoder(data.text_encoder, data.caption_tokens)
+    tokens = data.caption_tokens or (SOURCE_CAPTION_TOKENS if data.source else CLIP_CAPTION_TOKENS)
+    return known_image_encoder(data.vae), known_text_encoder(data.text_encoder, tokens)

@@ -11,6 +11,9 @@ from micro_dit.data.shard_checks import ShardExpectations
 from micro_dit.data.shards import MANIFEST, Manifest, shards_folder
 from micro_dit.training.phases import Phase
 
+# Caption tokens of shards prepared from data.source, whose captions are short, if data.caption_tokens is not set.
+SOURCE_CAPTION_TOKENS = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
@@ -22,7 +25,8 @@ class TrainingData:
         resolutions: Resolutions to prepare, in pixels.
         vae: Name of the image encoder.
         text_encoder: Name of the text encoder.
-        caption_tokens: Tokens per caption.
+        caption_tokens: Tokens per caption that the shards must have; None accepts any number, and prepares missing
+            shards with SOURCE_CAPTION_TOKENS.
         heldout: Split for the held-out loss; empty disables the held-out loss.
         heldout_images: Maximum number of images for the held-out loss.
     """
@@ -32,7 +36,7 @@ class TrainingData:
     resolutions: Sequence[int]
     vae: str
     text_encoder: str
-    caption_tokens: int
+    caption_tokens: int | None
     heldout: str
     heldout_images: int
 
@@ -51,8 +55,9 @@ def prepare_shards(
     if data.source and "," not in data.shards and not (shards_folder(data.shards) / MANIFEST).exists():
         say(f"Preparing the shards {data.shards} from {data.source}. Later runs reuse them.")
         settings = PreparationSettings(
-            data.source, tuple(data.resolutions), data.vae, data.text_encoder, caption_tokens=data.caption_tokens
-        )
+            data.source, tuple(data.resolutions), data.vae, data.text_encoder,
+            caption_tokens=data.caption_tokens or SOURCE_CAPTION_TOKENS,
+        )  # fmt: skip
         make_shards(settings, data.shards, report=say)
     names = [phase.shards or data.shards for phase in phases]
     mixes = [read_mix(name) for name in names]

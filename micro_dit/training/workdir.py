@@ -14,6 +14,8 @@ MAY_CHANGE = (
     "checkpoint_every", "checkpoint_minutes", "keep_every", "evaluate_every", "sampling", "logging", "cost", "mesh",
     "microbatch", "evaluation", "profile",
 )  # fmt: skip
+# Fields whose effective value is recorded with the shards, and compared there. The config may leave it open.
+IN_SHARDS = ("data.caption_tokens",)
 # Values of fields that were added or removed between versions, for configs without them.
 ADDED = {
     "init_from": "", "lora.rank": 0, "quantize": "", "optimizer": "adamw", "model.fusion": None,
@@ -69,7 +71,7 @@ def claim_workdir(workdir: str | Path, config: Mapping[str, Any], shards: Mappin
 def same_config(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Returns whether a run of one config may be resumed with the other.
 
-    Fields in MAY_CHANGE are ignored, and fields that a config lacks have the values in ADDED.
+    Fields in MAY_CHANGE and IN_SHARDS are ignored, and fields that a config lacks have the values in ADDED.
     """
     one, two = _comparable(config), _comparable(other)
     return all(one.get(name) == two.get(name) for name in one.keys() | two.keys())
@@ -80,4 +82,5 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = ADDED | flatten(json.loads(json.dumps(dict(config))))  # tuples become lists
     if not fields["lora.rank"]:
         fields |= dict.fromkeys(WITH_LORA)
-    return {name: value for name, value in fields.items() if name.split(".")[0] not in MAY_CHANGE}
+    ignored = (*MAY_CHANGE, *IN_SHARDS)
+    return {name: value for name, value in fields.items() if not {name, name.split(".")[0]} & set(ignored)}

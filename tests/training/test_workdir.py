@@ -41,6 +41,14 @@ def test_only_runs_without_8_bit_products_resume(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_run_with_explicit_caption_tokens_resumes_without_them_and_with_the_same_shards(tmp_path: Path) -> None:
+    shards = SHARDS | {"caption_tokens": 16}
+    claim_workdir(tmp_path, CONFIG | {"data": {"caption_tokens": 16}}, shards)
+    claim_workdir(tmp_path, CONFIG | {"data": {"caption_tokens": None}}, shards)
+    with pytest.raises(UserError, match="the shards were rebuilt"):
+        claim_workdir(tmp_path, CONFIG | {"data": {"caption_tokens": None}}, shards | {"caption_tokens": 32})
+
+
 def test_configs_are_the_same_if_one_can_resume_the_other() -> None:
     read = json.loads(json.dumps(CONFIG))
     assert same_config(CONFIG, read)

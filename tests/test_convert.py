@@ -135,7 +135,7 @@ def test_converts_a_run_to_pytorch_and_back(finished_run: Path, tmp_path: Path, 
     with pytest.raises(UserError, match=r"has a config\.json but is not a model folder"):
         run(from_torch=torch_file, out=str(finished_run), **given)
     assert (finished_run / "config.json").read_text() == before
-    with pytest.raises(UserError, match=r"no checkpoint of step 7 \(it has steps"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 7\. Set --step to one of"):
         run(to_torch=torch_file, workdir=str(finished_run), step=7)
     with pytest.raises(UserError, match="width 32, but the known widths are 128"):
         run(from_torch=torch_file, out=str(tmp_path / "new"))

@@ -291,7 +291,7 @@ def test_model_folder_samples_the_same_images_as_its_run(model: Model, tmp_path:
 
 
 def test_missing_models_and_checkpoints_are_rejected(finished_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no checkpoint of step 7 \(it has steps 48, 80, 84\)"):
+    with pytest.raises(UserError, match=r"no checkpoint of step 7\. Set --step to one of 48, 80, 84"):
         load(finished_run, 7)
     with pytest.raises(UserError, match="is neither the work directory of a run nor a model folder"):
         load(tmp_path)
@@ -391,7 +391,7 @@ def test_start_image_is_unchanged_at_strength_0(command: SimpleNamespace, tmp_pa
         (dict(prompts_file="none.txt"), "prompts file none.txt can't be read"),
         (dict(prompts_file="blank"), "prompts file .*blank is empty"),
         (dict(out="image.jpg"), "--out=image.jpg does not end in .png"),
-        (dict(guidance_interval="1"), "give two noise levels, as in 0.3,5"),
+        (dict(guidance_interval="1"), "Set it to two noise levels, for example --guidance_interval=0.3,5"),
         (dict(image="none.png"), "The image none.png can't be read"),
         (dict(workdir="nowhere"), "nowhere is neither the work directory"),
         (dict(autoguidance="7"), "no checkpoint of step 7"),

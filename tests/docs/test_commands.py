@@ -30,14 +30,22 @@ def flags_of(command: str) -> frozenset[str]:
     """Returns the flags that a command defines; those of switches also with the prefix 'no'."""
     package = importlib.util.find_spec(f"micro_dit.{command}.__main__") if command == "playground" else None
     module = importlib.import_module(f"micro_dit.{command}.__main__" if package else f"micro_dit.{command}")
-    before = set(flags.FLAGS)
+    others = {name: flags.FLAGS[name] for name in flags.FLAGS if not _is_absls(name)}  # other tests may define flags
     try:
+        for name in others:
+            delattr(flags.FLAGS, name)
         getattr(module, "define_flags", lambda: None)()
-        defined = set(flags.FLAGS) - before
+        defined = {name for name in flags.FLAGS if not _is_absls(name)}
         return frozenset(defined) | {f"no{name}" for name in defined if flags.FLAGS[name].boolean}
     finally:
-        for name in set(flags.FLAGS) - before:  # the next command may define flags of the same names
+        for name in [name for name in flags.FLAGS if not _is_absls(name)]:
             delattr(flags.FLAGS, name)
+        for name, flag in others.items():
+            flags.FLAGS[name] = flag
+
+
+def _is_absls(flag: str) -> bool:
+    return str(flags.FLAGS.find_module_defining_flag(flag)).startswith("absl")
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from micro_dit.training.recipe import make_recipe
 from micro_dit.training.workdir import same_config
 from tests.docs.markdown import ROOT, python_code
 from tests.helpers import tiny
-from tests.helpers.source_files import captions_of, picture, read_source, rejects_of
+from tests.helpers.source_files import captions_of, image_file, read_source, rejects_of
 
 SOURCE, CONFIG, METRIC = python_code((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 
@@ -34,7 +34,7 @@ def defined_by(code: str) -> Any:
 def test_the_data_source_is_opened_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "micro_dit.data.sources.jsonl", defined_by(SOURCE))
     monkeypatch.setitem(sources.SOURCES, "jsonl", sources._opener("jsonl", "JsonLines"))
-    (tmp_path / "a.png").write_bytes(picture("red", "PNG"))
+    (tmp_path / "a.png").write_bytes(image_file("red", "PNG"))
     lines = [{"file": "a.png", "caption": "a red card"}, {"file": "b.png", "caption": "missing"}]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     items = read_source(f"jsonl:{tmp_path / 'list.jsonl'},split=test", "test")

@@ -86,5 +86,5 @@ def test_a_run_traces_each_phase_and_an_old_run_resumes_with_it(
     del saved["config"]["profile"]  # as an earlier version wrote it
     (workdir / "config.json").write_text(json.dumps(saved))
     train(config, workdir)
-    assert "continuing from step 7 of 7" in capfd.readouterr().out
+    assert "Resuming from step 7 of 7" in capfd.readouterr().out
     assert [row["loss"] for row in read_metrics(workdir / "metrics.jsonl")] == losses

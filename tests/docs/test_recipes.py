@@ -40,7 +40,7 @@ def test_the_data_source_is_opened_by_name(tmp_path: Path, monkeypatch: pytest.M
     items = read_source(f"jsonl:{tmp_path / 'list.jsonl'},split=test", "test")
     assert captions_of(items) == {"a.png": ("a red card",)}
     assert rejects_of(items) == {"b.png": sources.MISSING_FILE}
-    with pytest.raises(UserError, match="no option 'spilt'; known ones: split"):
+    with pytest.raises(UserError, match=r"unknown option 'spilt'\. Valid options: split"):
         sources.open_source(f"jsonl:{tmp_path / 'list.jsonl'},spilt=test", px=64)
 
 

@@ -76,7 +76,9 @@ def test_embeddings_are_cached_for_the_same_prompts_and_cleaning(tmp_path: Path,
 
 
 def test_unknown_caption_cleaning_is_rejected(tmp_path: Path, encoded: list[list[str]]) -> None:
-    with pytest.raises(UserError, match="caption cleaning 'other-1', but this version supports only 'deepfloyd-2' and 'none'"):
+    with pytest.raises(
+        UserError, match="caption cleaning 'other-1', but this version supports only 'deepfloyd-2' and 'none'"
+    ):
         embed(tmp_path, caption_cleaning="other-1")
 
 

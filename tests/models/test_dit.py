@@ -214,7 +214,7 @@ def test_rejects_invalid_networks(overrides: dict[str, Any], mask: tuple, messag
 
 
 def test_rejects_unknown_sizes_and_fields() -> None:
-    with pytest.raises(UserError, match="size 'Giant' is unknown. Use one of Nano, MicroDiT_Tiny_2, MicroDiT_XL_2"):
+    with pytest.raises(UserError, match=r"size 'Giant' is unknown\. Use one of Nano, MicroDiT_Tiny_2, MicroDiT_XL_2"):
         make_config("Giant", input_size=8)
     with pytest.raises(UserError, match=r"model has no field dmi. The fields are .*depth, .*dim"):
         make_config("Nano", input_size=8, dmi=3)

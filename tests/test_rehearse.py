@@ -48,7 +48,7 @@ def run(shards: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def rehearsed(tiny_shards: Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    """The output of a rehearsal of two phases, of which the second does not fit."""
+    """The output of a rehearsal of two phases. The second does not fit."""
     done = run(tiny_shards, "--json", "--config.cost.dollars_per_device_hour=2")
     assert done.stdout, done.stderr
     return done, json.loads(done.stdout)
@@ -134,7 +134,7 @@ def test_an_unknown_phase_is_rejected() -> None:
     [
         (1e9, 1e6, 1, ""),
         (4e9, 4e7, 2, "--config.microbatch=256,"),
-        (1.599e10, 4e7, 2, "a microbatch of 1 images already requires 16 GB, of which 10.7 GB are parameters"),
+        (1.599e10, 4e7, 2, "a microbatch of 1 images already requires 16 GB, including 10.7 GB for parameters"),
     ],
     ids=["fits", "fits in microbatches", "never fits"],
 )

@@ -7,7 +7,7 @@ from typing import Protocol
 from micro_dit.encoders.hub import ASSETS, read_json
 from micro_dit.errors import UserError
 
-UNVERIFIED = "unverified"  # fingerprint of an encoder of which only the name is known
+UNVERIFIED = "unverified"  # fingerprint of an encoder if only its name is known
 
 IMAGE_ENCODERS = {  # name: (latent channels, pixels per latent along each side)
     "stabilityai/stable-diffusion-xl-base-1.0": (4, 8),

@@ -45,7 +45,7 @@ EDGE_WEIGHT, SQUARED_WEIGHT, KL_WEIGHT = 1.0, 0.5, 3e-4
 # The last part of training uses whole images, so that group norms see the same statistics as at inference.
 WHOLE_IMAGES_FROM = 0.75
 WEIGHT_DTYPE = np.float16
-REPORT_SECONDS = 300.0  # interval between evaluations, each of which also writes the weights
+REPORT_SECONDS = 300.0  # interval between evaluations, which also write the weights
 
 
 def make_optimizer() -> optax.GradientTransformation:

@@ -15,7 +15,7 @@ from micro_dit.models.ops import gelu, product
 
 
 class ExpertChoiceFFN(nnx.Module):
-    """A feed-forward layer of E experts, each of which chooses T tokens of every image: (B, N, d) → (B, N, d).
+    """A feed-forward layer of E experts that choose T tokens each from every image: (B, N, d) → (B, N, d).
 
     The output of an expert (w1, GELU, w2) is scaled by the router's probability for the token, softmax over experts,
     and summed into the token. A token that no expert chose gets zero.

@@ -5,7 +5,7 @@
 
 Programs for TPUs have two special forms. An all-gather may overlap with a chain of fusions; each fusion repeats the
 instruction with the chain_id of the chain, and it is counted once. A computation named all-reduce-scatter holds an
-all-reduce of which each device keeps its share, and is counted as a reduce-scatter.
+all-reduce whose result each device keeps in part, and is counted as a reduce-scatter.
 """
 
 import dataclasses

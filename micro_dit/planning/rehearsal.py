@@ -217,8 +217,8 @@ def _fit(
         return step, microbatch, f"set --config.microbatch={largest}, which requires {peaks[largest] / 1e9:.3g} GB"
     least = peaks[min(peaks.keys() - {0})] / 1e9
     return step, microbatch, (
-        f"no microbatch fits, because a microbatch of {shards} images already requires {least:.3g} GB, of which "
-        f"{held / 1e9:.3g} GB are parameters, optimizer state and EMA weights; split these over more chips "
+        f"no microbatch fits, because a microbatch of {shards} images already requires {least:.3g} GB, including "
+        f"{held / 1e9:.3g} GB for parameters, optimizer state and EMA weights; split these over more chips "
         "(--config.mesh.fsdp) or use chips with more memory"
     )  # fmt: skip
 

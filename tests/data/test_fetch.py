@@ -198,7 +198,7 @@ def test_unreachable_server_raises_a_user_error(tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture
 def hub(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    """A small copy of the hub with the files of a repository, of which the tars have checksums."""
+    """A small copy of the hub with the files of a repository. Its tars have checksums."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     repository = DATASETS["cc12m"].repository
     entries = []
@@ -272,7 +272,7 @@ def test_unlisted_repository_raises_a_user_error(hub: Server, tmp_path: Path) ->
 
 
 def test_unreachable_hub_raises_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub retries as well
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub retries too
     with pytest.raises(UserError, match=r"Cannot list pixparse/cc12m-wds .*refused"):
         fetch.fetch("cc12m", str(tmp_path), endpoint="http://127.0.0.1:9")
 

@@ -133,7 +133,7 @@ def load_module(path: Path) -> Any:
 
 
 def get_config(shards: str) -> ConfigDict:
-    """Returns the config of a run with two phases, of which the second has EMA weights; it needs no encoders."""
+    """Returns the config of a run with two phases, the second with EMA weights; it needs no encoders."""
     config = load_module(CONFIGS / "mask75.py").base(name="tiny")
     config.model.update(SIZE)
     config.data.update(shards=str(shards), vae=VAE.name, text_encoder=TEXT.name, caption_tokens=TEXT.tokens, heldout="")

@@ -103,7 +103,7 @@ def read(jobs: Iterable[Job], progress: PreparationProgress) -> Iterator[tuple[L
 
 
 class Batch(NamedTuple):
-    """Consecutive examples of one part, of which at most `batch_size` are usable.
+    """Consecutive examples of one part, at most `batch_size` of them usable.
 
     Attributes:
         examples: Ids and prepared examples, without their images.

@@ -24,7 +24,7 @@ ASSETS = Path(__file__).parents[2] / "assets" / "openmoji"
 SPLITS = ("train", "validation", "compositions")
 LEFT_OUT_SUBGROUPS = ("brand",)  # excluded because they are trademarks
 VALIDATION_SHARE = 0.04  # fraction of the concepts without skin tones
-COMPOSITIONS_SHARE = 0.40  # fraction of the concepts with skin tones, of which one tone each is held out
+COMPOSITIONS_SHARE = 0.40  # fraction of the concepts with skin tones that have one tone held out
 
 
 class Emoji(NamedTuple):

@@ -39,7 +39,7 @@ def imported_modules() -> set[str]:
 
 
 def numbered(count: int) -> list[tuple[int, tuple[int] | None]]:
-    """Returns numbered items, of which every fifth has no arguments."""
+    """Returns numbered items. Every fifth has no arguments."""
     return [(number, None if number % 5 == 0 else (number,)) for number in range(count)]
 
 
